@@ -1,0 +1,17 @@
+"""n-step transitions for replay buffers: a drop-in for torchrl's ``MultiStepTransform``.
+
+Importing this package imports no Triton.
+"""
+
+from pathlib import Path as _Path
+
+from multistep_triton.functional import NStepReturn, gather_future, n_step_return
+from multistep_triton.transform import MultiStepTransform
+
+__version__ = "0.1.0"
+__all__ = ["MultiStepTransform", "NStepReturn", "gather_future", "n_step_return"]
+
+# In a checkout the subpackage ``kernels`` lies beside this folder, in an installation inside it.
+_here = _Path(__file__).parent
+if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "__init__.py").is_file():
+    __path__.append(str(_here.parent))

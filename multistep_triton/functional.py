@@ -1,0 +1,274 @@
+"""Functions on tensors: validate the arguments, choose the backend, dispatch.
+
+The one place where a backend is chosen. ``n_step_extend`` is the seam between the transform and its
+implementations: the leaves of carry and data in, the leaves out and the new carry back, by whichever backend.
+May import ``reference`` and, inside the branch that runs them, the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from collections.abc import Collection, Hashable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from multistep_triton import reference
+
+BACKENDS = ("auto", "reference", "triton")
+BACKEND_VARIABLE = "MULTISTEP_TRITON_BACKEND"
+
+
+class NStepReturn(NamedTuple):
+    """n-step return, window length and discount of every frame."""
+
+    reward: Tensor
+    """``[*B, T, *F]``, the reward's dtype (integers and bools: ``torch.get_default_dtype()``)."""
+    steps: Tensor
+    """``[*B, T]``, int64: number of frames in the window, ``1 .. n_steps``."""
+    discount: Tensor
+    """``[*B, T]``, float32: ``gamma ** steps``."""
+
+
+class Extension(NamedTuple):
+    """What one call of :func:`n_step_extend` yields; ``E`` frames are emitted."""
+
+    leaves: dict[Hashable, Tensor]
+    """Every leaf of the data, ``[*B, E, ...]``: gathered keys from frame ``e(t)``, the others from frame ``t``."""
+    returns: dict[Hashable, Tensor]
+    """The n-step return ``[*B, E, *F]`` of every reward key."""
+    steps: Tensor
+    """``[*B, E]``, int64."""
+    discount: Tensor
+    """``[*B, E]``, float32."""
+    nonterminal: Tensor
+    """``[*B, E]``, bool: False where the frame is a boundary."""
+    carry: dict[Hashable, Tensor]
+    """Every leaf of the frames held back, ``[*B, min(n_steps, c + T), ...]``."""
+
+
+def n_step_return(
+    reward: Tensor,
+    done: Tensor,
+    *,
+    gamma: float,
+    n_steps: int,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> NStepReturn:
+    """n-step returns of complete rows; windows are cut at boundaries and at the last frame.
+
+    .. math:: R(t) = \\sum_{i=0}^{steps(t) - 1} \\gamma^i r(t + i)
+
+    where the window of ``steps(t)`` frames ends at the smallest of ``t + n_steps - 1``, the first boundary at or
+    after ``t`` and the last frame; a boundary is a frame that is done, invalid, or followed by an invalid one.
+
+    Args:
+        reward: ``[*B, T, *F]``, floating point, integer or bool, any strides; the reward after step ``t``.
+            float16, bfloat16 and float32 are accumulated in float32, float64 in float64.
+        done: ``[*B, T]`` or ``[*B, T, 1]``, bool, on the reward's device; the trajectory ends with step ``t``.
+
+    Keyword Args:
+        gamma: discount per step, a finite number in [0, 1].
+        n_steps: frames in a full window, an int >= 1.
+        mask: ``[*B, T]`` or ``[*B, T, 1]``, bool; False marks padding, which no other frame's window reads.
+        backend: one of ``BACKENDS``.
+
+    Returns:
+        :class:`NStepReturn` on the reward's device, new memory.
+
+    Raises:
+        TypeError: an argument that must be a tensor of a certain kind is not.
+        ValueError: a shape, device or number breaks its rule.
+        RuntimeError: the backend asked for cannot run.
+
+    Source: R. S. Sutton, Learning to predict by the methods of temporal differences, Machine Learning 3, 1988.
+
+    Example:
+        >>> import torch
+        >>> done = torch.tensor([False, False, True, False])
+        >>> n_step_return(torch.tensor([1.0, 2.0, 4.0, 8.0]), done, gamma=0.5, n_steps=2).reward
+        tensor([2., 4., 4., 8.])
+    """
+    check_n_steps(n_steps)
+    check_gamma(gamma)
+    flags = {"done": done} if mask is None else {"done": done, "mask": mask}
+    _check_tensors(reward=reward, **flags)
+    lead = _lead(reward, done)
+    if not lead:
+        raise ValueError(f"done must have a time dimension, [*B, T] or [*B, T, 1], got shape {list(done.shape)}")
+    for name, flag in flags.items():
+        check_flag(name, flag, lead)
+    check_reward("reward", reward, lead)
+    flags = {name: flag.reshape(lead) for name, flag in flags.items()}
+    resolve_backend(backend)
+    return NStepReturn(
+        *reference.n_step_return_reference(
+            reward, flags["done"], gamma=float(gamma), n_steps=n_steps, mask=flags.get("mask")
+        )
+    )
+
+
+def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Tensor:
+    """The value at the end of every window: ``out(t) = value(t + steps(t) - 1)``, bit for bit.
+
+    Args:
+        value: ``[*B, T, *F]``, any dtype, any strides.
+        steps: ``[*B, T]``, int64, on the value's device, such as :attr:`NStepReturn.steps`; ``t + steps(t) - 1``
+            must lie within ``t .. T - 1``, which is checked (on an accelerator this waits for the device).
+
+    Keyword Args:
+        backend: one of ``BACKENDS``.
+
+    Returns:
+        Tensor: ``[*B, T, *F]``, the value's dtype and device, new contiguous memory.
+
+    Raises:
+        TypeError: ``steps`` is not int64.
+        ValueError: a shape, device or window breaks its rule.
+        RuntimeError: the backend asked for cannot run.
+
+    Example:
+        >>> import torch
+        >>> gather_future(torch.tensor([10, 11, 12, 13]), torch.tensor([2, 2, 1, 1]))
+        tensor([11, 12, 12, 13])
+    """
+    _check_tensors(value=value, steps=steps)
+    if steps.dtype != torch.int64:
+        raise TypeError(f"steps must be int64, got {steps.dtype}")
+    if not steps.ndim or value.shape[: steps.ndim] != steps.shape:
+        raise ValueError(
+            f"steps must be [*B, T] and value [*B, T, ...] with the same [*B, T], "
+            f"got steps {list(steps.shape)} and value {list(value.shape)}"
+        )
+    room = torch.arange(steps.shape[-1], 0, -1, device=steps.device)
+    outside = (steps < 1) | (steps > room)
+    if outside.any():
+        frame = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"steps must be within 1 .. T - t = {steps.shape[-1] - frame[-1]}, got {int(steps[frame])} at frame {frame}"
+        )
+    resolve_backend(backend)
+    return reference.gather_future_reference(value, steps)
+
+
+def n_step_extend(
+    carry: Mapping[Hashable, Tensor] | None,
+    data: Mapping[Hashable, Tensor],
+    *,
+    time_dim: int,
+    reward_keys: Collection[Hashable],
+    gathered_keys: Collection[Hashable],
+    done_key: Hashable,
+    mask_key: Hashable | None,
+    n_steps: int,
+    gamma: float,
+    backend: str = "auto",
+) -> Extension:
+    """One step of the stream: ``c`` carried frames and ``T`` new ones in, the ``c + T - n_steps`` oldest out.
+
+    Args:
+        carry: leaves ``[*B, c, ...]`` held back by the call before, or None.
+        data: leaves ``[*B, T, ...]``, the same keys, dtypes, devices and trailing shapes.
+
+    Keyword Args:
+        time_dim: the position of the time dimension, ``len(B)``.
+        reward_keys: leaves whose n-step return is wanted.
+        gathered_keys: leaves that are read at the end of the window.
+        done_key: the leaf, bool ``[*B, T]`` or ``[*B, T, 1]``, that ends trajectories.
+        mask_key: the leaf, shaped likewise, that is False where a frame is padding; None if there is none.
+        n_steps, gamma, backend: as for :func:`n_step_return`.
+
+    Returns:
+        :class:`Extension`, all of it new memory; neither ``carry`` nor ``data`` is modified.
+    """
+    resolve_backend(backend)
+    return Extension(
+        *reference.n_step_extend_reference(
+            carry,
+            data,
+            time_dim=time_dim,
+            reward_keys=reward_keys,
+            gathered_keys=gathered_keys,
+            done_key=done_key,
+            mask_key=mask_key,
+            n_steps=n_steps,
+            gamma=gamma,
+        )
+    )
+
+
+def resolve_backend(backend: str) -> str:
+    """The backend that runs when ``backend`` is asked for.
+
+    Raises:
+        ValueError: the name, or the one in the environment variable, is none of ``BACKENDS``.
+        RuntimeError: the backend cannot run.
+    """
+    check_backend(backend)
+    if backend == "auto":
+        backend = check_backend(os.environ.get(BACKEND_VARIABLE, "auto"), f"environment variable {BACKEND_VARIABLE}")
+    if backend == "triton":
+        raise RuntimeError(
+            "backend 'triton' cannot run: this version of multistep_triton has no kernels yet. "
+            "Use backend='auto' or backend='reference'"
+        )
+    return "reference"
+
+
+def check_n_steps(value: int, name: str = "n_steps") -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+    return value
+
+
+def check_gamma(value: float, name: str = "gamma") -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a finite number in [0, 1], got {value!r}")
+    if not (math.isfinite(value) and 0 <= value <= 1):
+        raise ValueError(f"{name} must be a finite number in [0, 1], got {value!r}")
+    return value
+
+
+def check_backend(value: str, name: str = "backend") -> str:
+    if value not in BACKENDS:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, BACKENDS))}, got {value!r}")
+    return value
+
+
+def check_flag(name: str, flag: Tensor, lead: torch.Size) -> None:
+    """Checks that ``flag`` is bool, ``[*B, T]`` or ``[*B, T, 1]`` for ``lead = [*B, T]``."""
+    if flag.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {flag.dtype}")
+    if flag.shape != lead and flag.shape != (*lead, 1):
+        raise ValueError(
+            f"{name} must have shape [*B, T] = {list(lead)} or [*B, T, 1] = {[*lead, 1]}, got {list(flag.shape)}"
+        )
+
+
+def check_reward(name: str, reward: Tensor, lead: torch.Size) -> None:
+    """Checks that ``reward`` is a real ``[*B, T, *F]`` for ``lead = [*B, T]``."""
+    if reward.is_complex():
+        raise TypeError(f"{name} must be floating point, integer or bool, got {reward.dtype}")
+    if reward.shape[: len(lead)] != lead:
+        raise ValueError(f"{name} must have shape [*B, T, *F] with [*B, T] = {list(lead)}, got {list(reward.shape)}")
+
+
+def _lead(reward: Tensor, done: Tensor) -> torch.Size:
+    """``[*B, T]``: the shape of ``done``, less a last dimension of 1 unless the reward has dimensions beyond it."""
+    if done.ndim > 1 and done.ndim >= reward.ndim and done.shape[-1] == 1:
+        return done.shape[:-1]
+    return done.shape
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{' and '.join(devices)} must be on one device, got {listed}")
