@@ -26,8 +26,7 @@ from torch import Tensor
 Path = tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """What a (nested) tensordict has besides its entries; ``tail`` is its batch shape beyond ``[*B, T]``."""
 
     kind: type | None
@@ -35,19 +34,6 @@ class Node:
     tail: tuple[int, ...]
     names: list[str | None] | None
     device: torch.device | None
-
-
-class Kind(NamedTuple):
-    """What a leaf has but its frames; leaves of equal kinds can follow each other."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-    device: torch.device
-    counts_objects: bool
-
-    def __str__(self) -> str:
-        what = "non-tensor" if self.counts_objects else f"{self.dtype} {list(self.shape)}"
-        return f"{what} on {self.device}"
 
 
 @dataclass(slots=True)
@@ -61,19 +47,21 @@ class Frames:
     """Parents come before their children."""
     objects: dict[Path, list[Any]] = field(default_factory=dict)
     """The objects that the leaf of a non-tensor entry, int64 ``[*B, T]``, counts into."""
+    kinds: dict[Path, tuple[Any, ...]] = field(default_factory=dict)
+    """What every leaf has but its frames: dtype, trailing shape, device. Frames of equal kinds can be joined."""
 
     @classmethod
     def read(cls, data: TensorDictBase) -> Frames:
         """Reads a tensordict; the leaves are its own tensors, a lazily stacked one's are stacked."""
         frames = cls(data.batch_size)
-        frames._read(data, ())
+        frames._read(data, (), len(data.batch_size))
         return frames
 
-    def _read(self, data: Any, path: Path) -> None:
+    def _read(self, data: Any, path: Path, ndim: int) -> None:
         names = data.names
         self.nodes[path] = Node(
             kind=type(data) if is_tensorclass(data) else None,
-            tail=data.batch_size[len(self.batch_size) :],
+            tail=data.batch_size[ndim:],
             names=names if any(names) else None,
             device=data.device,
         )
@@ -81,10 +69,11 @@ class Frames:
             entry = (*path, key)
             if isinstance(value, Tensor):
                 self.leaves[entry] = value
+                self.kinds[entry] = (value.dtype, value.shape[ndim:], value.device)
             elif is_non_tensor(value):
                 self._read_objects(value, entry)
             elif is_tensor_collection(value):
-                self._read(value, entry)
+                self._read(value, entry, ndim)
             else:
                 raise TypeError(f"entry {entry} must be a tensor or a tensordict, got {type(value).__name__}")
 
@@ -96,14 +85,7 @@ class Frames:
             self.objects[path] = [entry.data for entry in value.reshape(-1).unbind(0)]
             indices = torch.arange(self.batch_size.numel()).view(self.batch_size)
         self.leaves[path] = indices.to(value.device)
-
-    def kinds(self) -> dict[Path, Kind]:
-        """The kind of every leaf."""
-        ndim = len(self.batch_size)
-        return {
-            path: Kind(leaf.dtype, leaf.shape[ndim:], leaf.device, path in self.objects)
-            for path, leaf in self.leaves.items()
-        }
+        self.kinds[path] = ("non-tensor", torch.Size(()), value.device)
 
     def count_on(self, carry: Frames) -> None:
         """Puts the carry's objects before these, so that one index counts into both."""
@@ -115,7 +97,7 @@ class Frames:
 
     def hold(self, leaves: dict[Path, Tensor], batch_size: torch.Size) -> Frames:
         """Frames ``[*B, c]`` of this structure, with no more objects than they count into."""
-        held = Frames(batch_size, leaves, self.nodes)
+        held = Frames(batch_size, leaves, self.nodes, kinds=self.kinds)
         for path, objects in self.objects.items():
             used, leaves[path] = leaves[path].unique(return_inverse=True)
             held.objects[path] = [objects[index] for index in used.tolist()]

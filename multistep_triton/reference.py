@@ -5,9 +5,6 @@ else: arguments arrive validated (by ``functional``), keys are opaque. May impor
 
 Terms: a *boundary* is a frame after which nothing of its trajectory follows; the *window* of frame ``t`` is
 ``t .. e(t)``, ``e(t)`` the smallest of ``t + n - 1``, the first boundary at or after ``t``, and the last frame.
-
-The rows of a batch are laid end to end and treated as one long row. That is sound because a window never
-leaves its own row: either the row's last frame is marked as a boundary, or the frames near it are not read.
 """
 
 from __future__ import annotations
@@ -19,22 +16,27 @@ from torch import Tensor
 
 Leaves = dict[Hashable, Tensor]
 
+# Up to this many bytes, joining carry and data costs less than the calls it takes to read them where they lie.
+_JOIN_BYTES = 1 << 16
+
 
 def n_step_return_reference(
     reward: Tensor, done: Tensor, *, gamma: float, n_steps: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes :func:`multistep_triton.n_step_return`; ``done`` and ``mask`` are bool ``[*B, T]``."""
-    n_steps = max(min(n_steps, done.shape[-1]), 1)
-    boundary = _boundaries(done, mask).clone(memory_format=torch.contiguous_format)
+    time_dim, frames = done.ndim - 1, done.shape[-1]
+    n_steps = max(min(n_steps, frames), 1)
+    boundary = _boundaries(done, mask).clone()
     boundary[..., -1:] = True
-    steps = _window_steps(boundary, n_steps).to(torch.int64)
-    returns = _window_returns(reward, boundary, gamma, n_steps)
-    return returns, steps, _discounts(steps, gamma, n_steps)
+    boundary, reward = _pad(boundary, n_steps - 1, time_dim), _pad(reward, n_steps - 1, time_dim)
+    ends = _ends(boundary, frames, n_steps)
+    ahead = _frames_ahead(ends)
+    return _window_returns(reward, ends, gamma), ahead + 1, _discounts(ahead, n_steps, gamma)
 
 
 def gather_future_reference(value: Tensor, steps: Tensor) -> Tensor:
     """Computes :func:`multistep_triton.gather_future`; ``steps`` is int64 ``[*B, T]``."""
-    return _take(value, _end_rows(steps, value.shape[steps.ndim - 1], 0), steps.shape)
+    return _take(value, _end_rows(steps - 1, value.shape[steps.ndim - 1], 0), steps.shape)
 
 
 def n_step_extend_reference(
@@ -54,42 +56,54 @@ def n_step_extend_reference(
         carry = {key: leaf.narrow(time_dim, 0, 0) for key, leaf in data.items()}
     lead = data[done_key].shape[:time_dim]
     carried, new = carry[done_key].shape[time_dim], data[done_key].shape[time_dim]
-    n_steps = min(n_steps, carried + new)
-    emitted = carried + new - n_steps
+    known = carried + new
+    n_steps = min(n_steps, known)
+    emitted = known - n_steps
 
-    def stream(key: Hashable, start: int, stop: int) -> Tensor:
-        return _span(carry[key], data[key], start, stop, time_dim)
+    def join(key: Hashable) -> Tensor:
+        return torch.cat((carry[key], data[key]), time_dim)
 
-    def flags(key: Hashable) -> Tensor:
-        return stream(key, 0, carried + new).view(*lead, carried + new)
+    def cut(key: Hashable) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        if emitted < carried:
+            older, newer = carry[key].split_with_sizes((emitted, carried - emitted), time_dim)
+            return (older,), (newer, data[key])
+        older, newer = data[key].split_with_sizes((emitted - carried, n_steps), time_dim)
+        return (carry[key], older), (newer,)
 
-    boundary = _boundaries(flags(done_key), None if mask_key is None else flags(mask_key))
-    steps = _emit(_window_steps(boundary, n_steps), emitted, time_dim).to(torch.int64)
-    returns = {}
-    for key in reward_keys:
-        reward = stream(key, 0, carried + new)
-        returns[key] = _emit(_window_returns(reward, boundary, gamma, n_steps), emitted, time_dim)
+    # Windows read rewards and flags as one stream; these are joined, wider leaves only where all is small.
+    boundary = _boundaries(
+        join(done_key).view(*lead, known), None if mask_key is None else join(mask_key).view(*lead, known)
+    )
+    ends = _ends(boundary, emitted, n_steps)
+    ahead = _frames_ahead(ends)
+    returns = {key: _window_returns(join(key), ends, gamma) for key in reward_keys}
 
-    # A window of an emitted frame that starts in the carry ends in the carry or in the first n - 1 new frames;
-    # every other one lies in the new data, and is read there.
-    seam = min(carried, emitted)
-    near = min(carried + n_steps - 1, carried + new)
-    seam_rows = _end_rows(steps.narrow(time_dim, 0, seam), near, 0)
-    data_rows = _end_rows(steps, new, -carried).clamp_(min=0)
+    # A window that starts in the carry ends in the carry or in the first n - 1 new frames; every other one lies in
+    # the new data, and is read there.
+    small = sum(leaf.nbytes for leaf in data.values()) <= _JOIN_BYTES
+    seam = emitted if small else min(carried, emitted)
+    near = carried + n_steps - 1
+    if seam == emitted:
+        stream_rows = _end_rows(ahead, known, 0)
+    else:
+        seam_rows = _end_rows(ahead.narrow(time_dim, 0, seam), near, 0)
+        data_rows = _end_rows(ahead, new, -carried).clamp_(min=0)
 
     def gather(key: Hashable) -> Tensor:
-        if emitted == seam:
-            return _take(stream(key, 0, near), seam_rows, (*lead, seam))
+        if seam == emitted:
+            return _take(join(key), stream_rows, (*lead, emitted))
+        joined = torch.cat((carry[key], data[key].narrow(time_dim, 0, near - carried)), time_dim)
+        beginning = _take(joined, seam_rows, (*lead, seam))
         future = _take(data[key], data_rows, (*lead, emitted))
-        if seam:
-            future.narrow(time_dim, 0, seam).copy_(_take(stream(key, 0, near), seam_rows, (*lead, seam)))
+        future.narrow(time_dim, 0, seam).copy_(beginning)
         return future
 
-    leaves = {key: gather(key) if key in gathered_keys else stream(key, 0, emitted) for key in data}
-    discount = _discounts(steps, gamma, n_steps)
-    nonterminal = ~_emit(boundary, emitted, time_dim)
-    new_carry = {key: stream(key, emitted, carried + new) for key in data}
-    return leaves, returns, steps, discount, nonterminal, new_carry
+    leaves, held = {}, {}
+    for key in data:
+        older, newer = cut(key)
+        leaves[key] = gather(key) if key in gathered_keys else torch.cat(older, time_dim)
+        held[key] = torch.cat(newer, time_dim)
+    return leaves, returns, ahead + 1, _discounts(ahead, n_steps, gamma), ~ends[0], held
 
 
 def _boundaries(done: Tensor, mask: Tensor | None) -> Tensor:
@@ -101,46 +115,53 @@ def _boundaries(done: Tensor, mask: Tensor | None) -> Tensor:
     return boundary
 
 
-def _window_steps(boundary: Tensor, n_steps: int) -> Tensor:
-    """``steps(t) = 1 if t is a boundary or n is 1, else 1 + steps(t + 1)`` with ``n - 1``; ``[*B, S]``."""
-    dtype = torch.uint8 if n_steps < 256 else torch.int64
-    goes_on = (~boundary).view(-1).to(dtype)[:-1]
-    one = torch.ones_like(goes_on)
-    steps = torch.ones(boundary.numel(), dtype=dtype, device=boundary.device)
-    here, after = steps[:-1], steps[1:]
-    for _ in range(n_steps - 1):
-        here.copy_(torch.addcmul(one, goes_on, after))
-    return steps.view(boundary.shape)
+def _ends(boundary: Tensor, frames: int, n_steps: int) -> list[Tensor]:
+    """For ``i = 0 .. n - 1`` whether frame ``t + i`` ends the window of ``t``; bool, each ``[*B, E]``.
+
+    ``boundary`` is ``[*B, S]`` with ``S >= E + n - 1``.
+    """
+    return [boundary[..., i : i + frames] for i in range(n_steps)]
 
 
-def _window_returns(reward: Tensor, boundary: Tensor, gamma: float, n_steps: int) -> Tensor:
-    """``R(t) = r(t) if t is a boundary or n is 1, else r(t) + gamma * R(t + 1)`` with ``n - 1``.
+def _frames_ahead(ends: list[Tensor]) -> Tensor:
+    """``e(t) - t``, int64 ``[*B, E]``: back from the window's end, a boundary ``i`` frames ahead ends it there."""
+    ahead = torch.full_like(ends[0], len(ends) - 1, dtype=torch.int64)
+    for i in reversed(range(len(ends) - 1)):
+        ahead = torch.where(ends[i], i, ahead)
+    return ahead
 
-    ``reward``: ``[*B, S, *F]``, ``boundary``: ``[*B, S]``. The boundary selects, it never multiplies, so that
-    a NaN or Inf after it does not reach the frames before it.
+
+def _window_returns(reward: Tensor, ends: list[Tensor], gamma: float) -> Tensor:
+    """The n-step returns ``[*B, E, *F]`` of the first frames of ``reward`` ``[*B, S, *F]``.
+
+    Back from the window's end, from ``R = r(t + n - 1)``: ``R = r(t + i) + gamma * R``, or ``r(t + i)`` alone if
+    ``t + i`` is a boundary. The boundary selects, it never multiplies, so that a NaN or Inf after it does not reach
+    the frames before it.
     """
     dtype = reward.dtype if reward.is_floating_point() else torch.get_default_dtype()
-    rows = reward.to(torch.promote_types(dtype, torch.float32)).flatten(0, boundary.ndim - 1)
-    returns = rows.clone()
-    now, here, after = rows[:-1], returns[:-1], returns[1:]
-    ends = boundary.view(-1, *[1] * (rows.ndim - 1))[:-1]
-    for _ in range(n_steps - 1):
-        here.copy_(torch.where(ends, now, torch.add(now, after, alpha=gamma)))
-    return returns.view(reward.shape).to(dtype)
+    time_dim, frames = ends[0].ndim - 1, ends[0].shape[-1]
+    stream = reward.to(torch.promote_types(dtype, torch.float32))
+    returns = stream.narrow(time_dim, len(ends) - 1, frames)
+    for i in reversed(range(len(ends) - 1)):
+        here, end = stream.narrow(time_dim, i, frames), ends[i]
+        while end.ndim < here.ndim:
+            end = end.unsqueeze(-1)
+        returns = torch.where(end, here, torch.add(here, returns, alpha=gamma))
+    return returns.to(dtype).contiguous()
 
 
-def _discounts(steps: Tensor, gamma: float, n_steps: int) -> Tensor:
-    """``gamma ** steps``, float32, each power rounded once."""
-    powers = torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=torch.float32, device=steps.device)
-    return powers.index_select(0, steps.view(-1)).view(steps.shape)
+def _discounts(ahead: Tensor, n_steps: int, gamma: float) -> Tensor:
+    """``gamma ** steps``, float32, each power rounded once; ``steps`` is ``ahead + 1``."""
+    powers = torch.tensor([gamma ** (k + 1) for k in range(n_steps)], dtype=torch.float32, device=ahead.device)
+    return powers.index_select(0, ahead.view(-1)).view(ahead.shape)
 
 
-def _end_rows(steps: Tensor, length: int, offset: int) -> Tensor:
+def _end_rows(ahead: Tensor, length: int, offset: int) -> Tensor:
     """Row of ``e(t) + offset`` in a source whose ``length`` frames per batch element are laid end to end."""
-    batch, frames = steps.shape[:-1].numel(), steps.shape[-1]
+    batch, frames = ahead.shape[:-1].numel(), ahead.shape[-1]
     span = max(batch - 1, 0) * length + frames
-    starts = torch.arange(offset - 1, offset - 1 + span, device=steps.device).unfold(0, frames, max(length, 1))
-    return (starts + steps.reshape(batch, frames)).view(-1)
+    starts = torch.arange(offset, offset + span, device=ahead.device).unfold(0, frames, max(length, 1))
+    return (starts + ahead.reshape(batch, frames)).view(-1)
 
 
 def _take(value: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -149,18 +170,7 @@ def _take(value: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     return value.flatten(0, time_dim).index_select(0, rows).view(*shape, *value.shape[time_dim + 1 :])
 
 
-def _span(carry: Tensor, data: Tensor, start: int, stop: int, dim: int) -> Tensor:
-    """Frames ``start .. stop - 1`` of the stream "carry, then data", as new contiguous memory."""
-    carried = carry.shape[dim]
-    parts = []
-    if start < carried:
-        parts.append(carry.narrow(dim, start, min(stop, carried) - start))
-    if stop > carried or not parts:
-        first = max(start - carried, 0)
-        parts.append(data.narrow(dim, first, max(stop - carried, first) - first))
-    return torch.cat(parts, dim)
-
-
-def _emit(value: Tensor, frames: int, dim: int) -> Tensor:
-    """The first ``frames`` frames, contiguous, so that no output keeps the frames held back alive."""
-    return value.narrow(dim, 0, frames).contiguous()
+def _pad(value: Tensor, frames: int, dim: int) -> Tensor:
+    """``value`` followed by frames that no window reads."""
+    shape = (*value.shape[:dim], frames, *value.shape[dim + 1 :])
+    return torch.cat((value, value.new_zeros(shape)), dim)

@@ -6,6 +6,7 @@ Owns the keys, the carry and the TensorDict plumbing; no maths. May import ``fun
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
@@ -253,11 +254,11 @@ class MultiStepTransform(Transform):
 
 def _check_continues(carry: Frames, data: Frames) -> None:
     """Checks that ``data`` can follow the frames held back."""
-    expected, got = carry.kinds(), data.kinds()
+    expected, got = carry.kinds, data.kinds
     if expected == got and carry.batch_size[:-1] == data.batch_size[:-1]:
         return
     differences = [
-        f"{path} must be {expected.get(path, 'absent')}, got {got.get(path, 'nothing')}"
+        f"{path} must be {_describe(expected.get(path))}, got {_describe(got.get(path))}"
         for path in {**expected, **got}
         if expected.get(path) != got.get(path)
     ]
@@ -267,6 +268,13 @@ def _check_continues(carry: Frames, data: Frames) -> None:
         f"data must continue the frames held back from the last call (clear() drops them and starts anew): "
         f"{'; '.join(differences)}"
     )
+
+
+def _describe(kind: tuple[Any, ...] | None) -> str:
+    if kind is None:
+        return "absent"
+    dtype, shape, device = kind
+    return f"{dtype} {list(shape)} on {device}"
 
 
 def _path(*keys: NestedKey) -> Path:
