@@ -109,7 +109,9 @@ class Frames:
         for path, leaf in leaves.items():
             entries[path[:-1]][path[-1]] = self._stack_objects(path, leaf) if path in self.objects else leaf
         for path, node in reversed(self.nodes.items()):
-            built: Any = TensorDict(entries[path], (*batch_size, *node.tail), names=node.names, device=node.device)
+            # The constructor would check every entry once more, a tenth of a small extend.
+            shape = torch.Size((*batch_size, *node.tail))
+            built: Any = TensorDict._new_unsafe(entries[path], shape, names=node.names, device=node.device)
             if node.kind is not None:
                 built = cast(Any, node.kind).from_tensordict(built)
             if path:

@@ -29,9 +29,10 @@ def n_step_return_reference(
     boundary = _boundaries(done, mask).clone()
     boundary[..., -1:] = True
     boundary, reward = _pad(boundary, n_steps - 1, time_dim), _pad(reward, n_steps - 1, time_dim)
-    ends = _ends(boundary, frames, n_steps)
-    ahead = _frames_ahead(ends)
-    return _window_returns(reward, ends, gamma), ahead + 1, _discounts(ahead, n_steps, gamma)
+    goes_on = _slide(~boundary, frames, n_steps - 1)
+    ahead = _frames_ahead(goes_on, done)
+    returns = _window_returns(reward, goes_on, frames, time_dim, gamma)
+    return returns, (ahead + 1).to(torch.int64), _discounts(ahead, n_steps, gamma)
 
 
 def gather_future_reference(value: Tensor, steps: Tensor) -> Tensor:
@@ -71,12 +72,12 @@ def n_step_extend_reference(
         return (carry[key], older), (newer,)
 
     # Windows read rewards and flags as one stream; these are joined, wider leaves only where all is small.
-    boundary = _boundaries(
-        join(done_key).view(*lead, known), None if mask_key is None else join(mask_key).view(*lead, known)
-    )
-    ends = _ends(boundary, emitted, n_steps)
-    ahead = _frames_ahead(ends)
-    returns = {key: _window_returns(join(key), ends, gamma) for key in reward_keys}
+    mask = None if mask_key is None else join(mask_key).view(*lead, known)
+    inside = ~_boundaries(join(done_key).view(*lead, known), mask)
+    nonterminal = inside[..., :emitted].contiguous()
+    goes_on = _slide(inside, emitted, n_steps - 1)
+    ahead = _frames_ahead(goes_on, nonterminal)
+    returns = {key: _window_returns(join(key), goes_on, emitted, time_dim, gamma) for key in reward_keys}
 
     # A window that starts in the carry ends in the carry or in the first n - 1 new frames; every other one lies in
     # the new data, and is read there.
@@ -87,7 +88,8 @@ def n_step_extend_reference(
         stream_rows = _end_rows(ahead, known, 0)
     else:
         seam_rows = _end_rows(ahead.narrow(time_dim, 0, seam), near, 0)
-        data_rows = _end_rows(ahead, new, -carried).clamp_(min=0)
+        data_rows = _end_rows(ahead, new, -carried)
+        data_rows[:carried].clamp_(min=0)  # windows that end in the carry, overwritten below
 
     def gather(key: Hashable) -> Tensor:
         if seam == emitted:
@@ -103,7 +105,7 @@ def n_step_extend_reference(
         older, newer = cut(key)
         leaves[key] = gather(key) if key in gathered_keys else torch.cat(older, time_dim)
         held[key] = torch.cat(newer, time_dim)
-    return leaves, returns, ahead + 1, _discounts(ahead, n_steps, gamma), ~ends[0], held
+    return leaves, returns, (ahead + 1).to(torch.int64), _discounts(ahead, n_steps, gamma), nonterminal, held
 
 
 def _boundaries(done: Tensor, mask: Tensor | None) -> Tensor:
@@ -115,23 +117,24 @@ def _boundaries(done: Tensor, mask: Tensor | None) -> Tensor:
     return boundary
 
 
-def _ends(boundary: Tensor, frames: int, n_steps: int) -> list[Tensor]:
-    """For ``i = 0 .. n - 1`` whether frame ``t + i`` ends the window of ``t``; bool, each ``[*B, E]``.
+def _slide(flags: Tensor, frames: int, count: int) -> list[Tensor]:
+    """Views of ``flags`` ``[*B, S]`` at frame ``t + i`` of every frame ``t``, for ``i < count``; each ``[*B, E]``."""
+    return [flags[..., i : i + frames] for i in range(count)]
 
-    ``boundary`` is ``[*B, S]`` with ``S >= E + n - 1``.
+
+def _frames_ahead(goes_on: list[Tensor], like: Tensor) -> Tensor:
+    """``e(t) - t``, int32 ``[*B, E]``.
+
+    Back from the window's end: ahead of ``t + i`` there is no frame if it is a boundary, else one more than ahead of
+    ``t + i + 1``.
     """
-    return [boundary[..., i : i + frames] for i in range(n_steps)]
-
-
-def _frames_ahead(ends: list[Tensor]) -> Tensor:
-    """``e(t) - t``, int64 ``[*B, E]``: back from the window's end, a boundary ``i`` frames ahead ends it there."""
-    ahead = torch.full_like(ends[0], len(ends) - 1, dtype=torch.int64)
-    for i in reversed(range(len(ends) - 1)):
-        ahead = torch.where(ends[i], i, ahead)
+    ahead = torch.zeros_like(like, dtype=torch.int32, memory_format=torch.contiguous_format)
+    for here in reversed(goes_on):
+        ahead.add_(1).mul_(here)
     return ahead
 
 
-def _window_returns(reward: Tensor, ends: list[Tensor], gamma: float) -> Tensor:
+def _window_returns(reward: Tensor, goes_on: list[Tensor], frames: int, time_dim: int, gamma: float) -> Tensor:
     """The n-step returns ``[*B, E, *F]`` of the first frames of ``reward`` ``[*B, S, *F]``.
 
     Back from the window's end, from ``R = r(t + n - 1)``: ``R = r(t + i) + gamma * R``, or ``r(t + i)`` alone if
@@ -139,14 +142,13 @@ def _window_returns(reward: Tensor, ends: list[Tensor], gamma: float) -> Tensor:
     the frames before it.
     """
     dtype = reward.dtype if reward.is_floating_point() else torch.get_default_dtype()
-    time_dim, frames = ends[0].ndim - 1, ends[0].shape[-1]
-    stream = reward.to(torch.promote_types(dtype, torch.float32))
-    returns = stream.narrow(time_dim, len(ends) - 1, frames)
-    for i in reversed(range(len(ends) - 1)):
-        here, end = stream.narrow(time_dim, i, frames), ends[i]
-        while end.ndim < here.ndim:
-            end = end.unsqueeze(-1)
-        returns = torch.where(end, here, torch.add(here, returns, alpha=gamma))
+    stream = reward.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    returns = stream.narrow(time_dim, len(goes_on), frames)
+    for i in reversed(range(len(goes_on))):
+        here, on = stream.narrow(time_dim, i, frames), goes_on[i]
+        for _ in range(here.ndim - on.ndim):
+            on = on.unsqueeze(-1)
+        returns = torch.where(on, torch.add(here, returns, alpha=gamma), here)
     return returns.to(dtype).contiguous()
 
 
@@ -160,7 +162,8 @@ def _end_rows(ahead: Tensor, length: int, offset: int) -> Tensor:
     """Row of ``e(t) + offset`` in a source whose ``length`` frames per batch element are laid end to end."""
     batch, frames = ahead.shape[:-1].numel(), ahead.shape[-1]
     span = max(batch - 1, 0) * length + frames
-    starts = torch.arange(offset, offset + span, device=ahead.device).unfold(0, frames, max(length, 1))
+    dtype = torch.int32 if span < 2**31 else torch.int64
+    starts = torch.arange(offset, offset + span, dtype=dtype, device=ahead.device).unfold(0, frames, max(length, 1))
     return (starts + ahead.reshape(batch, frames)).view(-1)
 
 
