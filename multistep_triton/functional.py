@@ -69,7 +69,8 @@ def n_step_return(
     Args:
         reward: ``[*B, T, *F]``, floating point, integer or bool, any strides; the reward after step ``t``.
             float16, bfloat16 and float32 are accumulated in float32, float64 in float64.
-        done: ``[*B, T]`` or ``[*B, T, 1]``, bool, on the reward's device; the trajectory ends with step ``t``.
+        done: ``[*B, T]`` or ``[*B, T, 1]``, bool, on the reward's device; the trajectory ends with step ``t``. If both
+            readings fit, it is ``[*B, T]`` where the reward has more dimensions, else ``[*B, T, 1]``.
 
     Keyword Args:
         gamma: discount per step, a finite number in [0, 1].
@@ -258,10 +259,9 @@ def check_reward(name: str, reward: Tensor, lead: torch.Size) -> None:
 
 
 def _lead(reward: Tensor, done: Tensor) -> torch.Size:
-    """``[*B, T]``: the shape of ``done``, less a last dimension of 1 unless the reward has dimensions beyond it."""
-    if done.ndim > 1 and done.ndim >= reward.ndim and done.shape[-1] == 1:
-        return done.shape[:-1]
-    return done.shape
+    """``[*B, T]``: all of ``done``'s shape if the reward's begins with it and goes on, else less a last 1."""
+    begins = done.ndim < reward.ndim and reward.shape[: done.ndim] == done.shape
+    return done.shape if begins or done.ndim == 1 or done.shape[-1:] != (1,) else done.shape[:-1]
 
 
 def _check_tensors(**tensors: Tensor) -> None:

@@ -1,0 +1,146 @@
+"""Key by key as torchrl's transform, where torchrl's is right."""
+
+import pytest
+import torch
+from rollouts import extend, make_rollout, window_ends, window_sums
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
+
+from multistep_triton import MultiStepTransform
+
+FRAMES = 250
+
+
+def assert_same(ours, theirs, *, gamma, ours_only=(("next", "reward_orig"),)):
+    assert ours.batch_size == theirs.batch_size
+    keys, their_keys = set(ours.keys(True, True)), set(theirs.keys(True, True))
+    assert keys == their_keys | set(ours_only)
+    for key in their_keys:
+        mine, other = ours[key], theirs[key]
+        assert (mine.shape, mine.dtype) == (other.shape, other.dtype), key
+        if key == "gamma":
+            # torchrl raises gamma in float32: one rounding of gamma, one of the power, steps times over
+            bound = (theirs["steps_to_next_obs"] + 1) * torch.finfo(torch.float32).eps * other
+            assert ((mine - other).abs() <= bound).all()
+        elif key != ("next", "reward"):
+            assert torch.equal(mine, other), key
+
+
+def assert_same_returns(ours, theirs, rollout, n_steps, gamma):
+    """Both sum in float32, in different orders: each is within its own bound of the float64 sum."""
+    ends = window_ends(rollout["next", "done"].squeeze(-1), n_steps)
+    _, magnitude = window_sums(rollout["next", "reward"], ends, gamma)
+    emitted = ours.batch_size[-1]
+    bound = 3 * n_steps * torch.finfo(torch.float32).eps * magnitude.narrow(ours.ndim - 1, 0, emitted)
+    difference = (ours["next", "reward"].double() - theirs["next", "reward"].double()).abs()
+    assert (difference <= bound).all()
+
+
+@pytest.mark.parametrize("n_steps", [2, 3, 7, 50])
+@pytest.mark.parametrize("batch", [(), (2,), (3, 2), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("cuts", [[250], [50] * 5, [2] * 125, [1, 0, 100, 3, 146]], ids=["1x250", "5x50", "125x2", "ragged"])
+def test_schedules(batch, cuts, n_steps):
+    rollout = make_rollout(batch, FRAMES, seed=n_steps)
+    theirs = extend(TorchRLMultiStepTransform(n_steps, 0.95), rollout, [FRAMES])
+    ours = extend(MultiStepTransform(n_steps, 0.95), rollout, cuts)
+    assert_same(ours, theirs, gamma=0.95)
+    assert_same_returns(ours, theirs, rollout, n_steps, 0.95)
+
+
+def test_one_step_but_for_nonterminal_which_torchrl_leaves_false():
+    rollout = make_rollout((2,), 40)
+    ours, theirs = MultiStepTransform(1, 0.9).inv(rollout), TorchRLMultiStepTransform(1, 0.9).inv(rollout)
+    assert not theirs["nonterminal"].any()
+    assert torch.equal(ours["nonterminal"], ~rollout["next", "done"].squeeze(-1)[:, :-1])
+    theirs["nonterminal"] = ours["nonterminal"]
+    assert_same(ours, theirs, gamma=0.9)
+    assert torch.equal(ours["next", "reward"], theirs["next", "reward"])
+
+
+@pytest.mark.parametrize("schedule", [[3, 4, 5, 6, 7, 8], [5, 3], [8, 1, 4], [2, 30, 2]], ids=str)
+def test_changing_n_steps(schedule):
+    rollout = make_rollout((2,), 20 * len(schedule))
+    transform = MultiStepTransform(1, 0.9)
+    seen = 0
+    for i, part in enumerate(rollout.split(20, -1)):
+        transform.n_steps = schedule[i]
+        mine = transform.inv(part)
+        known, emitted = 20 * (i + 1), max(20 * (i + 1) - schedule[i], seen)
+        if emitted == seen:
+            assert mine is None
+            continue
+        # no frame lost, none repeated
+        assert torch.equal(mine["observation"], rollout["observation"][:, seen:emitted])
+        ends = window_ends(rollout["next", "done"].squeeze(-1)[:, :known], schedule[i])[:, seen:emitted]
+        rows = torch.arange(2).unsqueeze(-1)
+        assert torch.equal(mine["next", "observation"], rollout["next", "observation"][rows, ends])
+        seen = emitted
+
+
+def test_growing_n_steps_as_torchrl():
+    rollout = make_rollout((2,), 120)
+    ours, theirs = MultiStepTransform(3, 0.9), TorchRLMultiStepTransform(3, 0.9)
+    for part in rollout.split(20, -1):
+        mine, other = ours.inv(part), theirs.inv(part)
+        assert_same(mine, other, gamma=0.9)
+        ours.n_steps = theirs.n_steps = ours.n_steps + 2
+
+
+def test_add_stores_what_extend_stores():
+    rollout = make_rollout((), 30)
+    buffers = [ReplayBuffer(storage=LazyTensorStorage(100), transform=MultiStepTransform(3, 0.9)) for _ in range(2)]
+    for frame in rollout:
+        buffers[0].add(frame)
+    buffers[1].extend(rollout)
+    added, extended = buffers[0][:], buffers[1][:]
+    assert added.batch_size == extended.batch_size == (27,)
+    for key in extended.keys(True, True):
+        assert torch.equal(added[key], extended[key]), key
+
+
+@pytest.mark.parametrize("done_keys", [None, ["done"], ["done", "terminated"]], ids=str)
+def test_done_keys(done_keys):
+    rollout = make_rollout((2,), 40)
+    ours = MultiStepTransform(3, 0.9, done_keys=done_keys).inv(rollout)
+    assert_same(ours, TorchRLMultiStepTransform(3, 0.9, done_keys=done_keys).inv(rollout), gamma=0.9)
+
+
+def test_nested_reward_and_done_keys():
+    rollout = make_rollout((2,), 40)
+    rollout["next", "agent"] = rollout["next"].select("reward", "done", "terminated").clone()
+    for key in ("reward", "done", "terminated"):
+        del rollout["next", key]
+    keys = {
+        "reward_keys": [("agent", "reward")],
+        "done_key": ("agent", "done"),
+        "done_keys": [("agent", "done"), ("agent", "terminated")],
+    }
+    ours = MultiStepTransform(3, 0.9, **keys).inv(rollout)
+    theirs = TorchRLMultiStepTransform(3, 0.9, **keys).inv(rollout)
+    assert_same(ours, theirs, gamma=0.9, ours_only=[("next", "agent", "reward_orig")])
+
+
+def test_reward_and_done_without_a_trailing_dimension():
+    rollout = make_rollout((2,), 40)
+    for key in ("reward", "done", "terminated", "truncated"):
+        rollout["next", key] = rollout["next", key].squeeze(-1)
+    ours, theirs = MultiStepTransform(3, 0.9).inv(rollout), TorchRLMultiStepTransform(3, 0.9).inv(rollout)
+    assert_same(ours, theirs, gamma=0.9)
+    assert ours["next", "reward"].shape == (2, 37)
+
+
+def test_signature_is_torchrls_and_more():
+    import inspect
+
+    ours = inspect.signature(MultiStepTransform.__init__).parameters
+    theirs = inspect.signature(TorchRLMultiStepTransform.__init__).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    for name, parameter in theirs.items():
+        assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default)
+
+
+def test_default_keys_are_torchrls():
+    ours, theirs = MultiStepTransform(3, 0.9), TorchRLMultiStepTransform(3, 0.9)
+    for name in ("n_steps", "gamma", "reward_keys", "done_key", "mask_key"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert set(ours.done_keys) == set(theirs.done_keys)
