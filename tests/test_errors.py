@@ -1,0 +1,282 @@
+"""Every error says what broke which rule, and leaves the carry as it was."""
+
+import math
+
+import pytest
+import torch
+from rollouts import make_rollout
+from tensordict import TensorDict, tensorclass
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs import SerialEnv, TransformedEnv
+from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
+from torchrl.testing.mocking_classes import CountingEnv
+
+from multistep_triton import MultiStepTransform, gather_future, n_step_return
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.0, "3", None])
+def test_n_steps(value):
+    message = rf"n_steps must be an int >= 1, got {value!r}"
+    with pytest.raises(ValueError, match=message):
+        MultiStepTransform(value, 0.9)
+    transform = MultiStepTransform(3, 0.9)
+    with pytest.raises(ValueError, match=message):
+        transform.n_steps = value
+    assert transform.n_steps == 3
+    with pytest.raises(ValueError, match=message):
+        n_step_return(torch.ones(2), torch.zeros(2, dtype=torch.bool), gamma=0.9, n_steps=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(-3, ValueError), (1.01, ValueError), (math.nan, ValueError), (math.inf, ValueError)]
+    + [(True, TypeError), ("0.9", TypeError), (None, TypeError)],
+)
+def test_gamma(value, error):
+    message = rf"gamma must be a finite number in \[0, 1\], got {value!r}"
+    with pytest.raises(error, match=message):
+        MultiStepTransform(3, value)
+    transform = MultiStepTransform(3, 0.9)
+    with pytest.raises(error, match=message):
+        transform.gamma = value
+    assert transform.gamma == 0.9
+    with pytest.raises(error, match=message):
+        n_step_return(torch.ones(2), torch.zeros(2, dtype=torch.bool), gamma=value, n_steps=2)
+
+
+def test_backend():
+    message = r"backend must be one of 'auto', 'reference', 'triton', got 'cuda'"
+    with pytest.raises(ValueError, match=message):
+        MultiStepTransform(3, 0.9, backend="cuda")
+    transform = MultiStepTransform(3, 0.9)
+    with pytest.raises(ValueError, match=message):
+        transform.backend = "cuda"
+    with pytest.raises(ValueError, match=message):
+        gather_future(torch.ones(2), torch.ones(2, dtype=torch.int64), backend="cuda")
+
+
+def test_backend_triton_says_why_it_cannot_run():
+    rollout = make_rollout((2,), 10)
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run: .* no kernels yet"):
+        MultiStepTransform(3, 0.9, backend="triton").inv(rollout)
+
+
+def test_environment_variable_overrides_auto_only(monkeypatch):
+    reward, done = torch.ones(2), torch.zeros(2, dtype=torch.bool)
+    monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
+        n_step_return(reward, done, gamma=0.9, n_steps=2)
+    n_step_return(reward, done, gamma=0.9, n_steps=2, backend="reference")
+    monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "fast")
+    with pytest.raises(ValueError, match="environment variable MULTISTEP_TRITON_BACKEND must be one of .* got 'fast'"):
+        n_step_return(reward, done, gamma=0.9, n_steps=2)
+
+
+def without(key):
+    return lambda data: data.exclude(key)
+
+
+def with_leaf(key, make):
+    def change(data):
+        data = data.clone()
+        data[key] = make(data[key])
+        return data
+
+    return change
+
+
+BAD_DATA = {
+    "done missing": (without(("next", "done")), KeyError, r"tensor at \('next', 'done'\), got the entries \[.*'obs"),
+    "reward missing": (without(("next", "reward")), KeyError, r"tensor at \('next', 'reward'\), got the entries"),
+    "done not bool": (
+        with_leaf(("next", "done"), lambda done: done.float()),
+        TypeError,
+        r"done \('next', 'done'\) must be bool, got torch.float32",
+    ),
+    "done of another shape": (
+        with_leaf(("next", "done"), lambda done: done.expand(2, 10, 4)),
+        ValueError,
+        r"done .* must have shape \[\*B, T\] = \[2, 10\] or \[\*B, T, 1\] = \[2, 10, 1\], got \[2, 10, 4\]",
+    ),
+    "mask not bool": (
+        lambda data: data.clone().set("mask", torch.ones(2, 10)),
+        TypeError,
+        r"mask \('mask',\) must be bool, got torch.float32",
+    ),
+    "complex reward": (
+        with_leaf(("next", "reward"), lambda reward: reward.to(torch.complex64)),
+        TypeError,
+        r"reward .* must be floating point, integer or bool, got torch.complex64",
+    ),
+    "other batch": (
+        lambda data: torch.cat([data, data], 0),
+        ValueError,
+        r"continue the frames held back from the last call \(clear\(\) .*\*B must be \[2\], got \[4\]",
+    ),
+    "other number of batch dimensions": (lambda data: data[0], ValueError, r"\*B must be \[2\], got \[\]"),
+    "a key less": (without("action"), ValueError, r"\('action',\) must be torch.int64 \[\] on cpu, got absent"),
+    "a key more": (
+        lambda data: data.clone().set("extra", torch.ones(2, 10)),
+        ValueError,
+        r"\('extra',\) must be absent, got torch.float32 \[\] on cpu",
+    ),
+    "other trailing shape": (
+        with_leaf("observation", lambda leaf: leaf[..., :2]),
+        ValueError,
+        r"\('observation',\) must be torch.float32 \[3\] on cpu, got torch.float32 \[2\] on cpu",
+    ),
+    "other dtype": (
+        with_leaf(("next", "observation"), lambda leaf: leaf.double()),
+        ValueError,
+        r"\('next', 'observation'\) must be torch.float32 \[3\] on cpu, got torch.float64 \[3\] on cpu",
+    ),
+    "other device": (
+        lambda data: data.to("meta"),
+        ValueError,
+        r"\('observation',\) must be torch.float32 \[3\] on cpu, got torch.float32 \[3\] on meta",
+    ),
+    "a non-tensor where a tensor was": (
+        lambda data: data.clone().set("action", "left"),
+        ValueError,
+        r"\('action',\) must be torch.int64 \[\] on cpu, got non-tensor \[\]",
+    ),
+    "not a tensordict": (lambda data: [data], TypeError, r"must be a TensorDict of batch size \[\*B, T\], got list"),
+    "a dict": (lambda data: data.to_dict(), TypeError, r"must be a TensorDict of batch size \[\*B, T\], got dict"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_leaves_the_carry_as_it_was(kind):
+    spoil, error, message = BAD_DATA[kind]
+    rollout = make_rollout((2,), 30)
+    first, second = rollout[:, :20], rollout[:, 20:]
+    disturbed, calm = MultiStepTransform(3, 0.9), MultiStepTransform(3, 0.9)
+    disturbed.inv(first), calm.inv(first)
+    with pytest.raises(error, match=message):
+        disturbed._inv_call(spoil(second))
+    ours, expected = disturbed.inv(second), calm.inv(second)
+    for key in expected.keys(True, True):
+        assert torch.equal(ours[key], expected[key]), key
+
+
+def test_a_failing_backend_leaves_the_carry_as_it_was(monkeypatch):
+    rollout = make_rollout((2,), 30)
+    transform = MultiStepTransform(3, 0.9)
+    transform.inv(rollout[:, :20])
+    monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "triton")
+    with pytest.raises(RuntimeError):
+        transform.inv(rollout[:, 20:])
+    monkeypatch.delenv("MULTISTEP_TRITON_BACKEND")
+    assert torch.equal(transform.inv(rollout[:, 20:])["observation"], rollout["observation"][:, 17:27])
+
+
+def test_errors_name_every_difference_at_once():
+    transform = MultiStepTransform(3, 0.9)
+    rollout = make_rollout((2,), 10)
+    transform.inv(rollout)
+    other = make_rollout((3,), 10).exclude("action")
+    other["observation"] = other["observation"].double()
+    with pytest.raises(ValueError, match=r"\*B must be \[2\], got \[3\]; .*observation.*action"):
+        transform.inv(other)
+
+
+def test_clear_starts_anew():
+    transform = MultiStepTransform(3, 0.9)
+    transform.inv(make_rollout((2,), 10))
+    transform.clear()
+    assert transform.inv(make_rollout((5,), 10)).batch_size == (5, 7)
+
+
+def test_a_tensorclass_is_not_a_tensordict():
+    @tensorclass
+    class Frame:
+        reward: torch.Tensor
+
+    with pytest.raises(TypeError, match="must be a TensorDict .* got Frame"):
+        MultiStepTransform(3, 0.9).inv(Frame(reward=torch.ones(4), batch_size=[4]))
+
+
+@pytest.mark.parametrize("make", [MultiStepTransform, TorchRLMultiStepTransform], ids=["ours", "torchrl"])
+def test_on_an_environment_it_raises_torchrls_error(make):
+    env = TransformedEnv(SerialEnv(2, lambda: CountingEnv(max_steps=4)), make(3, 0.9))
+    with pytest.raises(ValueError, match="only an inverse transform and can be applied exclusively to replay buffers"):
+        env.rollout(3)
+
+
+def test_sampling_is_the_identity():
+    rollout = make_rollout((2,), 10)
+    assert MultiStepTransform(3, 0.9)(rollout) is rollout
+
+
+def test_an_error_in_extend_stores_nothing():
+    buffer = ReplayBuffer(storage=LazyTensorStorage(100, ndim=2), transform=MultiStepTransform(3, 0.9))
+    buffer.extend(make_rollout((2,), 10))
+    stored = buffer[:].clone()
+    with pytest.raises(ValueError, match=r"\*B must be \[2\], got \[3\]"):
+        buffer.extend(make_rollout((3,), 10))
+    assert (buffer[:] == stored).all()
+
+
+DONE = torch.zeros(2, 5, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: n_step_return([1.0], DONE, gamma=0.9, n_steps=2), TypeError, "reward must be a tensor, got list"),
+        (
+            lambda: n_step_return(torch.ones(2, 5), DONE.int(), gamma=0.9, n_steps=2),
+            TypeError,
+            "done must be bool, got torch.int32",
+        ),
+        (
+            lambda: n_step_return(torch.ones(2, 4), DONE, gamma=0.9, n_steps=2),
+            ValueError,
+            r"reward must have shape \[\*B, T, \*F\] with \[\*B, T\] = \[2, 5\], got \[2, 4\]",
+        ),
+        (
+            lambda: n_step_return(torch.ones(2, 5), DONE, gamma=0.9, n_steps=2, mask=DONE[:, :4]),
+            ValueError,
+            r"mask must have shape \[\*B, T\] = \[2, 5\] or \[\*B, T, 1\] = \[2, 5, 1\], got \[2, 4\]",
+        ),
+        (
+            lambda: n_step_return(torch.ones(()), torch.zeros((), dtype=torch.bool), gamma=0.9, n_steps=2),
+            ValueError,
+            r"done must have a time dimension, .* got shape \[\]",
+        ),
+        (
+            lambda: n_step_return(torch.ones(2, 5, device="meta"), DONE, gamma=0.9, n_steps=2),
+            ValueError,
+            "reward and done must be on one device, got reward on meta, done on cpu",
+        ),
+        (
+            lambda: gather_future(torch.ones(2, 5), torch.ones(2, 5)),
+            TypeError,
+            "steps must be int64, got torch.float32",
+        ),
+        (
+            lambda: gather_future(torch.ones(2, 4), torch.ones(2, 5, dtype=torch.int64)),
+            ValueError,
+            r"got steps \[2, 5\] and value \[2, 4\]",
+        ),
+        (
+            lambda: gather_future(torch.ones(2, 5), torch.full((2, 5), 2)),
+            ValueError,
+            r"steps must be within 1 .. T - t = 1, got 2 at frame \(0, 4\)",
+        ),
+        (
+            lambda: gather_future(torch.ones(2, 5), torch.zeros(2, 5, dtype=torch.int64)),
+            ValueError,
+            r"steps must be within 1 .. T - t = 5, got 0 at frame \(0, 0\)",
+        ),
+    ],
+)
+def test_functions(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_done_that_is_not_there_is_named_with_what_is():
+    data = TensorDict({"next": {"reward": torch.ones(4, 1), "finished": torch.zeros(4, dtype=torch.bool)}}, [4])
+    with pytest.raises(KeyError, match=r"\('next', 'done'\), got the entries .*\('next', 'finished'\)"):
+        MultiStepTransform(2, 0.9).inv(data)
