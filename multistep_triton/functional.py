@@ -11,7 +11,7 @@ import math
 import numbers
 import os
 from collections.abc import Collection, Hashable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +36,9 @@ class NStepReturn(NamedTuple):
 class Extension(NamedTuple):
     """What one call of :func:`n_step_extend` yields; ``E`` frames are emitted."""
 
-    leaves: dict[Hashable, Tensor]
+    leaves: dict[Any, Tensor]
     """Every leaf of the data, ``[*B, E, ...]``: gathered keys from frame ``e(t)``, the others from frame ``t``."""
-    returns: dict[Hashable, Tensor]
+    returns: dict[Any, Tensor]
     """The n-step return ``[*B, E, *F]`` of every reward key."""
     steps: Tensor
     """``[*B, E]``, int64."""
@@ -46,7 +46,7 @@ class Extension(NamedTuple):
     """``[*B, E]``, float32."""
     nonterminal: Tensor
     """``[*B, E]``, bool: False where the frame is a boundary."""
-    carry: dict[Hashable, Tensor]
+    carry: dict[Any, Tensor]
     """Every leaf of the frames held back, ``[*B, min(n_steps, c + T), ...]``."""
 
 
@@ -157,8 +157,8 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
 
 
 def n_step_extend(
-    carry: Mapping[Hashable, Tensor] | None,
-    data: Mapping[Hashable, Tensor],
+    carry: Mapping[Any, Tensor] | None,
+    data: Mapping[Any, Tensor],
     *,
     time_dim: int,
     reward_keys: Collection[Hashable],

@@ -123,13 +123,15 @@ def _slide(flags: Tensor, frames: int, count: int) -> list[Tensor]:
 
 
 def _frames_ahead(goes_on: list[Tensor], like: Tensor) -> Tensor:
-    """``e(t) - t``, int32 ``[*B, E]``.
+    """``e(t) - t``, int32 ``[*B, E]``, the shape of ``like``.
 
     Back from the window's end: ahead of ``t + i`` there is no frame if it is a boundary, else one more than ahead of
-    ``t + i + 1``.
+    ``t + i + 1``; ahead of ``t + n - 1`` there is none.
     """
-    ahead = torch.zeros_like(like, dtype=torch.int32, memory_format=torch.contiguous_format)
-    for here in reversed(goes_on):
+    if not goes_on:
+        return torch.zeros_like(like, dtype=torch.int32, memory_format=torch.contiguous_format)
+    ahead = goes_on[-1].to(torch.int32, memory_format=torch.contiguous_format)
+    for here in reversed(goes_on[:-1]):
         ahead.add_(1).mul_(here)
     return ahead
 

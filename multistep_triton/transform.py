@@ -232,7 +232,7 @@ class MultiStepTransform(Transform):
         leaves = extension.leaves
         for path, returns in extension.returns.items():
             original = leaves[path]
-            leaves[*path[:-1], f"{path[-1]}_orig"] = original
+            leaves[(*path[:-1], f"{path[-1]}_orig")] = original
             leaves[path] = returns
         if len(extension.returns) == 1:
             leaves["next", "original_reward"] = original

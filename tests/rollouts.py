@@ -50,12 +50,7 @@ def window_ends(done: Tensor, n_steps: int, mask: Tensor | None = None) -> Tenso
         row = []
         for t in range(frames):
             end = t
-            while (
-                end < min(t + n_steps, frames) - 1
-                and not row_done[end]
-                and row_valid[end]
-                and row_valid[end + 1]
-            ):
+            while end < min(t + n_steps, frames) - 1 and not row_done[end] and row_valid[end] and row_valid[end + 1]:
                 end += 1
             row.append(end)
         ends.append(row)

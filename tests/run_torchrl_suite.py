@@ -24,7 +24,9 @@ def main() -> int:
     if not tests.is_file():
         parser.error(f"checkout must hold test/transforms/test_compose_and_env.py, got {tests}")
     torchrl.envs.MultiStepTransform = MultiStepTransform
-    return pytest.main([f"{tests}::TestMultiStepTransform", "-v", "-p", "no:cacheprovider", "--rootdir", str(tests.parent)])
+    return pytest.main(
+        [f"{tests}::TestMultiStepTransform", "-v", "-p", "no:cacheprovider", "--rootdir", str(tests.parent)]
+    )
 
 
 if __name__ == "__main__":

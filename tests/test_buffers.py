@@ -83,7 +83,9 @@ def test_composed_with_other_transforms():
     cast = DoubleToFloat(in_keys_inv=["observation"])
     buffer = ReplayBuffer(
         storage=LazyTensorStorage(100, ndim=2),
-        transform=Compose(MultiStepTransform(N_STEPS, GAMMA), cast, RewardScaling(0.0, 10.0, in_keys=[("next", "reward")])),
+        transform=Compose(
+            MultiStepTransform(N_STEPS, GAMMA), cast, RewardScaling(0.0, 10.0, in_keys=[("next", "reward")])
+        ),
     )
     for part in double.split(25, -1):
         buffer.extend(part)
@@ -117,13 +119,17 @@ def test_samplers_and_writers():
     buffer.extend(rollout)
     sample = buffer.sample()
     wanted = expected(rollout, [50])
-    assert torch.equal(sample["next", "reward"].flatten().sort().values, wanted["next", "reward"].flatten().sort().values)
+    assert torch.equal(
+        sample["next", "reward"].flatten().sort().values, wanted["next", "reward"].flatten().sort().values
+    )
 
 
 def test_list_storage():
     rollout = make_rollout((), 50)
     buffer = ReplayBuffer(
-        storage=ListStorage(100), transform=MultiStepTransform(N_STEPS, GAMMA), collate_fn=lambda frames: torch.stack(frames)
+        storage=ListStorage(100),
+        transform=MultiStepTransform(N_STEPS, GAMMA),
+        collate_fn=lambda frames: torch.stack(frames),
     )
     buffer.extend(rollout)
     assert_stored(buffer, rollout)

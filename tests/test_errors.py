@@ -29,8 +29,10 @@ def test_n_steps(value):
 
 @pytest.mark.parametrize(
     ("value", "error"),
-    [(-3, ValueError), (1.01, ValueError), (math.nan, ValueError), (math.inf, ValueError)]
-    + [(True, TypeError), ("0.9", TypeError), (None, TypeError)],
+    [
+        *((value, ValueError) for value in (-3, 1.01, math.nan, math.inf)),
+        *((value, TypeError) for value in (True, "0.9", None)),
+    ],
 )
 def test_gamma(value, error):
     message = rf"gamma must be a finite number in \[0, 1\], got {value!r}"
@@ -68,7 +70,7 @@ def test_environment_variable_overrides_auto_only(monkeypatch):
         n_step_return(reward, done, gamma=0.9, n_steps=2)
     n_step_return(reward, done, gamma=0.9, n_steps=2, backend="reference")
     monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "fast")
-    with pytest.raises(ValueError, match="environment variable MULTISTEP_TRITON_BACKEND must be one of .* got 'fast'"):
+    with pytest.raises(ValueError, match=r"environment variable MULTISTEP_TRITON_BACKEND must be one of .* got 'fast'"):
         n_step_return(reward, done, gamma=0.9, n_steps=2)
 
 
@@ -192,7 +194,7 @@ def test_a_tensorclass_is_not_a_tensordict():
     class Frame:
         reward: torch.Tensor
 
-    with pytest.raises(TypeError, match="must be a TensorDict .* got Frame"):
+    with pytest.raises(TypeError, match=r"must be a TensorDict .* got Frame"):
         MultiStepTransform(3, 0.9).inv(Frame(reward=torch.ones(4), batch_size=[4]))
 
 

@@ -42,7 +42,9 @@ def test_n_step_return_stops_at_done():
 
 @pytest.mark.parametrize("n_steps", [4, 5, 10**12])
 def test_n_step_return_window_as_long_as_the_row_or_longer(n_steps):
-    out = n_step_return(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.zeros(4, dtype=torch.bool), gamma=0.5, n_steps=n_steps)
+    out = n_step_return(
+        torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.zeros(4, dtype=torch.bool), gamma=0.5, n_steps=n_steps
+    )
     assert out.reward.tolist() == [4.0, 6.0, 8.0, 8.0]
     assert out.steps.tolist() == [4, 3, 2, 1]
 

@@ -28,7 +28,9 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        inputs = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)}
+        inputs = {
+            x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)
+        }
         for tensor in torch.utils._pytree.tree_leaves(out):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -116,9 +118,7 @@ def test_functions_return_new_memory():
 def state_and_pixels(pixels, p_done):
     rollout = make_rollout((8,) if pixels else (256,), 64, p_done=p_done)
     for data in (rollout, rollout["next"]):
-        data["observation"] = (
-            torch.zeros(8, 64, 4, 84, 84, dtype=torch.uint8) if pixels else torch.zeros(256, 64, 17)
-        )
+        data["observation"] = torch.zeros(8, 64, 4, 84, 84, dtype=torch.uint8) if pixels else torch.zeros(256, 64, 17)
     return rollout
 
 

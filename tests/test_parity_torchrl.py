@@ -25,7 +25,9 @@ def assert_same(ours, theirs, *, reward_key=("next", "reward")):
             assert ((mine - other).abs() <= (steps + 1) * eps * other).all()
         elif key == reward_key:
             # a sum of terms of at most the largest reward, rounded twice per term and once for gamma, by both
-            magnitude = steps.view(*steps.shape, *[1] * (mine.ndim - steps.ndim)) * ours["next", "original_reward"].abs().max()
+            magnitude = (
+                steps.view(*steps.shape, *[1] * (mine.ndim - steps.ndim)) * ours["next", "original_reward"].abs().max()
+            )
             assert ((mine - other).abs() <= 3 * steps.max() * eps * magnitude).all()
         else:
             assert torch.equal(mine, other), key
@@ -43,7 +45,9 @@ def assert_same_returns(ours, theirs, rollout, n_steps, gamma):
 
 @pytest.mark.parametrize("n_steps", [2, 3, 7, 50])
 @pytest.mark.parametrize("batch", [(), (2,), (3, 2), (2, 1, 2)], ids=str)
-@pytest.mark.parametrize("cuts", [[250], [50] * 5, [2] * 125, [1, 0, 100, 3, 146]], ids=["1x250", "5x50", "125x2", "ragged"])
+@pytest.mark.parametrize(
+    "cuts", [[250], [50] * 5, [2] * 125, [1, 0, 100, 3, 146]], ids=["1x250", "5x50", "125x2", "ragged"]
+)
 def test_schedules(batch, cuts, n_steps):
     rollout = make_rollout(batch, FRAMES, seed=n_steps)
     theirs = extend(TorchRLMultiStepTransform(n_steps, 0.95), rollout, [FRAMES])

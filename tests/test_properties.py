@@ -40,7 +40,9 @@ def streams(draw):
     data = {
         "value": value.to(draw(st.sampled_from(VALUE_DTYPES))),
         "next": {
-            "reward": (reward > 0 if dtype == torch.bool else reward.abs() if dtype == torch.uint8 else reward).to(dtype),
+            "reward": (reward > 0 if dtype == torch.bool else reward.abs() if dtype == torch.uint8 else reward).to(
+                dtype
+            ),
             "done": torch.tensor(draw(flags), dtype=torch.bool).view(shape),
             "value": value.to(draw(st.sampled_from(VALUE_DTYPES))),
         },

@@ -207,7 +207,7 @@ def test_several_reward_keys_keep_their_originals_apart():
     assert ("next", "original_reward") not in out.keys(True)
     for key in ("reward", "bonus", ("agent", "reward")):
         path = (key,) if isinstance(key, str) else key
-        original = out["next", *path[:-1], f"{path[-1]}_orig"]
+        original = out[("next", *path[:-1], f"{path[-1]}_orig")]
         assert torch.equal(original, rollout["next", key][:, :-2])
     alone = rollout["next", "done"].squeeze(-1)[:, :-2]
     assert torch.equal(out["next", "bonus"].squeeze(-1), torch.where(alone, 1.0, 1.5))

@@ -1,0 +1,153 @@
+"""The demo: the example of torchrl's MultiStepTransform, stored by ours and by torchrl's, and compared.
+
+Owns the environment, the two buffers and the comparison. May import the package, torchrl, gymnasium and tqdm.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import gymnasium  # noqa: F401  # torchrl looks for it only when it makes the environment, which is late to miss it
+import torch
+import torchrl
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs import GymEnv, SerialEnv, StepCounter, TransformedEnv
+from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
+from torchrl.envs.transforms import Transform
+from tqdm import tqdm
+
+from multistep_triton import MultiStepTransform
+
+ENVIRONMENTS = 2
+ENVIRONMENT = "CartPole-v1"
+
+# Ours alone: the name that torchrl documents; torchrl writes only the other one.
+DOCUMENTED_REWARD, WRITTEN_REWARD = ("next", "reward_orig"), ("next", "original_reward")
+INEXACT_KEYS: tuple[NestedKey, ...] = (("next", "reward"), "gamma")
+
+
+def run(
+    *, n_steps: int, gamma: float, frames_per_chunk: int, chunks: int, capacity: int, seed: int, backend: str
+) -> int:
+    """Extends both buffers chunk by chunk and compares what each extend stored.
+
+    Keyword Args:
+        n_steps: frames in a full window, less than ``chunks * frames_per_chunk``.
+        gamma: discount per step.
+        frames_per_chunk: frames of each environment in one extend.
+        chunks: number of extends.
+        capacity: frames that each buffer holds, at least ``ENVIRONMENTS * frames_per_chunk``: what an extend stored
+            is read back before a later one overwrites it.
+        seed: of the environments and the actions.
+        backend: backend of our transform.
+
+    Returns:
+        0 if all stored frames are equal, else 1.
+    """
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it logs to stdout what each storage allocates
+    ours = _buffer(MultiStepTransform(n_steps, gamma, backend=backend), capacity)
+    theirs = _buffer(TorchRLMultiStepTransform(n_steps, gamma), capacity)
+    keys: list[NestedKey] = []
+    stored = 0
+    rollouts = _rollouts(chunks, frames_per_chunk, seed)
+    # disable=None: only where stderr is a terminal.
+    for rollout in tqdm(rollouts, total=chunks, unit="chunk", leave=False, disable=None):
+        our_rows, their_rows = _extend(ours, rollout), _extend(theirs, rollout)
+        if not torch.equal(our_rows, their_rows):
+            print(f"different: extend wrote rows {our_rows.tolist()}, torchrl's rows {their_rows.tolist()}")
+            return 1
+        if len(our_rows):
+            our_frames, their_frames = ours.storage[our_rows], theirs.storage[their_rows]
+            difference = _compare(our_frames, their_frames, stored, n_steps)
+            if difference is not None:
+                print(f"different: {difference}")
+                return 1
+            keys = _leaf_keys(our_frames)
+            stored += len(our_rows)
+    if stored != chunks * frames_per_chunk - n_steps:
+        print(f"different: stored {stored} frames of each environment, not {chunks * frames_per_chunk - n_steps}")
+        return 1
+
+    print("step_count", ours[:]["step_count"][:, :5])
+    print("next step_count", ours[:]["next", "step_count"][:, :5])
+    print(f"stored: {ENVIRONMENTS * stored} frames in {chunks} extends, of which the buffer holds {len(ours)}")
+    if n_steps == 1:
+        print("nonterminal: compared with not done, as torchrl's is False everywhere for n_steps=1")
+    inexact = len(INEXACT_KEYS)
+    print(
+        f"compared with torchrl {torchrl.__version__}: {ENVIRONMENTS * stored} frames, {len(keys)} keys each "
+        f"({len(keys) - inexact} exactly, {inexact} within {_ulps(n_steps)} float32 ulps): all equal"
+    )
+    return 0
+
+
+def _buffer(transform: Transform, capacity: int) -> ReplayBuffer:
+    return ReplayBuffer(storage=LazyTensorStorage(capacity, ndim=2), transform=transform)
+
+
+def _rollouts(chunks: int, frames: int, seed: int) -> Iterator[TensorDictBase]:
+    """Rollouts ``[ENVIRONMENTS, frames]`` under random actions, each going on where the last one stopped."""
+    env = TransformedEnv(SerialEnv(ENVIRONMENTS, lambda: GymEnv(ENVIRONMENT)), StepCounter())
+    try:
+        env.set_seed(seed)
+        torch.manual_seed(seed)
+        start = env.reset()
+        for _ in range(chunks):
+            rollout = env.rollout(frames, break_when_any_done=False, auto_reset=False, tensordict=start)
+            yield rollout
+            # The reward is no part of a first frame: chunks of one frame would store it at the root, all but the first.
+            start = rollout[..., -1]["next"].exclude("reward")
+    finally:
+        env.close()
+
+
+def _extend(buffer: ReplayBuffer, rollout: TensorDictBase) -> Tensor:
+    """Extends the buffer; returns the rows that were written, one per time step, in the order of time."""
+    indices: Tensor = buffer.extend(rollout.clone())
+    return indices[::ENVIRONMENTS, 0]
+
+
+def _leaf_keys(frames: TensorDictBase) -> list[NestedKey]:
+    return list(frames.keys(include_nested=True, leaves_only=True))
+
+
+def _compare(ours: TensorDictBase, theirs: TensorDictBase, first: int, n_steps: int) -> str | None:
+    """The first difference between frames ``[E, ENVIRONMENTS]`` that the stream's frame ``first`` begins."""
+    our_keys, their_keys = set(_leaf_keys(ours)), set(_leaf_keys(theirs))
+    if our_keys != their_keys | {DOCUMENTED_REWARD}:
+        return f"stored keys {sorted(map(str, our_keys))}, torchrl's {sorted(map(str, their_keys))}"
+    for key in _leaf_keys(ours):
+        got: Tensor = ours.get(key)
+        expected: Tensor = theirs.get(WRITTEN_REWARD if key == DOCUMENTED_REWARD else key)
+        if key == "nonterminal" and n_steps == 1:
+            expected = ~theirs.get(("next", "done")).squeeze(-1)
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            return f"key {key}: {got.dtype} {list(got.shape)}, torchrl's {expected.dtype} {list(expected.shape)}"
+        different = ~_close(got, expected, n_steps) if key in INEXACT_KEYS else got != expected
+        different = different.flatten(2).any(-1) if different.ndim > 2 else different
+        if different.any():
+            at = frame, environment = tuple(different.nonzero()[0].tolist())
+            return (
+                f"key {key}, frame {first + frame} of environment {environment}: {got[at].tolist()}, "
+                f"torchrl's {expected[at].tolist()}"
+            )
+    return None
+
+
+def _close(got: Tensor, expected: Tensor, n_steps: int) -> Tensor:
+    eps, tiny = torch.finfo(expected.dtype).eps, torch.finfo(expected.dtype).tiny
+    # Below the smallest normal number an ulp is not relative any more: a small gamma's high powers underflow.
+    return (got - expected).abs() <= _ulps(n_steps) * eps * expected.abs() + tiny
+
+
+def _ulps(n_steps: int) -> int:
+    """How far apart two right answers can be, in float32 ulps, taking an ulp as eps times the value."""
+    # A rounding is half an ulp, and CartPole's rewards are not negative, so that nothing cancels. In the nested sum
+    # gamma is rounded once and used up to n - 1 times, each time with a product and a sum: 3 (n - 1) roundings.
+    # torchrl's convolution rounds each power, each product and n - 1 sums: n + 1. Together 4 n - 2 roundings, 2 n - 1
+    # ulps. The discount is less: ours is rounded once; torchrl's, gamma rounded and raised to the n-th power, n times
+    # and the power itself, which is good to 2 ulps: n / 2 + 2.5 ulps.
+    return 2 * n_steps + 2

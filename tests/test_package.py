@@ -1,0 +1,71 @@
+"""The package as it is installed, imported and run."""
+
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import multistep_triton
+from multistep_triton import __version__
+
+ROOT = Path(__file__).parent.parent
+MODULES = ["functional", "transform"]
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_needs_no_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from tensordict import TensorDict
+from multistep_triton import MultiStepTransform
+data = TensorDict({"next": {"reward": torch.ones(4, 1), "done": torch.zeros(4, 1, dtype=torch.bool)}}, [4])
+print(MultiStepTransform(2, 1.0).inv(data)["next", "reward"].flatten().tolist())
+"""
+    assert run(code).splitlines()[-1] == "[2.0, 2.0]"
+
+
+def test_import_imports_no_triton():
+    # torch itself may import triton; ours must not add to that
+    code = """
+import sys, torch, torchrl.envs.transforms
+before = "triton" in sys.modules
+import multistep_triton
+print(before or "triton" not in sys.modules)
+"""
+    assert run(code).splitlines()[-1] == "True"
+
+
+def test_kernels_are_a_subpackage():
+    assert importlib.import_module("multistep_triton.kernels").__name__ == "multistep_triton.kernels"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(f"multistep_triton.{name}")
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_every_public_name_has_a_docstring():
+    for name in multistep_triton.__all__:
+        assert getattr(multistep_triton, name).__doc__, name
+
+
+def test_versions_agree():
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_reference_imports_torch_only():
+    source = (ROOT / "multistep_triton" / "reference.py").read_text()
+    imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE))
+    assert imported == {"__future__", "collections", "torch"}
