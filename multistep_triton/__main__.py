@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from multistep_triton.functional import BACKENDS, check_backend, check_gamma, check_n_steps, resolve_backend
+from multistep_triton.functional import BACKENDS, check_backend, check_gamma, check_positive_int, resolve_backend
 
 MAX_SEED = 2**32 - 1
 DEMO_REQUIREMENTS = ("gymnasium", "tqdm")
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gamma=options.gamma,
         frames_per_chunk=options.frames_per_chunk,
         chunks=options.chunks,
-        capacity=options.capacity,
+        capacity=min(options.capacity, smallest * options.chunks),
         seed=options.seed,
         backend=options.backend,
     )
@@ -73,14 +73,19 @@ def _add_demo(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = partial(parser.add_argument, metavar="N")
-    add("--n-steps", type=_argument(int, check_n_steps), default=3, help="frames in a full window")
+    add(
+        "--n-steps",
+        type=_argument(int, partial(check_positive_int, "n_steps")),
+        default=3,
+        help="frames in a full window",
+    )
     add("--gamma", type=_argument(float, check_gamma), default=0.95, metavar="G", help="discount per step, in [0, 1]")
     for name, default, text in (
         ("frames-per-chunk", 50, "frames of each environment in one extend"),
         ("chunks", 100, "number of extends"),
-        ("capacity", 100, "frames that a buffer holds, at least one chunk of both environments"),
+        ("capacity", 100, "frames that a buffer holds, at least one chunk and at most all of both environments"),
     ):
-        add(f"--{name}", type=_argument(int, partial(check_n_steps, name=name)), default=default, help=text)
+        add(f"--{name}", type=_argument(int, partial(check_positive_int, name)), default=default, help=text)
     add("--seed", type=_argument(int, _check_seed), default=0, help="seed of the environments and the actions")
     add(
         "--backend",

@@ -7,12 +7,13 @@ tensorclasses, non-tensor entries) and no maths. May import tensordict and torch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
 from tensordict import (
+    LazyStackedTensorDict,
     NonTensorData,
     NonTensorStack,
     TensorDict,
@@ -23,7 +24,7 @@ from tensordict import (
 )
 from torch import Tensor
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 class Node(NamedTuple):
@@ -42,22 +43,32 @@ class Frames:
 
     batch_size: torch.Size
     """``[*B, T]``."""
-    leaves: dict[Path, Tensor] = field(default_factory=dict)
-    nodes: dict[Path, Node] = field(default_factory=dict)
+    leaves: dict[KeyPath, Tensor] = field(default_factory=dict)
+    nodes: dict[KeyPath, Node] = field(default_factory=dict)
     """Parents come before their children."""
-    objects: dict[Path, list[Any]] = field(default_factory=dict)
+    objects: dict[KeyPath, list[Any]] = field(default_factory=dict)
     """The objects that the leaf of a non-tensor entry, int64 ``[*B, T]``, counts into."""
-    kinds: dict[Path, tuple[Any, ...]] = field(default_factory=dict)
+    kinds: dict[KeyPath, tuple[Any, ...]] = field(default_factory=dict)
     """What every leaf has but its frames: dtype, trailing shape, device. Frames of equal kinds can be joined."""
 
     @classmethod
-    def read(cls, data: TensorDictBase) -> Frames:
-        """Reads a tensordict; the leaves are its own tensors, a lazily stacked one's are stacked."""
+    def read(cls, data: TensorDictBase, without: Collection[KeyPath] = ()) -> Frames:
+        """Reads a tensordict, ``without`` some entries; the leaves are its own tensors, stacked where they are lazy.
+
+        Raises:
+            TypeError: an entry is neither a tensor nor a tensordict nor a non-tensor.
+            ValueError: the elements of a lazy stack differ in their keys or shapes.
+        """
         frames = cls(data.batch_size)
-        frames._read(data, (), len(data.batch_size))
+        non_tensors: dict[KeyPath, Any] = {}
+        frames._read(data, (), len(data.batch_size), without, non_tensors)
+        for path, value in non_tensors.items():
+            frames._read_objects(value, path)
         return frames
 
-    def _read(self, data: Any, path: Path, ndim: int) -> None:
+    def _read(
+        self, data: Any, path: KeyPath, ndim: int, without: Collection[KeyPath], non_tensors: dict[KeyPath, Any]
+    ) -> None:
         names = data.names
         self.nodes[path] = Node(
             kind=type(data) if is_tensorclass(data) else None,
@@ -65,27 +76,30 @@ class Frames:
             names=names if any(names) else None,
             device=data.device,
         )
-        for key, value in data.items():
+        for key, value in _lazy_items(data, path) if isinstance(data, LazyStackedTensorDict) else data.items():
             entry = (*path, key)
+            if entry in without:
+                continue
             if isinstance(value, Tensor):
                 self.leaves[entry] = value
                 self.kinds[entry] = (value.dtype, value.shape[ndim:], value.device)
             elif is_non_tensor(value):
-                self._read_objects(value, entry)
+                non_tensors[entry] = value
             elif is_tensor_collection(value):
-                self._read(value, entry, ndim)
+                self._read(value, entry, ndim, without, non_tensors)
             else:
                 raise TypeError(f"entry {entry} must be a tensor or a tensordict, got {type(value).__name__}")
 
-    def _read_objects(self, value: Any, path: Path) -> None:
-        if isinstance(value, NonTensorData):
-            self.objects[path] = [value.data]
-            indices = torch.zeros(self.batch_size, dtype=torch.int64)
+    def _read_objects(self, value: Any, path: KeyPath) -> None:
+        shape, device = value.batch_size, next((leaf.device for leaf in self.leaves.values()), None)
+        if isinstance(value, NonTensorStack):
+            self.objects[path] = [entry.data for entry in value.reshape(-1).unbind(0)] if shape.numel() else []
+            indices = torch.arange(shape.numel(), device=device).view(shape)
         else:
-            self.objects[path] = [entry.data for entry in value.reshape(-1).unbind(0)]
-            indices = torch.arange(self.batch_size.numel()).view(self.batch_size)
-        self.leaves[path] = indices.to(value.device)
-        self.kinds[path] = ("non-tensor", torch.Size(()), value.device)
+            self.objects[path] = [value.data]
+            indices = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.leaves[path] = indices
+        self.kinds[path] = ("non-tensor", shape[len(self.batch_size) :], None)
 
     def count_on(self, carry: Frames) -> None:
         """Puts the carry's objects before these, so that one index counts into both."""
@@ -95,17 +109,18 @@ class Frames:
                 self.objects[path] = carried + objects
                 self.leaves[path] = self.leaves[path] + len(carried)
 
-    def hold(self, leaves: dict[Path, Tensor], batch_size: torch.Size) -> Frames:
-        """Frames ``[*B, c]`` of this structure, with no more objects than they count into."""
+    def hold(self, leaves: dict[KeyPath, Tensor], batch_size: torch.Size) -> Frames:
+        """Frames ``[*B, c]`` of this structure, with no more objects than they count into and no autograd graph."""
+        leaves = {path: leaf.detach() if leaf.requires_grad else leaf for path, leaf in leaves.items()}
         held = Frames(batch_size, leaves, self.nodes, kinds=self.kinds)
         for path, objects in self.objects.items():
             used, leaves[path] = leaves[path].unique(return_inverse=True)
             held.objects[path] = [objects[index] for index in used.tolist()]
         return held
 
-    def build(self, leaves: Mapping[Path, Tensor], batch_size: torch.Size) -> TensorDict:
+    def build(self, leaves: Mapping[KeyPath, Tensor], batch_size: torch.Size) -> TensorDict:
         """A tensordict ``[*B, E]`` of this structure; ``leaves`` may hold more entries than were read."""
-        entries: dict[Path, dict[str, Any]] = {path: {} for path in self.nodes}
+        entries: dict[KeyPath, dict[str, Any]] = {path: {} for path in self.nodes}
         for path, leaf in leaves.items():
             entries[path[:-1]][path[-1]] = self._stack_objects(path, leaf) if path in self.objects else leaf
         for path, node in reversed(self.nodes.items()):
@@ -118,18 +133,29 @@ class Frames:
                 entries[path[:-1]][path[-1]] = built
         return cast(TensorDict, built)
 
-    def _stack_objects(self, path: Path, indices: Tensor) -> NonTensorData | NonTensorStack:
+    def _stack_objects(self, path: KeyPath, indices: Tensor) -> NonTensorData | NonTensorStack:
         objects = self.objects[path]
         if len(objects) == 1 or not indices.numel():
-            return NonTensorData(objects[0], batch_size=indices.shape, device=indices.device)
+            return NonTensorData(objects[0] if objects else None, batch_size=indices.shape)
         stacked = NonTensorStack(*(NonTensorData(objects[index]) for index in indices.view(-1).tolist()))
         return stacked.view(indices.shape)
 
 
 def _same(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    try:
-        return type(one) is type(other) and bool(one == other)
-    except (TypeError, ValueError, RuntimeError):  # an array's == has no truth value
-        return False
+    """Whether one object can stand for the other; equality is asked only of what cannot change."""
+    return one is other or (type(one) is type(other) and isinstance(one, str | bytes | int | float) and one == other)
+
+
+def _lazy_items(data: LazyStackedTensorDict, path: KeyPath) -> Iterator[tuple[str, Any]]:
+    """The entries of a lazy stack, which itself passes over those that not every element has."""
+    keys = [set(element.keys()) for element in data.tensordicts]
+    if some := set.union(*keys) - set.intersection(*keys):
+        entries = [(*path, key) for key in sorted(some)]
+        raise ValueError(f"entries {entries} must be in every element of a lazily stacked tensordict, got some without")
+    for key in data.tensordicts[0].keys():  # noqa: SIM118  # iterating a tensordict goes over its frames
+        try:
+            yield key, data.get(key)
+        except RuntimeError as error:
+            raise ValueError(
+                f"entry {(*path, key)} must have one shape in every element of a lazily stacked tensordict, got {error}"
+            ) from error

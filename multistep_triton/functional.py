@@ -7,7 +7,6 @@ May import ``reference`` and, inside the branch that runs them, the kernels.
 
 from __future__ import annotations
 
-import math
 import numbers
 import os
 from collections.abc import Collection, Hashable, Mapping
@@ -94,7 +93,7 @@ def n_step_return(
         >>> n_step_return(torch.tensor([1.0, 2.0, 4.0, 8.0]), done, gamma=0.5, n_steps=2).reward
         tensor([2., 4., 4., 8.])
     """
-    check_n_steps(n_steps)
+    check_positive_int("n_steps", n_steps)
     check_gamma(gamma)
     flags = {"done": done} if mask is None else {"done": done, "mask": mask}
     _check_tensors(reward=reward, **flags)
@@ -211,7 +210,7 @@ def resolve_backend(backend: str) -> str:
     """
     check_backend(backend)
     if backend == "auto":
-        backend = check_backend(os.environ.get(BACKEND_VARIABLE, "auto"), f"environment variable {BACKEND_VARIABLE}")
+        backend = check_backend(os.environ.get(BACKEND_VARIABLE) or "auto", f"environment variable {BACKEND_VARIABLE}")
     if backend == "triton":
         raise RuntimeError(
             "backend 'triton' cannot run: this version of multistep_triton has no kernels yet. "
@@ -220,17 +219,17 @@ def resolve_backend(backend: str) -> str:
     return "reference"
 
 
-def check_n_steps(value: int, name: str = "n_steps") -> int:
+def check_positive_int(name: str, value: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an int >= 1, got {value!r}")
     return value
 
 
-def check_gamma(value: float, name: str = "gamma") -> float:
+def check_gamma(value: float) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a finite number in [0, 1], got {value!r}")
-    if not (math.isfinite(value) and 0 <= value <= 1):
-        raise ValueError(f"{name} must be a finite number in [0, 1], got {value!r}")
+        raise TypeError(f"gamma must be a finite number in [0, 1], got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"gamma must be a finite number in [0, 1], got {value!r}")
     return value
 
 

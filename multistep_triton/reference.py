@@ -88,8 +88,8 @@ def n_step_extend_reference(
         stream_rows = _end_rows(ahead, known, 0)
     else:
         seam_rows = _end_rows(ahead.narrow(time_dim, 0, seam), near, 0)
-        data_rows = _end_rows(ahead, new, -carried)
-        data_rows[:carried].clamp_(min=0)  # windows that end in the carry, overwritten below
+        # Windows that end in the carry have no row here; they get any, and are overwritten below.
+        data_rows = _end_rows(ahead, new, -carried).clamp_(min=0)
 
     def gather(key: Hashable) -> Tensor:
         if seam == emitted:
@@ -164,7 +164,7 @@ def _end_rows(ahead: Tensor, length: int, offset: int) -> Tensor:
     """Row of ``e(t) + offset`` in a source whose ``length`` frames per batch element are laid end to end."""
     batch, frames = ahead.shape[:-1].numel(), ahead.shape[-1]
     span = max(batch - 1, 0) * length + frames
-    dtype = torch.int32 if span < 2**31 else torch.int64
+    dtype = torch.int32 if batch * length + frames < 2**31 else torch.int64
     starts = torch.arange(offset, offset + span, dtype=dtype, device=ahead.device).unfold(0, frames, max(length, 1))
     return (starts + ahead.reshape(batch, frames)).view(-1)
 

@@ -14,18 +14,21 @@ from torch import Tensor
 from torchrl.envs.transforms import Transform
 from torchrl.envs.transforms.rb_transforms import MultiStepTransform as _TorchRLMultiStepTransform
 
-from multistep_triton.frames import Frames, Path
+from multistep_triton.frames import Frames, KeyPath
 from multistep_triton.functional import (
     Extension,
     check_backend,
     check_flag,
     check_gamma,
-    check_n_steps,
+    check_positive_int,
     check_reward,
     n_step_extend,
 )
 
+DEFAULT_REWARD_KEYS = ("reward",)
 DEFAULT_DONE_KEYS = ("done", "truncated", "terminated")
+ROOT_PATHS = (("steps_to_next_obs",), ("gamma",), ("nonterminal",))
+ORIGINAL_REWARD_PATH = ("next", "original_reward")
 
 
 class MultiStepTransform(Transform):
@@ -127,7 +130,7 @@ class MultiStepTransform(Transform):
 
     @n_steps.setter
     def n_steps(self, value: int) -> None:
-        self._n_steps = check_n_steps(value)
+        self._n_steps = check_positive_int("n_steps", value)
 
     @property
     def gamma(self) -> float:
@@ -154,8 +157,7 @@ class MultiStepTransform(Transform):
 
     @reward_keys.setter
     def reward_keys(self, value: Sequence[NestedKey] | None) -> None:
-        self._reward_keys = _key_list(value, ["reward"])
-        self._reward_paths = tuple(_path("next", key) for key in self._reward_keys)
+        self._reward_keys = _key_list("reward_keys", value, DEFAULT_REWARD_KEYS)
 
     @property
     def done_key(self) -> NestedKey:
@@ -164,8 +166,7 @@ class MultiStepTransform(Transform):
 
     @done_key.setter
     def done_key(self, value: NestedKey | None) -> None:
-        self._done_key = "done" if value is None else value
-        self._done_path = _path("next", self._done_key)
+        self._done_key = "done" if value is None else _check_key("done_key", value)
 
     @property
     def done_keys(self) -> Sequence[NestedKey]:
@@ -174,8 +175,7 @@ class MultiStepTransform(Transform):
 
     @done_keys.setter
     def done_keys(self, value: Sequence[NestedKey] | None) -> None:
-        self._done_keys = _key_list(value, DEFAULT_DONE_KEYS)
-        self._done_paths = tuple(_path("next", key) for key in self._done_keys)
+        self._done_keys = _key_list("done_keys", value, DEFAULT_DONE_KEYS)
 
     @property
     def mask_key(self) -> NestedKey:
@@ -184,8 +184,7 @@ class MultiStepTransform(Transform):
 
     @mask_key.setter
     def mask_key(self, value: NestedKey | None) -> None:
-        self._mask_key = "mask" if value is None else value
-        self._mask_path = _path(self._mask_key)
+        self._mask_key = "mask" if value is None else _check_key("mask_key", value)
 
     def clear(self) -> None:
         """Drops the frames held back."""
@@ -202,54 +201,72 @@ class MultiStepTransform(Transform):
         if not isinstance(tensordict, TensorDictBase):
             raise TypeError(f"data must be a TensorDict of batch size [*B, T], got {type(tensordict).__name__}")
         if not tensordict.ndim:
+            self._check_emits_one_frame()
             frame = self._inv_call(tensordict.unsqueeze(-1))
             return None if frame is None else frame.squeeze(-1)
-        data, carry = Frames.read(tensordict), self._carry
-        self._check_entries(data)
+        done, mask = _path("next", self._done_key), _path(self._mask_key)
+        rewards = [_path("next", key) for key in self._reward_keys]
+        as_they_came = {done, *rewards, *(_path("next", key) for key in self._done_keys)}
+        written = {*ROOT_PATHS, ORIGINAL_REWARD_PATH, *map(_original, rewards)} - {mask, *as_they_came}
+        data, carry = Frames.read(tensordict, without=written), self._carry
+        _check_entries(data, done, mask, rewards)
         if carry is not None:
             _check_continues(carry, data)
             data.count_on(carry)
-        as_they_came = {*self._reward_paths, *self._done_paths, self._done_path}
         extension = n_step_extend(
             None if carry is None else carry.leaves,
             data.leaves,
             time_dim=tensordict.ndim - 1,
-            reward_keys=self._reward_paths,
+            reward_keys=rewards,
             gathered_keys={path for path in data.leaves if path[0] == "next" and path not in as_they_came},
-            done_key=self._done_path,
-            mask_key=self._mask_path if self._mask_path in data.leaves else None,
+            done_key=done,
+            mask_key=mask if mask in data.leaves else None,
             n_steps=self._n_steps,
             gamma=float(self._gamma),
             backend=self._backend,
         )
-        emitted, held = extension.steps.shape[-1], extension.carry[self._done_path].shape[tensordict.ndim - 1]
+        emitted, held = extension.steps.shape[-1], extension.carry[done].shape[tensordict.ndim - 1]
         batch = tensordict.batch_size[:-1]
-        result = data.build(self._output_leaves(extension), torch.Size((*batch, emitted))) if emitted else None
+        result = data.build(_output_leaves(extension), torch.Size((*batch, emitted))) if emitted else None
         self._carry = data.hold(extension.carry, torch.Size((*batch, held))) if held else None
         return result
 
-    def _output_leaves(self, extension: Extension) -> dict[Path, Tensor]:
-        leaves = extension.leaves
-        for path, returns in extension.returns.items():
-            original = leaves[path]
-            leaves[(*path[:-1], f"{path[-1]}_orig")] = original
-            leaves[path] = returns
-        if len(extension.returns) == 1:
-            leaves["next", "original_reward"] = original
-        leaves["steps_to_next_obs",] = extension.steps
-        leaves["gamma",] = extension.discount
-        leaves["nonterminal",] = extension.nonterminal
-        return leaves
+    def _check_emits_one_frame(self) -> None:
+        held = 0 if self._carry is None else self._carry.batch_size[-1]
+        if held > self._n_steps:
+            raise ValueError(
+                f"a single frame must find at most n_steps = {self._n_steps} frames held back, got {held}: after "
+                f"n_steps was made smaller, extend with a batch of frames first, an empty one will do"
+            )
 
-    def _check_entries(self, data: Frames) -> None:
-        for path in (self._done_path, *self._reward_paths):
-            if path not in data.leaves or path in data.objects:
-                raise KeyError(f"data must hold a tensor at {path}, got the entries {list(data.leaves)}")
-        check_flag(f"done {self._done_path}", data.leaves[self._done_path], data.batch_size)
-        if self._mask_path in data.leaves:
-            check_flag(f"mask {self._mask_path}", data.leaves[self._mask_path], data.batch_size)
-        for path in self._reward_paths:
-            check_reward(f"reward {path}", data.leaves[path], data.batch_size)
+
+def _output_leaves(extension: Extension) -> dict[KeyPath, Tensor]:
+    leaves = extension.leaves
+    for path, returns in extension.returns.items():
+        original = leaves[path]
+        leaves[_original(path)] = original
+        leaves[path] = returns
+    if len(extension.returns) == 1:
+        leaves[ORIGINAL_REWARD_PATH] = original
+    leaves.update(zip(ROOT_PATHS, (extension.steps, extension.discount, extension.nonterminal), strict=True))
+    return leaves
+
+
+def _original(reward: KeyPath) -> KeyPath:
+    return (*reward[:-1], f"{reward[-1]}_orig")
+
+
+def _check_entries(data: Frames, done: KeyPath, mask: KeyPath, rewards: Sequence[KeyPath]) -> None:
+    for path in (done, *rewards):
+        if path not in data.leaves or path in data.objects:
+            raise KeyError(f"data must hold a tensor at {path}, got the entries {list(data.leaves)}")
+    check_flag(f"done {done}", data.leaves[done], data.batch_size)
+    if mask in data.objects:
+        raise TypeError(f"mask {mask}, named by mask_key, must be bool, got a non-tensor")
+    if mask in data.leaves:
+        check_flag(f"mask {mask}, named by mask_key,", data.leaves[mask], data.batch_size)
+    for path in rewards:
+        check_reward(f"reward {path}", data.leaves[path], data.batch_size)
 
 
 def _check_continues(carry: Frames, data: Frames) -> None:
@@ -274,16 +291,27 @@ def _describe(kind: tuple[Any, ...] | None) -> str:
     if kind is None:
         return "absent"
     dtype, shape, device = kind
-    return f"{dtype} {list(shape)} on {device}"
+    return f"{dtype} {list(shape)}" if device is None else f"{dtype} {list(shape)} on {device}"
 
 
-def _path(*keys: NestedKey) -> Path:
+def _path(*keys: NestedKey) -> KeyPath:
     """The key as a flat tuple of names."""
     key = unravel_key(keys)
     return (key,) if isinstance(key, str) else key
 
 
-def _key_list(value: Iterable[NestedKey] | None, default: Sequence[NestedKey]) -> list[NestedKey]:
+def _check_key(name: str, value: NestedKey) -> NestedKey:
+    names = value if isinstance(value, tuple) else (value,)
+    if not names or not all(isinstance(each, str) for each in names):
+        raise TypeError(f"{name} must be a key, a string or a tuple of strings, got {value!r}")
+    return value
+
+
+def _key_list(name: str, value: Iterable[NestedKey] | None, default: Sequence[NestedKey]) -> list[NestedKey]:
     if value is None:
         return list(default)
-    return [value] if isinstance(value, str) else list(value)
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of keys, got {value!r}")
+    return [_check_key(name, key) for key in value]

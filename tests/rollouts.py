@@ -85,7 +85,7 @@ def assert_returns(actual: Tensor, reward: Tensor, ends: Tensor, gamma: float, n
     )
     bound = 1.5 * n_steps * torch.finfo(accumulated).eps * magnitude
     if dtype != accumulated:
-        bound = bound + torch.finfo(dtype).eps * magnitude + torch.finfo(dtype).tiny
+        bound = bound + torch.finfo(dtype).eps / 2 * (magnitude + bound) + torch.finfo(dtype).tiny
     error = (actual.double() - expected).abs()
     assert actual.shape == expected.shape
     assert (error <= bound).all(), f"error {error.max()} beyond the bound, at {(error > bound).nonzero()[0].tolist()}"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from rollouts import make_rollout
-from tensordict import TensorDict, tensorclass
+from tensordict import TensorDict, lazy_stack, tensorclass
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import SerialEnv, TransformedEnv
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
@@ -30,7 +30,7 @@ def test_n_steps(value):
 @pytest.mark.parametrize(
     ("value", "error"),
     [
-        *((value, ValueError) for value in (-3, 1.01, math.nan, math.inf)),
+        *((value, ValueError) for value in (-3, 1.01, math.nan, math.inf, 10**400)),
         *((value, TypeError) for value in (True, "0.9", None)),
     ],
 )
@@ -63,12 +63,34 @@ def test_backend_triton_says_why_it_cannot_run():
         MultiStepTransform(3, 0.9, backend="triton").inv(rollout)
 
 
+@pytest.mark.parametrize("name", ["done_key", "mask_key", "reward_keys", "done_keys"])
+@pytest.mark.parametrize("value", [7, ("agent", 7), ()], ids=str)
+def test_keys(name, value):
+    if name.endswith("s") and value != 7:
+        value = [value]
+    with pytest.raises(TypeError, match=rf"{name} must be a .*key.*, got .*7|got \(\)"):
+        MultiStepTransform(3, 0.9, **{name: value})
+
+
+def test_a_single_frame_cannot_emit_several():
+    transform = MultiStepTransform(5, 0.9)
+    rollout = make_rollout((), 20)
+    transform.inv(rollout[:10])
+    transform.n_steps = 2
+    with pytest.raises(ValueError, match=r"at most n_steps = 2 frames held back, got 5.* an empty one will do"):
+        transform.inv(rollout[10])
+    assert torch.equal(transform.inv(rollout[10:10])["observation"], rollout["observation"][5:8])
+    assert torch.equal(transform.inv(rollout[10])["observation"], rollout["observation"][8])
+
+
 def test_environment_variable_overrides_auto_only(monkeypatch):
     reward, done = torch.ones(2), torch.zeros(2, dtype=torch.bool)
     monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
         n_step_return(reward, done, gamma=0.9, n_steps=2)
     n_step_return(reward, done, gamma=0.9, n_steps=2, backend="reference")
+    monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "")
+    n_step_return(reward, done, gamma=0.9, n_steps=2)
     monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "fast")
     with pytest.raises(ValueError, match=r"environment variable MULTISTEP_TRITON_BACKEND must be one of .* got 'fast'"):
         n_step_return(reward, done, gamma=0.9, n_steps=2)
@@ -103,7 +125,7 @@ BAD_DATA = {
     "mask not bool": (
         lambda data: data.clone().set("mask", torch.ones(2, 10)),
         TypeError,
-        r"mask \('mask',\) must be bool, got torch.float32",
+        r"mask \('mask',\), named by mask_key, must be bool, got torch.float32",
     ),
     "complex reward": (
         with_leaf(("next", "reward"), lambda reward: reward.to(torch.complex64)),
@@ -140,7 +162,22 @@ BAD_DATA = {
     "a non-tensor where a tensor was": (
         lambda data: data.clone().set("action", "left"),
         ValueError,
-        r"\('action',\) must be torch.int64 \[\] on cpu, got non-tensor \[\]",
+        r"\('action',\) must be torch.int64 \[\] on cpu, got non-tensor \[\]$",
+    ),
+    "a mask that is no tensor": (
+        lambda data: data.clone().set("mask", "left"),
+        TypeError,
+        r"mask \('mask',\), named by mask_key, must be bool, got a non-tensor",
+    ),
+    "a lazy stack with a key in some elements": (
+        lambda data: lazy_stack([data[0].clone().set("extra", torch.ones(10)), data[1]]),
+        ValueError,
+        r"entries \[\('extra',\)\] must be in every element of a lazily stacked tensordict, got some without",
+    ),
+    "a lazy stack of several shapes": (
+        lambda data: lazy_stack([data[0].clone().set("action", torch.ones(10, 2)), data[1]]),
+        ValueError,
+        r"entry \('action',\) must have one shape in every element of a lazily stacked tensordict, got ",
     ),
     "not a tensordict": (lambda data: [data], TypeError, r"must be a TensorDict of batch size \[\*B, T\], got list"),
     "a dict": (lambda data: data.to_dict(), TypeError, r"must be a TensorDict of batch size \[\*B, T\], got dict"),

@@ -6,6 +6,8 @@ from tensordict import TensorDict
 
 from multistep_triton import MultiStepTransform, gather_future, n_step_return
 
+pytestmark = pytest.mark.usefixtures("read")
+
 F, T = False, True
 
 
@@ -99,15 +101,22 @@ def test_integer_and_bool_rewards_are_promoted():
     assert (out.reward.dtype, out.reward.tolist()) == (torch.float32, [1.5, 1.0, 0.0])
 
 
-def test_half_precision_is_accumulated_in_float32():
-    # in float16 2048 + 1 is 2048: three ones would be lost one by one
-    out = n_step_return(
-        torch.tensor([2048.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float16),
-        torch.zeros(5, dtype=torch.bool),
-        gamma=1.0,
-        n_steps=5,
-    )
-    assert (out.reward.dtype, out.reward[0].item()) == (torch.float16, 2052.0)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_accumulated_in_float32(dtype):
+    # back from the end: added to the large reward one by one in its own dtype, the ones would be lost
+    large = 2 / torch.finfo(dtype).eps
+    reward = torch.tensor([1.0, 1.0, 1.0, 1.0, large], dtype=dtype)
+    out = n_step_return(reward, torch.zeros(5, dtype=torch.bool), gamma=1.0, n_steps=5)
+    assert (out.reward.dtype, out.reward[0].item()) == (dtype, large + 4)
+
+
+def test_promotion_follows_the_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        out = n_step_return(torch.tensor([1, 1, 1]), torch.zeros(3, dtype=torch.bool), gamma=0.1, n_steps=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (out.reward.dtype, out.reward[0].item()) == (torch.float64, 1 + 0.1 * (1 + 0.1))
 
 
 def test_gather_future():
@@ -154,6 +163,15 @@ def test_transform_with_one_step_knows_what_is_terminal():
     assert out["nonterminal"].tolist() == [T, F]
     assert out["next", "observation"].tolist() == [1, 2]
     assert out["steps_to_next_obs"].tolist() == [1, 1]
+
+
+def test_transform_with_another_mask_key():
+    valid = torch.tensor([T, T, F, T, T])
+    out = MultiStepTransform(2, 0.5, mask_key=("collector", "valid")).inv(
+        frames([1.0, 2.0, 4.0, 8.0, 16.0], [F] * 5, collector={"valid": valid}, mask=torch.tensor([T] * 5))
+    )
+    assert out["next", "reward"].flatten().tolist() == [2.0, 2.0, 4.0]
+    assert out["nonterminal"].tolist() == [T, F, F]
 
 
 def test_transform_mask_at_the_seam_between_calls():

@@ -83,10 +83,12 @@ def test_the_carry_is_compact():
             assert leaf.shape[1] == 3
             assert leaf.untyped_storage().nbytes() == leaf.nbytes
     assert transform._buffer.batch_size == (4, 3)
+    assert not storages(transform._buffer) & {x.untyped_storage().data_ptr() for x in transform._carry.leaves.values()}
 
 
-def test_outputs_are_compact():
-    transform = MultiStepTransform(3, 0.9)
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_outputs_are_compact(n_steps):
+    transform = MultiStepTransform(n_steps, 0.9)
     for part in make_rollout((4,), 60).split(20, -1):
         for key, leaf in transform.inv(part).items(True, True):
             assert leaf.is_contiguous(), key

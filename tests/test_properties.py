@@ -1,5 +1,6 @@
 """Any shape, done pattern, window, gamma, dtype and schedule, against plain loops in float64."""
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -7,7 +8,7 @@ from rollouts import assert_returns, extend, make_rollout, window_ends
 from tensordict import TensorDict
 from torch import Tensor
 
-from multistep_triton import MultiStepTransform, gather_future, n_step_return
+from multistep_triton import MultiStepTransform, gather_future, n_step_return, reference
 
 REWARD_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.uint8, torch.bool]
 VALUE_DTYPES = [torch.bool, torch.uint8, torch.int16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
@@ -67,6 +68,14 @@ def frame_bytes(value: Tensor) -> Tensor:
     return value.contiguous().view(torch.uint8) if value.numel() else value
 
 
+@pytest.fixture(scope="module", autouse=True, params=["joined", "where they lie"])
+def read(request):
+    """Both ways in which the reference reads carry and data, whatever the size of the data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_JOIN_BYTES", {"joined": 1 << 62, "where they lie": -1}[request.param])
+        yield
+
+
 @given(streams())
 def test_transform_is_the_loop_however_the_stream_is_cut(stream):
     rollout, cuts, n_steps, gamma = stream
@@ -120,6 +129,26 @@ def test_functions_are_the_loop(stream):
     assert torch.equal(out.discount, (torch.tensor(gamma, dtype=torch.float64) ** out.steps).float())
     gathered = gather_future(rollout["next", "value"], out.steps)
     assert torch.equal(frame_bytes(gathered), frame_bytes(take(rollout["next", "value"], ends)))
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=8))
+def test_changing_n_steps_loses_and_repeats_no_frame(calls):
+    known = sum(frames for _, frames in calls)
+    rollout = make_rollout((2,), known, seed=known)
+    transform = MultiStepTransform(1, 0.9)
+    seen = given = 0
+    for n_steps, frames in calls:
+        transform.n_steps = n_steps
+        out = transform.inv(rollout[:, given : given + frames])
+        given += frames
+        emitted = max(given - n_steps, seen)
+        assert (out is None) == (emitted == seen)
+        if out is not None:
+            ends = window_ends(rollout["next", "done"].squeeze(-1)[:, :given], n_steps)
+            assert torch.equal(out["observation"], rollout["observation"][:, seen:emitted])
+            future = take(rollout["next", "observation"][:, :given], ends)
+            assert torch.equal(out["next", "observation"], future[:, seen:emitted])
+        seen = emitted
 
 
 @given(st.integers(1, 6), st.lists(st.integers(0, 9), min_size=1, max_size=6))

@@ -9,6 +9,8 @@ from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransf
 
 from multistep_triton import MultiStepTransform
 
+pytestmark = pytest.mark.usefixtures("read")
+
 FRAMES = 40
 N_STEPS = 3
 
@@ -145,6 +147,58 @@ def test_a_non_tensor_that_changes_between_calls():
     )
 
 
+def test_non_tensors_with_more_batch_dimensions():
+    rollout = make_rollout((2,), FRAMES)
+    names = NonTensorStack(*(NonTensorData((i,)) for i in range(2 * FRAMES * 3))).view(2, FRAMES, 3)
+    agents = TensorDict({"position": torch.randn(2, FRAMES, 3, 2), "team": "red"}, [2, FRAMES, 3])
+    agents["name"] = names
+    rollout["agents"], rollout["next", "agents"] = agents, agents.clone()
+    out = transformed(rollout)
+    numbers = torch.arange(2 * FRAMES * 3).view(2, FRAMES, 3)
+    for key, expected in {
+        "agents": numbers[:, : FRAMES - N_STEPS],
+        ("next", "agents"): at_window_ends(rollout, numbers),
+    }.items():
+        nested = out[key]
+        assert nested.get("name").batch_size == nested.get("team").batch_size == nested.batch_size
+        assert [entry.data[0] for entry in nested.get("name").reshape(-1)] == expected.flatten().tolist()
+        assert nested["team"] == "red"
+
+
+def test_a_non_tensor_repeated_across_calls_is_held_once():
+    rollout = make_rollout((2,), FRAMES)
+    transform = MultiStepTransform(N_STEPS, 0.9)
+    for part in rollout.split(10, -1):
+        out = transform.inv(part.clone().set("task", "".join(["wa", "lk"])))
+        assert isinstance(out.get("task"), NonTensorData)
+        assert transform._carry.objects == {("task",): ["walk"]}
+
+
+def test_only_the_non_tensors_of_frames_held_back_are_kept():
+    rollout = make_rollout((), FRAMES)
+    rollout["info"] = NonTensorStack(*(NonTensorData((i,)) for i in range(FRAMES)))
+    transform = MultiStepTransform(N_STEPS, 0.9)
+    for part in rollout.split(10, -1):
+        transform.inv(part)
+        assert len(transform._carry.objects["info",]) == N_STEPS
+    assert transform.inv(rollout[:0]) is None
+
+
+@pytest.mark.parametrize("key", ["gamma", "steps_to_next_obs", ("next", "reward_orig"), ("next", "original_reward")])
+@pytest.mark.parametrize("value", ["text", torch.zeros(2, FRAMES), TensorDict({}, [2, FRAMES])], ids=type)
+def test_entries_of_the_names_that_are_written_are_replaced(key, value):
+    rollout = make_rollout((2,), FRAMES)
+    expected = transformed(rollout)
+    out = transformed(rollout.clone().set(key, value))
+    assert set(out.keys(True, True)) == set(expected.keys(True, True))
+    assert torch.equal(out[key], expected[key])
+
+
+def test_its_own_output_can_be_its_input():
+    once = transformed(make_rollout((2,), FRAMES))
+    assert torch.equal(MultiStepTransform(1, 0.5).inv(once)["next", "reward"], once["next", "reward"][:, :-1])
+
+
 @pytest.mark.parametrize("stack_dim", [0, 1])
 def test_lazily_stacked_rollouts(stack_dim):
     rollout = make_rollout((2,), FRAMES)
@@ -240,8 +294,26 @@ def test_gamma_can_change_between_calls():
     assert (transform.inv(rollout[:, 20:])["gamma"] == 1.0).all()
 
 
+def test_key_lists_can_be_changed_in_place():
+    rollout = make_rollout((2,), FRAMES)
+    rollout["next", "bonus"] = torch.ones(2, FRAMES, 1)
+    transform = MultiStepTransform(2, 0.5)
+    transform.reward_keys.append("bonus")
+    assert ("next", "bonus_orig") in transform.inv(rollout).keys(True)
+
+
+def test_the_default_device_does_not_matter():
+    rollout = make_rollout((2,), FRAMES).set("task", "walk")
+    expected = transformed(rollout)
+    with torch.device("meta"):
+        out = transformed(rollout)
+    assert (out == expected).all()
+
+
 def test_gradients_flow_through_the_reference():
     reward = torch.ones(1, 4, requires_grad=True)
     data = TensorDict({"next": {"reward": reward, "done": torch.zeros(1, 4, dtype=torch.bool)}}, [1, 4])
-    MultiStepTransform(2, 0.5).inv(data)["next", "reward"].sum().backward()
+    transform = MultiStepTransform(2, 0.5)
+    transform.inv(data)["next", "reward"].sum().backward()
+    assert not any(leaf.requires_grad for leaf in transform._carry.leaves.values())
     assert reward.grad.tolist() == [[1.0, 1.5, 0.5, 0.0]]
