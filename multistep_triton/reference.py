@@ -100,11 +100,11 @@ def n_step_extend_reference(
         future.narrow(time_dim, 0, seam).copy_(beginning)
         return future
 
-    leaves, held = {}, {}
-    for key in data:
-        older, newer = cut(key)
-        leaves[key] = gather(key) if key in gathered_keys else torch.cat(older, time_dim)
-        held[key] = torch.cat(newer, time_dim)
+    parts = {key: cut(key) for key in data}
+    leaves = {
+        key: gather(key) if key in gathered_keys else torch.cat(older, time_dim) for key, (older, _) in parts.items()
+    }
+    held = {key: torch.cat(newer, time_dim) for key, (_, newer) in parts.items()}
     return leaves, returns, (ahead + 1).to(torch.int64), _discounts(ahead, n_steps, gamma), nonterminal, held
 
 
