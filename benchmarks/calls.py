@@ -1,4 +1,4 @@
-"""Where the time of a small call goes: the operators that one call dispatches, and what is not operators.
+"""Where the time of a small call goes: the operators that it dispatches, and what is left without them.
 
 Usage: ``python benchmarks/calls.py``. At [1, 64] a call moves 10 kB; what it costs is how many operators it runs.
 """
@@ -13,7 +13,7 @@ from test_extend import GAMMA, Case, make_rollout, steady
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
 
-from multistep_triton import MultiStepTransform, functional
+from multistep_triton import MultiStepTransform, reference
 
 CASE = Case(1, 64, 0.0)
 REPEATS, CALLS = 15, 1000
@@ -43,17 +43,25 @@ def main() -> None:
         with Operators() as operators:
             transform._inv_call(rollout)
         time = microseconds(lambda transform=transform: transform._inv_call(rollout))
-        print(f"{name}: {time:.0f} us, {operators.names.total()} operators: {dict(operators.names.most_common())}")
+        print(f"{name}: {time:.0f} us, {operators.names.total()} operators")
+        for operator, calls in operators.names.most_common():
+            print(f"    {calls:3d} {operator}")
 
-    # The last transform is ours. With the reference's result at hand, what is left is reading and building tensordicts.
-    compute = functional.reference.n_step_extend_reference
-    results = []
-    functional.reference.n_step_extend_reference = lambda *args, **kwargs: (
-        results.append(compute(*args, **kwargs)) or results[0]
-    )
+    # With the reference's result at hand, what is left is reading and building tensordicts. The last transform is ours.
+    compute, recorded = reference.n_step_extend_reference, []
+
+    def record(*args, **kwargs):
+        leaves, returns, *rest = compute(*args, **kwargs)
+        recorded[:] = leaves.copy(), returns.copy(), *rest
+        return leaves, returns, *rest
+
+    def replay(*args, **kwargs):
+        leaves, returns, *rest = recorded
+        return leaves.copy(), returns.copy(), *rest
+
+    reference.n_step_extend_reference = record
     transform._inv_call(rollout)
-    leaves, returns, *rest = results[0]
-    functional.reference.n_step_extend_reference = lambda *args, **kwargs: (dict(leaves), dict(returns), *rest)
+    reference.n_step_extend_reference = replay
     print(f"multistep_triton without the reference: {microseconds(lambda: transform._inv_call(rollout)):.0f} us")
 
 

@@ -1,8 +1,9 @@
-"""Prints a run of the suite as a Markdown table.
+"""Prints runs of the suite as a Markdown table, and keeps them as CSV.
 
-Usage: ``python benchmarks/table.py FILE [FILE ...]``, files written by ``pytest benchmarks --benchmark-json=FILE``.
-Medians and, in brackets, interquartile ranges, in ms; ratios of medians are of one run each, and with several
-files the median ratio over the runs.
+Usage: ``python benchmarks/table.py [--csv OUT.csv] FILE [FILE ...]``; a FILE is a JSON that ``pytest benchmarks
+--benchmark-json=FILE`` wrote, one run each, or a CSV that this script wrote. Times are medians in ms with, in brackets,
+interquartile ranges; a ratio is of two medians of one run. Of several runs the median is shown, and of the ratios the
+smallest and largest too.
 """
 
 from __future__ import annotations
@@ -17,36 +18,47 @@ CLONE, OURS, TORCHRL = "clone of the input", "multistep_triton", "torchrl"
 
 
 def read(path: Path) -> pd.DataFrame:
-    """One row per case of one run."""
-    benchmarks = json.loads(path.read_text())["benchmarks"]
-    rows = pd.DataFrame(
+    """One row per run, case and contender."""
+    if path.suffix == ".csv":
+        return pd.read_csv(path)
+    run = json.loads(path.read_text())
+    machine, commit = run["machine_info"], run["commit_info"]
+    about = {
+        "cpu": f"{machine['cpu']['brand_raw']}, {machine['cpu']['count']} cores",
+        "date": run["datetime"][:10],
+        "commit": commit["id"] + ("-dirty" if commit["dirty"] else ""),
+        **{name: machine[name] for name in ("threads", "python_version", "torch", "torchrl", "tensordict")},
+    }
+    return pd.DataFrame(
         {
+            "run": run["datetime"],
             "case": entry["group"],
             "contender": entry["extra_info"]["contender"],
-            "MB": entry["extra_info"]["input_bytes"] / 1e6,
-            "median": entry["stats"]["median"] * 1e3,
-            "iqr": entry["stats"]["iqr"] * 1e3,
+            "input_MB": round(entry["extra_info"]["input_bytes"] / 1e6, 3),
+            "median_ms": round(entry["stats"]["median"] * 1e3, 4),
+            "iqr_ms": round(entry["stats"]["iqr"] * 1e3, 4),
+            "min_ms": round(entry["stats"]["min"] * 1e3, 4),
+            "rounds": entry["stats"]["rounds"],
+            **about,
         }
-        for entry in benchmarks
+        for entry in run["benchmarks"]
     )
-    table = rows.drop_duplicates("case").set_index("case")[["MB"]]
+
+
+def summarize(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per case, as text."""
+    times = rows.pivot(index=["case", "run"], columns="contender", values="median_ms")
+    shown = pd.DataFrame(index=rows["case"].drop_duplicates())
+    shown["input MB"] = rows.groupby("case")["input_MB"].first().map("{:.2f}".format)
     for name in (TORCHRL, OURS, CLONE):
-        of_name = rows[rows["contender"] == name].set_index("case")
-        table[f"{name}, ms"], table[f"{name} iqr"] = of_name["median"], of_name["iqr"]
-    table["torchrl / ours"] = table[f"{TORCHRL}, ms"] / table[f"{OURS}, ms"]
-    table["ours / clone"] = table[f"{OURS}, ms"] / table[f"{CLONE}, ms"]
-    return table
-
-
-def combine(runs: list[pd.DataFrame]) -> pd.DataFrame:
-    """The median over the runs of every figure, as text."""
-    median = pd.concat(runs).groupby(level=0, sort=False).median()
-    shown = pd.DataFrame({"input MB": median["MB"].map("{:.2f}".format)})
-    for name in (f"{TORCHRL}, ms", f"{OURS}, ms", f"{CLONE}, ms"):
-        spread = median[name.replace(", ms", " iqr")]
-        shown[name] = median[name].map("{:.3f}".format) + spread.map(" [{:.3f}]".format)
-    for name in ("torchrl / ours", "ours / clone"):
-        shown[name] = median[name].map("{:.1f}".format)
+        median = rows[rows["contender"] == name].groupby("case")[["median_ms", "iqr_ms"]].median()
+        shown[f"{name}, ms"] = median["median_ms"].map("{:.3f}".format) + median["iqr_ms"].map(" [{:.3f}]".format)
+    for name, ratio in {
+        "torchrl / ours": times[TORCHRL] / times[OURS],
+        "ours / clone": times[OURS] / times[CLONE],
+    }.items():
+        by_case = ratio.groupby("case").agg(["median", "min", "max"])
+        shown[name] = by_case.apply("{median:.1f} ({min:.1f} to {max:.1f})".format_map, axis=1)
     return shown
 
 
@@ -59,7 +71,12 @@ def markdown(table: pd.DataFrame) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    print(markdown(combine([read(path) for path in parser.parse_args().files])))
+    parser.add_argument("--csv", type=Path, metavar="OUT", help="write the rows of all files to OUT")
+    options = parser.parse_args()
+    rows = pd.concat([read(path) for path in options.files], ignore_index=True)
+    if options.csv:
+        rows.to_csv(options.csv, index=False)
+    print(markdown(summarize(rows)))
 
 
 if __name__ == "__main__":
