@@ -101,13 +101,30 @@ class Frames:
         self.leaves[path] = indices
         self.kinds[path] = ("non-tensor", shape[len(self.batch_size) :], None)
 
-    def count_on(self, carry: Frames) -> None:
-        """Puts the carry's objects before these, so that one index counts into both."""
+    def follow(self, carry: Frames) -> None:
+        """Makes these frames the ones after ``carry``: one index counts into the objects of both, the carry's first.
+
+        Raises:
+            ValueError: they cannot be joined to the carry's.
+        """
+        if self.kinds != carry.kinds or self.batch_size[:-1] != carry.batch_size[:-1]:
+            raise ValueError(
+                "data must continue the frames held back from the last call (clear() drops them and starts anew): "
+                + "; ".join(self._differences(carry))
+            )
         for path, objects in self.objects.items():
             carried = carry.objects[path]
             if not (len(carried) == len(objects) == 1 and _same(carried[0], objects[0])):
                 self.objects[path] = carried + objects
                 self.leaves[path] = self.leaves[path] + len(carried)
+
+    def _differences(self, carry: Frames) -> Iterator[str]:
+        if self.batch_size[:-1] != carry.batch_size[:-1]:
+            yield f"*B must be {list(carry.batch_size[:-1])}, got {list(self.batch_size[:-1])}"
+        for path in {**carry.kinds, **self.kinds}:
+            expected, got = carry.kinds.get(path), self.kinds.get(path)
+            if expected != got:
+                yield f"{path} must be {_describe(expected)}, got {_describe(got)}"
 
     def hold(self, leaves: dict[KeyPath, Tensor], batch_size: torch.Size) -> Frames:
         """Frames ``[*B, c]`` of this structure, with no more objects than they count into and no autograd graph."""
@@ -139,6 +156,13 @@ class Frames:
             return NonTensorData(objects[0] if objects else None, batch_size=indices.shape)
         stacked = NonTensorStack(*(NonTensorData(objects[index]) for index in indices.view(-1).tolist()))
         return stacked.view(indices.shape)
+
+
+def _describe(kind: tuple[Any, ...] | None) -> str:
+    if kind is None:
+        return "absent"
+    dtype, shape, device = kind
+    return f"{dtype} {list(shape)}" if device is None else f"{dtype} {list(shape)} on {device}"
 
 
 def _same(one: Any, other: Any) -> bool:

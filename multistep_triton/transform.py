@@ -6,7 +6,6 @@ Owns the keys, the carry and the TensorDict plumbing; no maths. May import ``fun
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
@@ -207,12 +206,13 @@ class MultiStepTransform(Transform):
         done, mask = _path("next", self._done_key), _path(self._mask_key)
         rewards = [_path("next", key) for key in self._reward_keys]
         as_they_came = {done, *rewards, *(_path("next", key) for key in self._done_keys)}
-        written = {*ROOT_PATHS, ORIGINAL_REWARD_PATH, *map(_original, rewards)} - {mask, *as_they_came}
+        written = {*ROOT_PATHS, *map(_original, rewards)} - {mask, *as_they_came}
+        if len(rewards) == 1:
+            written.add(ORIGINAL_REWARD_PATH)
         data, carry = Frames.read(tensordict, without=written), self._carry
         _check_entries(data, done, mask, rewards)
         if carry is not None:
-            _check_continues(carry, data)
-            data.count_on(carry)
+            data.follow(carry)
         extension = n_step_extend(
             None if carry is None else carry.leaves,
             data.leaves,
@@ -267,31 +267,6 @@ def _check_entries(data: Frames, done: KeyPath, mask: KeyPath, rewards: Sequence
         check_flag(f"mask {mask}, named by mask_key,", data.leaves[mask], data.batch_size)
     for path in rewards:
         check_reward(f"reward {path}", data.leaves[path], data.batch_size)
-
-
-def _check_continues(carry: Frames, data: Frames) -> None:
-    """Checks that ``data`` can follow the frames held back."""
-    expected, got = carry.kinds, data.kinds
-    if expected == got and carry.batch_size[:-1] == data.batch_size[:-1]:
-        return
-    differences = [
-        f"{path} must be {_describe(expected.get(path))}, got {_describe(got.get(path))}"
-        for path in {**expected, **got}
-        if expected.get(path) != got.get(path)
-    ]
-    if carry.batch_size[:-1] != data.batch_size[:-1]:
-        differences.insert(0, f"*B must be {list(carry.batch_size[:-1])}, got {list(data.batch_size[:-1])}")
-    raise ValueError(
-        f"data must continue the frames held back from the last call (clear() drops them and starts anew): "
-        f"{'; '.join(differences)}"
-    )
-
-
-def _describe(kind: tuple[Any, ...] | None) -> str:
-    if kind is None:
-        return "absent"
-    dtype, shape, device = kind
-    return f"{dtype} {list(shape)}" if device is None else f"{dtype} {list(shape)} on {device}"
 
 
 def _path(*keys: NestedKey) -> KeyPath:

@@ -259,6 +259,10 @@ def test_several_reward_keys_keep_their_originals_apart():
     keys = ["reward", "bonus", ("agent", "reward")]
     out = MultiStepTransform(2, 0.5, reward_keys=keys).inv(rollout)
     assert ("next", "original_reward") not in out.keys(True)
+    passed_on = MultiStepTransform(2, 0.5, reward_keys=keys).inv(
+        rollout.clone().set(("next", "original_reward"), "mine")
+    )
+    assert passed_on["next", "original_reward"] == "mine"
     for key in ("reward", "bonus", ("agent", "reward")):
         path = (key,) if isinstance(key, str) else key
         original = out[("next", *path[:-1], f"{path[-1]}_orig")]
