@@ -26,12 +26,11 @@ def n_step_return_reference(
     """Computes :func:`multistep_triton.n_step_return`; ``done`` and ``mask`` are bool ``[*B, T]``."""
     time_dim, frames = done.ndim - 1, done.shape[-1]
     n_steps = max(min(n_steps, frames), 1)
-    boundary = _boundaries(done, mask).clone()
-    boundary[..., -1:] = True
-    boundary, reward = _pad(boundary, n_steps - 1, time_dim), _pad(reward, n_steps - 1, time_dim)
+    boundary = _pad(_boundaries(done, mask), n_steps - 1, time_dim)
+    boundary[..., frames - 1 : frames] = True
     goes_on = _slide(~boundary, frames, n_steps - 1)
     ahead = _frames_ahead(goes_on, done)
-    returns = _window_returns(reward, goes_on, frames, time_dim, gamma)
+    returns = _window_returns(_pad(reward, n_steps - 1, time_dim), goes_on, frames, time_dim, gamma)
     return returns, (ahead + 1).to(torch.int64), _discounts(ahead, n_steps, gamma)
 
 
@@ -176,6 +175,6 @@ def _take(value: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _pad(value: Tensor, frames: int, dim: int) -> Tensor:
-    """``value`` followed by frames that no window reads."""
+    """``value`` followed by frames that no window reads, as new memory."""
     shape = (*value.shape[:dim], frames, *value.shape[dim + 1 :])
     return torch.cat((value, value.new_zeros(shape)), dim)

@@ -80,7 +80,8 @@ class MultiStepTransform(Transform):
         Differences from torchrl's class: a NaN or Inf after a done does not reach the frames before it; integer
         rewards are promoted to ``torch.get_default_dtype()``; ``nonterminal`` is also right for ``n_steps=1``; a mask
         ends windows; rewards narrower than float32 are accumulated in float32; several reward keys keep their
-        originals apart; a ``done_key`` outside ``done_keys`` is not gathered; the carry is a copy.
+        originals apart; a ``done_key`` outside ``done_keys`` is not gathered; the carry is a copy, without the
+        autograd graph.
 
     Example:
         >>> import torch

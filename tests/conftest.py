@@ -17,7 +17,9 @@ settings.register_profile("nightly", deadline=None, max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-@pytest.fixture(params=["joined", "where they lie"])
-def read(request, monkeypatch):
+@pytest.fixture(scope="module", params=["joined", "where they lie"])
+def read(request):
     """Both ways in which the reference reads carry and data, whatever the size of the data."""
-    monkeypatch.setattr(reference, "_JOIN_BYTES", {"joined": 1 << 62, "where they lie": -1}[request.param])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_JOIN_BYTES", {"joined": 1 << 62, "where they lie": -1}[request.param])
+        yield

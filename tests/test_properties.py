@@ -8,7 +8,9 @@ from rollouts import assert_returns, extend, make_rollout, window_ends
 from tensordict import TensorDict
 from torch import Tensor
 
-from multistep_triton import MultiStepTransform, gather_future, n_step_return, reference
+from multistep_triton import MultiStepTransform, gather_future, n_step_return
+
+pytestmark = pytest.mark.usefixtures("read")
 
 REWARD_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.uint8, torch.bool]
 VALUE_DTYPES = [torch.bool, torch.uint8, torch.int16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
@@ -66,14 +68,6 @@ def take(value: Tensor, ends: Tensor) -> Tensor:
 
 def frame_bytes(value: Tensor) -> Tensor:
     return value.contiguous().view(torch.uint8) if value.numel() else value
-
-
-@pytest.fixture(scope="module", autouse=True, params=["joined", "where they lie"])
-def read(request):
-    """Both ways in which the reference reads carry and data, whatever the size of the data."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_JOIN_BYTES", {"joined": 1 << 62, "where they lie": -1}[request.param])
-        yield
 
 
 @given(streams())
