@@ -6,10 +6,11 @@ Importing this package imports no Triton.
 from pathlib import Path as _Path
 
 from multistep_triton.functional import NStepReturn, gather_future, n_step_return
+from multistep_triton.postproc import MultiStep
 from multistep_triton.transform import MultiStepTransform
 
 __version__ = "0.1.0"
-__all__ = ["MultiStepTransform", "NStepReturn", "gather_future", "n_step_return"]
+__all__ = ["MultiStep", "MultiStepTransform", "NStepReturn", "gather_future", "n_step_return"]
 
 # In a checkout the subpackage ``kernels`` lies beside this folder, in an installation inside it.
 _here = _Path(__file__).parent

@@ -1,7 +1,7 @@
 """The command line: ``python -m multistep_triton demo``.
 
 Owns the arguments and the exit status; the demo itself is imported once the arguments are right. May import
-``functional`` and, inside the branch that runs it, ``demo``.
+``backends``, ``functional`` and, inside the branch that runs it, ``demo``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from multistep_triton.functional import BACKENDS, check_backend, check_gamma, check_positive_int, resolve_backend
+import torch
+
+from multistep_triton.backends import BACKENDS, check_backend, resolve_backend
+from multistep_triton.functional import check_gamma, check_positive_int
 
 MAX_SEED = 2**32 - 1
 DEMO_REQUIREMENTS = ("gymnasium", "tqdm")
@@ -37,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"environment yields (chunks * frames per chunk), got {options.n_steps}"
         )
     try:
-        backend = resolve_backend(options.backend)
+        backend = resolve_backend(options.backend, [torch.empty(0)])  # the environments are on the CPU
     except (RuntimeError, ValueError) as error:
         return _refuse(demo_parser, str(error))
     try:

@@ -8,7 +8,6 @@ May import ``reference`` and, inside the branch that runs them, the kernels.
 from __future__ import annotations
 
 import numbers
-import os
 from collections.abc import Collection, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,9 +15,7 @@ import torch
 from torch import Tensor
 
 from multistep_triton import reference
-
-BACKENDS = ("auto", "reference", "triton")
-BACKEND_VARIABLE = "MULTISTEP_TRITON_BACKEND"
+from multistep_triton.backends import resolve_backend
 
 
 class NStepReturn(NamedTuple):
@@ -103,13 +100,20 @@ def n_step_return(
     for name, flag in flags.items():
         check_flag(name, flag, lead)
     check_reward("reward", reward, lead)
-    flags = {name: flag.reshape(lead) for name, flag in flags.items()}
-    resolve_backend(backend)
-    return NStepReturn(
-        *reference.n_step_return_reference(
-            reward, flags["done"], gamma=float(gamma), n_steps=n_steps, mask=flags.get("mask")
-        )
+    extension = n_step_extend(
+        None,
+        {"reward": reward, **flags},
+        time_dim=len(lead) - 1,
+        reward_keys=("reward",),
+        gathered_keys=(),
+        done_key="done",
+        mask_key=None if mask is None else "mask",
+        n_steps=n_steps,
+        gamma=float(gamma),
+        hold=False,
+        backend=backend,
     )
+    return NStepReturn(extension.returns["reward"], extension.steps, extension.discount)
 
 
 def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Tensor:
@@ -144,15 +148,12 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
             f"steps must be [*B, T] and value [*B, T, ...] with the same [*B, T], "
             f"got steps {list(steps.shape)} and value {list(value.shape)}"
         )
-    room = torch.arange(steps.shape[-1], 0, -1, device=steps.device)
-    outside = (steps < 1) | (steps > room)
-    if outside.any():
-        frame = tuple(outside.nonzero()[0].tolist())
-        raise ValueError(
-            f"steps must be within 1 .. T - t = {steps.shape[-1] - frame[-1]}, got {int(steps[frame])} at frame {frame}"
-        )
-    resolve_backend(backend)
-    return reference.gather_future_reference(value, steps)
+    gather = reference.gather_future_reference
+    if resolve_backend(backend, (value, steps)) == "triton":
+        from multistep_triton.kernels.extend import launch_gather_future as gather
+    if steps.is_cpu or gather is reference.gather_future_reference:
+        _check_steps(steps)
+    return gather(value, steps)
 
 
 def n_step_extend(
@@ -166,6 +167,7 @@ def n_step_extend(
     mask_key: Hashable | None,
     n_steps: int,
     gamma: float,
+    hold: bool = True,
     backend: str = "auto",
 ) -> Extension:
     """One step of the stream: ``c`` carried frames and ``T`` new ones in, the ``c + T - n_steps`` oldest out.
@@ -181,13 +183,17 @@ def n_step_extend(
         done_key: the leaf, bool ``[*B, T]`` or ``[*B, T, 1]``, that ends trajectories.
         mask_key: the leaf, shaped likewise, that is False where a frame is padding; None if there is none.
         n_steps, gamma, backend: as for :func:`n_step_return`.
+        hold: whether to hold back the last ``n_steps`` frames. If not, all ``c + T`` come out, with windows cut at
+            the last one, the carry is empty and, without carried frames, a leaf that is not gathered is the data's own.
 
     Returns:
-        :class:`Extension`, all of it new memory; neither ``carry`` nor ``data`` is modified.
+        :class:`Extension`, in new memory but for that case; neither ``carry`` nor ``data`` is modified.
     """
-    resolve_backend(backend)
+    extend = reference.n_step_extend_reference
+    if resolve_backend(backend, data.values(), [data[key] for key in reward_keys]) == "triton":
+        from multistep_triton.kernels.extend import launch_n_step_extend as extend
     return Extension(
-        *reference.n_step_extend_reference(
+        *extend(
             carry,
             data,
             time_dim=time_dim,
@@ -197,26 +203,9 @@ def n_step_extend(
             mask_key=mask_key,
             n_steps=n_steps,
             gamma=gamma,
+            hold=hold,
         )
     )
-
-
-def resolve_backend(backend: str) -> str:
-    """The backend that runs when ``backend`` is asked for.
-
-    Raises:
-        ValueError: the name, or the one in the environment variable, is none of ``BACKENDS``.
-        RuntimeError: the backend cannot run.
-    """
-    check_backend(backend)
-    if backend == "auto":
-        backend = check_backend(os.environ.get(BACKEND_VARIABLE) or "auto", f"environment variable {BACKEND_VARIABLE}")
-    if backend == "triton":
-        raise RuntimeError(
-            "backend 'triton' cannot run: this version of multistep_triton has no kernels yet. "
-            "Use backend='auto' or backend='reference'"
-        )
-    return "reference"
 
 
 def check_positive_int(name: str, value: int) -> int:
@@ -230,12 +219,6 @@ def check_gamma(value: float) -> float:
         raise TypeError(f"gamma must be a finite number in [0, 1], got {value!r}")
     if not 0 <= value <= 1:
         raise ValueError(f"gamma must be a finite number in [0, 1], got {value!r}")
-    return value
-
-
-def check_backend(value: str, name: str = "backend") -> str:
-    if value not in BACKENDS:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, BACKENDS))}, got {value!r}")
     return value
 
 
@@ -261,6 +244,16 @@ def _lead(reward: Tensor, done: Tensor) -> torch.Size:
     """``[*B, T]``: all of ``done``'s shape if the reward's begins with it and goes on, else less a last 1."""
     begins = done.ndim < reward.ndim and reward.shape[: done.ndim] == done.shape
     return done.shape if begins or done.ndim == 1 or done.shape[-1:] != (1,) else done.shape[:-1]
+
+
+def _check_steps(steps: Tensor) -> None:
+    room = torch.arange(steps.shape[-1], 0, -1, device=steps.device)
+    outside = (steps < 1) | (steps > room)
+    if outside.any():
+        frame = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"steps must be within 1 .. T - t = {steps.shape[-1] - frame[-1]}, got {int(steps[frame])} at frame {frame}"
+        )
 
 
 def _check_tensors(**tensors: Tensor) -> None:

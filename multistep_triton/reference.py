@@ -20,20 +20,6 @@ Leaves = dict[Hashable, Tensor]
 _JOIN_BYTES = 1 << 16
 
 
-def n_step_return_reference(
-    reward: Tensor, done: Tensor, *, gamma: float, n_steps: int, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes :func:`multistep_triton.n_step_return`; ``done`` and ``mask`` are bool ``[*B, T]``."""
-    time_dim, frames = done.ndim - 1, done.shape[-1]
-    n_steps = max(min(n_steps, frames), 1)
-    boundary = _pad(_boundaries(done, mask), n_steps - 1, time_dim)
-    boundary[..., frames - 1 : frames] = True
-    goes_on = _slide(~boundary, frames, n_steps - 1)
-    ahead = _frames_ahead(goes_on, done)
-    returns = _window_returns(_pad(reward, n_steps - 1, time_dim), goes_on, frames, time_dim, gamma)
-    return returns, (ahead + 1).to(torch.int64), _discounts(ahead, n_steps, gamma)
-
-
 def gather_future_reference(value: Tensor, steps: Tensor) -> Tensor:
     """Computes :func:`multistep_triton.gather_future`; ``steps`` is int64 ``[*B, T]``."""
     return _take(value, _end_rows(steps - 1, value.shape[steps.ndim - 1], 0), steps.shape)
@@ -50,6 +36,7 @@ def n_step_extend_reference(
     mask_key: Hashable | None,
     n_steps: int,
     gamma: float,
+    hold: bool,
 ) -> tuple[Leaves, Leaves, Tensor, Tensor, Tensor, Leaves]:
     """Computes :func:`multistep_triton.functional.n_step_extend`."""
     if carry is None:
@@ -57,8 +44,8 @@ def n_step_extend_reference(
     lead = data[done_key].shape[:time_dim]
     carried, new = carry[done_key].shape[time_dim], data[done_key].shape[time_dim]
     known = carried + new
-    n_steps = min(n_steps, known)
-    emitted = known - n_steps
+    n_steps = max(min(n_steps, known), 1)
+    emitted = max(known - n_steps, 0) if hold else known
 
     def join(key: Hashable) -> Tensor:
         return torch.cat((carry[key], data[key]), time_dim)
@@ -67,43 +54,49 @@ def n_step_extend_reference(
         if emitted < carried:
             older, newer = carry[key].split_with_sizes((emitted, carried - emitted), time_dim)
             return (older,), (newer, data[key])
-        older, newer = data[key].split_with_sizes((emitted - carried, n_steps), time_dim)
+        older, newer = data[key].split_with_sizes((emitted - carried, known - emitted), time_dim)
         return (carry[key], older), (newer,)
 
     # Windows read rewards and flags as one stream; these are joined, wider leaves only where all is small.
     mask = None if mask_key is None else join(mask_key).view(*lead, known)
     inside = ~_boundaries(join(done_key).view(*lead, known), mask)
+    beyond = 0 if hold else n_steps - 1
+    if not hold:
+        inside[..., max(known - 1, 0) :] = False
     nonterminal = inside[..., :emitted].contiguous()
-    goes_on = _slide(inside, emitted, n_steps - 1)
+    goes_on = _slide(_pad(inside, beyond, time_dim), emitted, n_steps - 1)
     ahead = _frames_ahead(goes_on, nonterminal)
-    returns = {key: _window_returns(join(key), goes_on, emitted, time_dim, gamma) for key in reward_keys}
+    returns = {
+        key: _window_returns(_pad(join(key), beyond, time_dim), goes_on, emitted, time_dim, gamma)
+        for key in reward_keys
+    }
 
     # A window that starts in the carry ends in the carry or in the first n - 1 new frames; every other one lies in
     # the new data, and is read there.
     small = sum(leaf.nbytes for leaf in data.values()) <= _JOIN_BYTES
     seam = emitted if small else min(carried, emitted)
-    near = carried + n_steps - 1
+    near = min(carried + n_steps - 1, known)
     if seam == emitted:
         stream_rows = _end_rows(ahead, known, 0)
     else:
-        seam_rows = _end_rows(ahead.narrow(time_dim, 0, seam), near, 0)
         # Windows that end in the carry have no row here; they get any, and are overwritten below.
         data_rows = _end_rows(ahead, new, -carried).clamp_(min=0)
+        seam_rows = _end_rows(ahead.narrow(time_dim, 0, seam), near, 0)
 
     def gather(key: Hashable) -> Tensor:
         if seam == emitted:
             return _take(join(key), stream_rows, (*lead, emitted))
-        joined = torch.cat((carry[key], data[key].narrow(time_dim, 0, near - carried)), time_dim)
-        beginning = _take(joined, seam_rows, (*lead, seam))
         future = _take(data[key], data_rows, (*lead, emitted))
-        future.narrow(time_dim, 0, seam).copy_(beginning)
+        if seam:
+            joined = torch.cat((carry[key], data[key].narrow(time_dim, 0, near - carried)), time_dim)
+            future.narrow(time_dim, 0, seam).copy_(_take(joined, seam_rows, (*lead, seam)))
         return future
 
-    parts = {key: cut(key) for key in data}
-    leaves = {
-        key: gather(key) if key in gathered_keys else torch.cat(older, time_dim) for key, (older, _) in parts.items()
-    }
-    held = {key: torch.cat(newer, time_dim) for key, (_, newer) in parts.items()}
+    leaves, held = dict(data), {}
+    for key in data if hold or carried else gathered_keys:
+        older, newer = cut(key)
+        leaves[key] = gather(key) if key in gathered_keys else torch.cat(older, time_dim)
+        held[key] = torch.cat(newer, time_dim)
     return leaves, returns, (ahead + 1).to(torch.int64), _discounts(ahead, n_steps, gamma), nonterminal, held
 
 
@@ -175,6 +168,8 @@ def _take(value: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _pad(value: Tensor, frames: int, dim: int) -> Tensor:
-    """``value`` followed by frames that no window reads, as new memory."""
+    """``value`` followed by frames that no window reads."""
+    if not frames:
+        return value
     shape = (*value.shape[:dim], frames, *value.shape[dim + 1 :])
     return torch.cat((value, value.new_zeros(shape)), dim)

@@ -1,36 +1,21 @@
 """MultiStepTransform: n-step transitions on ``ReplayBuffer.extend``.
 
-Owns the keys, the carry and the TensorDict plumbing; no maths. May import ``functional`` and ``frames``.
+Owns the carry, and how a replay buffer calls. May import ``base`` and ``frames``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from torch import Tensor
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.envs.transforms import Transform
 from torchrl.envs.transforms.rb_transforms import MultiStepTransform as _TorchRLMultiStepTransform
 
-from multistep_triton.frames import Frames, KeyPath
-from multistep_triton.functional import (
-    Extension,
-    check_backend,
-    check_flag,
-    check_gamma,
-    check_positive_int,
-    check_reward,
-    n_step_extend,
-)
-
-DEFAULT_REWARD_KEYS = ("reward",)
-DEFAULT_DONE_KEYS = ("done", "truncated", "terminated")
-ROOT_PATHS = (("steps_to_next_obs",), ("gamma",), ("nonterminal",))
-ORIGINAL_REWARD_PATH = ("next", "original_reward")
+from multistep_triton.base import MultiStepBase
+from multistep_triton.frames import Frames
 
 
-class MultiStepTransform(Transform):
+class MultiStepTransform(MultiStepBase, Transform):
     """Turns the 1-step transitions that extend a replay buffer into n-step ones.
 
     A drop-in replacement for ``torchrl.envs.transforms.MultiStepTransform``. With ``n = n_steps`` and ``e(t)`` the
@@ -114,77 +99,8 @@ class MultiStepTransform(Transform):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.n_steps = n_steps
-        self.gamma = gamma
-        self.reward_keys = reward_keys
-        self.done_key = done_key
-        self.done_keys = done_keys
-        self.mask_key = mask_key
-        self.backend = backend
+        self._set_arguments(n_steps, gamma, reward_keys, done_key, done_keys, mask_key, backend)
         self._carry: Frames | None = None
-
-    @property
-    def n_steps(self) -> int:
-        """Frames in a full window."""
-        return self._n_steps
-
-    @n_steps.setter
-    def n_steps(self, value: int) -> None:
-        self._n_steps = check_positive_int("n_steps", value)
-
-    @property
-    def gamma(self) -> float:
-        """Discount per step."""
-        return self._gamma
-
-    @gamma.setter
-    def gamma(self, value: float) -> None:
-        self._gamma = check_gamma(value)
-
-    @property
-    def backend(self) -> str:
-        """The backend asked for."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, value: str) -> None:
-        self._backend = check_backend(value)
-
-    @property
-    def reward_keys(self) -> Sequence[NestedKey]:
-        """Reward keys under ``"next"``."""
-        return self._reward_keys
-
-    @reward_keys.setter
-    def reward_keys(self, value: Sequence[NestedKey] | None) -> None:
-        self._reward_keys = _key_list("reward_keys", value, DEFAULT_REWARD_KEYS)
-
-    @property
-    def done_key(self) -> NestedKey:
-        """The done flag under ``"next"`` that ends trajectories."""
-        return self._done_key
-
-    @done_key.setter
-    def done_key(self, value: NestedKey | None) -> None:
-        self._done_key = "done" if value is None else _check_key("done_key", value)
-
-    @property
-    def done_keys(self) -> Sequence[NestedKey]:
-        """Entries under ``"next"`` that stay as they came."""
-        return self._done_keys
-
-    @done_keys.setter
-    def done_keys(self, value: Sequence[NestedKey] | None) -> None:
-        self._done_keys = _key_list("done_keys", value, DEFAULT_DONE_KEYS)
-
-    @property
-    def mask_key(self) -> NestedKey:
-        """Root entry that is False where a frame is padding."""
-        return self._mask_key
-
-    @mask_key.setter
-    def mask_key(self, value: NestedKey | None) -> None:
-        self._mask_key = "mask" if value is None else _check_key("mask_key", value)
 
     def clear(self) -> None:
         """Drops the frames held back."""
@@ -204,33 +120,8 @@ class MultiStepTransform(Transform):
             self._check_emits_one_frame()
             frame = self._inv_call(tensordict.unsqueeze(-1))
             return None if frame is None else frame.squeeze(-1)
-        done, mask = _path("next", self._done_key), _path(self._mask_key)
-        rewards = [_path("next", key) for key in self._reward_keys]
-        as_they_came = {done, *rewards, *(_path("next", key) for key in self._done_keys)}
-        written = {*ROOT_PATHS, *map(_original, rewards)} - {mask, *as_they_came}
-        if len(rewards) == 1:
-            written.add(ORIGINAL_REWARD_PATH)
-        data, carry = Frames.read(tensordict, without=written), self._carry
-        _check_entries(data, done, mask, rewards)
-        if carry is not None:
-            data.follow(carry)
-        extension = n_step_extend(
-            None if carry is None else carry.leaves,
-            data.leaves,
-            time_dim=tensordict.ndim - 1,
-            reward_keys=rewards,
-            gathered_keys={path for path in data.leaves if path[0] == "next" and path not in as_they_came},
-            done_key=done,
-            mask_key=mask if mask in data.leaves else None,
-            n_steps=self._n_steps,
-            gamma=float(self._gamma),
-            backend=self._backend,
-        )
-        emitted, held = extension.steps.shape[-1], extension.carry[done].shape[tensordict.ndim - 1]
-        batch = tensordict.batch_size[:-1]
-        result = data.build(_output_leaves(extension), torch.Size((*batch, emitted))) if emitted else None
-        self._carry = data.hold(extension.carry, torch.Size((*batch, held))) if held else None
-        return result
+        emitted, self._carry = self._n_step(tensordict, self._carry, hold=True)
+        return emitted if emitted.batch_size[-1] else None
 
     def _check_emits_one_frame(self) -> None:
         held = 0 if self._carry is None else self._carry.batch_size[-1]
@@ -239,55 +130,3 @@ class MultiStepTransform(Transform):
                 f"a single frame must find at most n_steps = {self._n_steps} frames held back, got {held}: after "
                 f"n_steps was made smaller, extend with a batch of frames first, an empty one will do"
             )
-
-
-def _output_leaves(extension: Extension) -> dict[KeyPath, Tensor]:
-    leaves = extension.leaves
-    for path, returns in extension.returns.items():
-        original = leaves[path]
-        leaves[_original(path)] = original
-        leaves[path] = returns
-    if len(extension.returns) == 1:
-        leaves[ORIGINAL_REWARD_PATH] = original
-    leaves.update(zip(ROOT_PATHS, (extension.steps, extension.discount, extension.nonterminal), strict=True))
-    return leaves
-
-
-def _original(reward: KeyPath) -> KeyPath:
-    return (*reward[:-1], f"{reward[-1]}_orig")
-
-
-def _check_entries(data: Frames, done: KeyPath, mask: KeyPath, rewards: Sequence[KeyPath]) -> None:
-    for path in (done, *rewards):
-        if path not in data.leaves or path in data.objects:
-            raise KeyError(f"data must hold a tensor at {path}, got the entries {list(data.leaves)}")
-    check_flag(f"done {done}", data.leaves[done], data.batch_size)
-    if mask in data.objects:
-        raise TypeError(f"mask {mask}, named by mask_key, must be bool, got a non-tensor")
-    if mask in data.leaves:
-        check_flag(f"mask {mask}, named by mask_key,", data.leaves[mask], data.batch_size)
-    for path in rewards:
-        check_reward(f"reward {path}", data.leaves[path], data.batch_size)
-
-
-def _path(*keys: NestedKey) -> KeyPath:
-    """The key as a flat tuple of names."""
-    key = unravel_key(keys)
-    return (key,) if isinstance(key, str) else key
-
-
-def _check_key(name: str, value: NestedKey) -> NestedKey:
-    names = value if isinstance(value, tuple) else (value,)
-    if not names or not all(isinstance(each, str) for each in names):
-        raise TypeError(f"{name} must be a key, a string or a tuple of strings, got {value!r}")
-    return value
-
-
-def _key_list(name: str, value: Iterable[NestedKey] | None, default: Sequence[NestedKey]) -> list[NestedKey]:
-    if value is None:
-        return list(default)
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a sequence of keys, got {value!r}")
-    return [_check_key(name, key) for key in value]

@@ -1,25 +1,75 @@
-"""Settings for every test, made before anything imports Triton."""
+"""Settings for every test, made before anything imports Triton, and the paths that a result can come by."""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+import torch
+
+# Kernels run on a GPU where there is one, else interpreted on the CPU. Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("MULTISTEP_TRITON_BACKEND", None)
 
+from contextlib import contextmanager
+
 import pytest
-import torch
 from hypothesis import settings
 
 from multistep_triton import reference
+from multistep_triton.backends import BACKEND_VARIABLE
 
 torch.set_num_threads(2)
 settings.register_profile("default", deadline=None, max_examples=200, derandomize=True)
 settings.register_profile("nightly", deadline=None, max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+JOIN_BYTES = {"joined": 1 << 62, "where they lie": -1}
+POISON = 0xA5
 
-@pytest.fixture(scope="module", params=["joined", "where they lie"])
+
+def poisoned(allocate):
+    """Allocates memory in which an output that nobody wrote is seen."""
+
+    def empty(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if tensor.numel():
+            torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0).view(
+                torch.uint8
+            ).fill_(POISON)
+        return tensor
+
+    return empty
+
+
+@contextmanager
+def kernels():
+    """Whatever is created is where the kernels run, and ``auto`` is they; new memory is poisoned."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(BACKEND_VARIABLE, "triton")
+        for name in ("empty", "empty_strided"):
+            patch.setattr(torch, name, poisoned(getattr(torch, name)))
+        torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            yield
+        finally:
+            torch.set_default_device(None)
+
+
+@contextmanager
+def reference_reading(how):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_JOIN_BYTES", JOIN_BYTES[how])
+        yield
+
+
+@pytest.fixture(scope="module", params=JOIN_BYTES)
 def read(request):
     """Both ways in which the reference reads carry and data, whatever the size of the data."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_JOIN_BYTES", {"joined": 1 << 62, "where they lie": -1}[request.param])
+    with reference_reading(request.param):
+        yield
+
+
+@pytest.fixture(scope="module", params=[*JOIN_BYTES, "kernels"])
+def path(request):
+    """The reference, in both its ways, and the kernels."""
+    with kernels() if request.param == "kernels" else reference_reading(request.param):
         yield

@@ -12,7 +12,7 @@ from torchrl.envs.transforms import Transform
 
 def make_rollout(batch: Sequence[int], frames: int, *, p_done: float = 0.2, seed: int = 0) -> TensorDict:
     """State observations, ``[*batch, frames]``, with ends of both kinds."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     shape = (*batch, frames)
     terminated = torch.rand(*shape, 1, generator=generator) < p_done / 2
     truncated = torch.rand(*shape, 1, generator=generator) < p_done / 2

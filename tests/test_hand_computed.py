@@ -6,7 +6,7 @@ from tensordict import TensorDict
 
 from multistep_triton import MultiStepTransform, gather_future, n_step_return
 
-pytestmark = pytest.mark.usefixtures("read")
+pytestmark = pytest.mark.usefixtures("path")
 
 F, T = False, True
 

@@ -36,7 +36,7 @@ def streams(draw):
     flags = st.lists(st.booleans(), min_size=count, max_size=count)
     dtype = draw(st.sampled_from(REWARD_DTYPES))
     features = tuple(draw(st.lists(st.integers(1, 2), max_size=2)))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**16)))
     reward = torch.randn(*shape, *features, generator=generator) * 3
     value = torch.randn(*shape, 2, generator=generator) * 3
     layout = draw(st.sampled_from(LAYOUTS))
@@ -70,8 +70,7 @@ def frame_bytes(value: Tensor) -> Tensor:
     return value.contiguous().view(torch.uint8) if value.numel() else value
 
 
-@given(streams())
-def test_transform_is_the_loop_however_the_stream_is_cut(stream):
+def check_transform(stream):
     rollout, cuts, n_steps, gamma = stream
     before = rollout.clone()
     frames = rollout.shape[-1]
@@ -107,8 +106,7 @@ def test_transform_is_the_loop_however_the_stream_is_cut(stream):
     assert torch.equal(out["nonterminal"], ~head(boundary))
 
 
-@given(streams())
-def test_functions_are_the_loop(stream):
+def check_functions(stream):
     rollout, _, n_steps, gamma = stream
     reward, done, mask = rollout["next", "reward"], rollout["next", "done"], rollout.get("mask")
     lead, features = rollout.batch_size, reward.shape[rollout.ndim :]
@@ -123,6 +121,16 @@ def test_functions_are_the_loop(stream):
     assert torch.equal(out.discount, (torch.tensor(gamma, dtype=torch.float64) ** out.steps).float())
     gathered = gather_future(rollout["next", "value"], out.steps)
     assert torch.equal(frame_bytes(gathered), frame_bytes(take(rollout["next", "value"], ends)))
+
+
+@given(streams())
+def test_transform_is_the_loop_however_the_stream_is_cut(stream):
+    check_transform(stream)
+
+
+@given(streams())
+def test_functions_are_the_loop(stream):
+    check_functions(stream)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=8))

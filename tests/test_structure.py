@@ -9,7 +9,7 @@ from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransf
 
 from multistep_triton import MultiStepTransform
 
-pytestmark = pytest.mark.usefixtures("read")
+pytestmark = pytest.mark.usefixtures("path")
 
 FRAMES = 40
 N_STEPS = 3

@@ -1,0 +1,196 @@
+"""The whole extend in one launch, or in two where the windows are long.
+
+A program takes one job on one tile of frames: the windows (steps, discount, nonterminal), the n-step return of one
+reward key, or the rows of one leaf. A job that needs the windows of its frames computes them again, from flags that
+lie in the cache; beyond ``UNROLLED_STEPS`` that costs more than a launch, and the rows come in a second one, which
+reads the steps that the first one wrote. ``n_step_return`` and ``gather_future`` are the same kernel with fewer jobs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Hashable, Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from multistep_triton.kernels.gather import copy_rows
+from multistep_triton.kernels.plan import WIDEST, Plan, plan_extend, plan_gather
+from multistep_triton.kernels.stream import TYPES, coded, tile_frames
+from multistep_triton.kernels.window import power, round_to_bfloat16, window, window_steps
+
+
+@triton.jit
+def _write_windows(
+    program, outputs, stream, flags, rows, emitted, n, gamma,
+    UNROLLED: tl.constexpr, MASK: tl.constexpr,
+    TIME_MAJOR: tl.constexpr, LENGTH: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tile = tile_frames(program, rows, emitted, TIME_MAJOR, LENGTH, BLOCK_F)
+    row, frame, live = tile
+    # One frame ahead, whatever n, tells where a trajectory goes on.
+    steps = window_steps(tile, stream, flags, tl.maximum(n, 2), 2 if UNROLLED == 1 else UNROLLED, MASK)
+    nonterminal = steps > 1
+    steps = tl.minimum(steps, n)
+    place = row.to(tl.int64) * emitted + frame
+    steps_ptr, discount_ptr, nonterminal_ptr = outputs
+    tl.store((steps_ptr << 2 >> 4).to(tl.pointer_type(tl.int64)) + place, steps.to(tl.int64), mask=live)
+    discount = power(gamma.reshape(1), steps, 5 if UNROLLED > 0 else 31).to(tl.float32)
+    tl.store((discount_ptr << 2 >> 4).to(tl.pointer_type(tl.float32)) + place, discount, mask=live)
+    tl.store((nonterminal_ptr << 2 >> 4).to(tl.pointer_type(tl.int8)) + place, nonterminal.to(tl.int8), mask=live)
+
+
+@triton.jit
+def _write_returns(
+    program, reward, stream, flags, rows, emitted, n, gamma,
+    UNROLLED: tl.constexpr, MASK: tl.constexpr,
+    TIME_MAJOR: tl.constexpr, LENGTH: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    TYPE: tl.constexpr, SUM: tl.constexpr, RETURN: tl.constexpr,
+    ITEM_BYTES: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    tile = tile_frames(program // chunks, rows, emitted, TIME_MAJOR, LENGTH, BLOCK_F)
+    row, frame, live = tile
+    item = program % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
+    source, returns_ptr = reward
+    _, returns = window(
+        tile, stream, flags, source, item, n, gamma, UNROLLED, MASK, TYPE, SUM, ITEM_BYTES, D, RUN
+    )  # fmt: skip
+    place = (row.to(tl.int64) * emitted + frame)[:, None] * D + item[None, :]
+    pointer = (returns_ptr << 2 >> 4).to(tl.pointer_type(TYPES[RETURN])) + place
+    if TYPES[RETURN] == tl.bfloat16:
+        returns = round_to_bfloat16(returns)
+    tl.store(pointer, returns.to(TYPES[RETURN]), mask=live[:, None] & (item < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "carried", "known", "emitted", "n"])
+def _n_step_extend_kernel(
+    starts, sizes, rows, carried, known, emitted, n, gamma: tl.float64, flags, steps, windows, rewards, leaves,
+    WINDOWS: tl.constexpr, RETURNS: tl.constexpr, COPIES: tl.constexpr,
+    UNROLLED: tl.constexpr, MASK: tl.constexpr, READ: tl.constexpr,
+):  # fmt: skip
+    """Every program finds its job by the first program of each, ``starts``."""
+    program = tl.program_id(0)
+    gamma = tl.full((1, 1), gamma, tl.float64)
+    stream = (carried, known, sizes)
+    for j in tl.static_range(len(WINDOWS)):
+        if program < (starts[j + 1] << 2 >> 4):
+            _write_windows(program, windows, stream, flags, rows, emitted, n, gamma, UNROLLED, MASK, *WINDOWS[j])
+    for j in tl.static_range(len(RETURNS)):
+        first = starts[len(WINDOWS) + j] << 2 >> 4
+        if (program >= first) & (program < (starts[len(WINDOWS) + j + 1] << 2 >> 4)):
+            _write_returns(
+                (program - first).to(tl.int32), rewards[j], stream, flags, rows, emitted, n, gamma, UNROLLED, MASK,
+                *RETURNS[j],
+            )  # fmt: skip
+    for j in tl.static_range(len(COPIES)):
+        first = starts[len(WINDOWS) + len(RETURNS) + j] << 2 >> 4
+        if (program >= first) & (program < (starts[len(WINDOWS) + len(RETURNS) + j + 1] << 2 >> 4)):
+            copy_rows(
+                (program - first).to(tl.int32), leaves[j], stream, flags, steps, rows, emitted, n, UNROLLED, MASK, READ,
+                *COPIES[j],
+            )  # fmt: skip
+
+
+NUM_WARPS = 4
+INTERPRETED = not isinstance(_n_step_extend_kernel, triton.JITFunction)
+
+
+def launch_n_step_extend(
+    carry: Mapping[Hashable, Tensor] | None,
+    data: Mapping[Hashable, Tensor],
+    *,
+    time_dim: int,
+    reward_keys: Collection[Hashable],
+    gathered_keys: Collection[Hashable],
+    done_key: Hashable,
+    mask_key: Hashable | None,
+    n_steps: int,
+    gamma: float,
+    hold: bool,
+) -> tuple[dict[Hashable, Tensor], dict[Hashable, Tensor], Tensor, Tensor, Tensor, dict[Hashable, Tensor]]:
+    """Computes :func:`multistep_triton.functional.n_step_extend`; the carry is contiguous."""
+    device = data[done_key].device
+    described, addresses, resolved = [], {}, []
+    for key, leaf in data.items():
+        if leaf.is_neg() or leaf.is_conj():
+            leaf = _resolved(leaf)
+            resolved.append(leaf)
+        old = carry[key].data_ptr() if carry else 0
+        new = leaf.data_ptr()
+        described.append((key, leaf.shape, leaf.stride(), leaf.dtype, (new | old) % WIDEST))
+        addresses[key] = coded(new), coded(old)
+    plan = plan_extend(
+        tuple(described),
+        time_dim,
+        tuple(reward_keys),
+        frozenset(gathered_keys),
+        done_key,
+        mask_key,
+        carry[done_key].shape[time_dim] if carry else 0,
+        n_steps,
+        hold,
+        torch.get_default_dtype(),
+    )
+    sources = {key: (*address, *plan.places[key]) for key, address in addresses.items()}
+
+    empty = torch.empty_strided
+    outputs = [empty(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in plan.windows]
+    windows = tuple([coded(output.data_ptr()) for output in outputs])
+    returns, rewards = {}, []
+    for key, (shape, strides, dtype) in plan.returns.items():
+        returns[key] = out = empty(shape, strides, dtype=dtype, device=device)
+        rewards.append((sources[key], coded(out.data_ptr())))
+    leaves, held, copies = dict(data), {}, []
+    for key, shape, strides, held_shape, held_strides, dtype in plan.copies:
+        leaves[key] = out = empty(shape, strides, dtype=dtype, device=device)
+        held[key] = kept = empty(held_shape, held_strides, dtype=dtype, device=device)
+        copies.append((sources[key], coded(out.data_ptr()), coded(kept.data_ptr())))
+    flags = tuple([sources[key] for key in (done_key, mask_key) if key is not None])
+    steps = (windows[0], windows[0], *plan.steps)
+    _run(plan, device, gamma, flags, steps, windows, tuple(rewards), tuple(copies))
+    return leaves, returns, *outputs, held
+
+
+def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
+    """Computes :func:`multistep_triton.gather_future`; a window that leaves its row is cut at the row's end."""
+    if value.is_neg() or value.is_conj():
+        value = _resolved(value)
+    new, lengths = value.data_ptr(), steps.data_ptr()
+    plan = plan_gather((value.shape, value.stride(), value.dtype, new % WIDEST), (steps.shape, steps.stride()))
+    gathered = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    source, out = (coded(new), coded(0), *plan.places["value"]), coded(gathered.data_ptr())
+    lengths = (coded(lengths), coded(0), *plan.steps)
+    _run(plan, value.device, 0.0, (), lengths, (), (), ((source, out, out),))
+    return gathered
+
+
+def _resolved(tensor: Tensor) -> Tensor:
+    """A conjugate or a negative, which a view can be without its bytes being so, as bytes."""
+    return tensor.resolve_neg().resolve_conj()
+
+
+def _run(plan: Plan, device: torch.device, gamma: float, *sources: Any) -> None:
+    with _current(device):
+        for launch in plan.launches:
+            if not launch.programs:
+                continue
+            arguments = launch.starts, *plan.scalars, gamma, *sources, *launch.constants
+            compiled = launch.compiled.get(device)
+            if compiled is None:
+                # Fused multiply-adds may be used in the recursion; the reference's are the compiler's choice, too.
+                kernel = _n_step_extend_kernel[(launch.programs,)]
+                launch.compiled[device] = kernel(*arguments, num_warps=NUM_WARPS, enable_fp_fusion=True)
+            else:
+                # A plan compiles to one kernel: no need to look for it again among all that were compiled.
+                compiled[(launch.programs, 1, 1)](*arguments)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes the device the current one, on which Triton launches."""
+    if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(device.index)

@@ -1,0 +1,46 @@
+"""The masked gather: rows of a leaf as raw bytes, from the frames at the ends of the windows or from their own."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from multistep_triton.kernels.stream import TYPES, frame_addresses, item_pointers, tile_frames
+from multistep_triton.kernels.window import window_steps
+
+
+@triton.jit
+def copy_rows(
+    program, leaf, stream, flags, steps, rows, emitted, n,
+    UNROLLED: tl.constexpr, MASK: tl.constexpr, READ: tl.constexpr,
+    TIME_MAJOR: tl.constexpr, LENGTH: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    GATHERED: tl.constexpr, TYPE: tl.constexpr, ITEM_BYTES: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Copies a tile of one leaf: frames before ``emitted`` to the output, the others to the frames held back.
+
+    A row is D items of ITEM_BYTES; the rows of source and destination begin at multiples of UNIT bytes.
+    """
+    carried, known, sizes = stream
+    chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    tile = tile_frames(program // chunks, rows, known, TIME_MAJOR, LENGTH, BLOCK_F)
+    row, frame, live = tile
+    item = program % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
+    source, out, held = leaf
+    future = frame
+    if GATHERED:
+        early = live & (frame < emitted)
+        if READ:
+            address = frame_addresses(steps, row, frame, (0, known, sizes), 0)
+            length = tl.load(address.to(tl.pointer_type(tl.int64)), mask=early, other=1)
+            length = tl.minimum(tl.maximum(length, 1), known - frame).to(tl.int32)
+        else:
+            length = window_steps((row, frame, early), stream, flags, n, UNROLLED, MASK)
+        future += tl.where(early, length - 1, 0)
+    inside = live[:, None] & (item < D)[None, :]
+    pointers = item_pointers(source, row, future, item, stream, TYPE, ITEM_BYTES, UNIT, D, RUN)
+    value = tl.load(pointers, mask=inside, other=0)
+    to_out = (out << 2 >> 4) + (row.to(tl.int64) * emitted + frame) * (D * ITEM_BYTES)
+    to_held = (held << 2 >> 4) + (row.to(tl.int64) * (known - emitted) + (frame - emitted)) * (D * ITEM_BYTES)
+    to = tl.where(frame < emitted, to_out, to_held).to(tl.pointer_type(TYPES[TYPE]))
+    tl.store(tl.multiple_of(to, [UNIT])[:, None] + item[None, :], value, mask=inside)

@@ -1,0 +1,255 @@
+"""Plans: from the shapes and strides of a call's leaves to the jobs of its launches; no memory, no GPU, cached.
+
+A job covers its frames with tiles, one program each. Its first elements say how (see ``stream.tile_frames``); all of
+it is compiled into the kernel, so that it holds nothing that changes with the number of frames or of environments.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from multistep_triton.kernels.stream import ELEMENTS, coded, count_tiles
+
+_INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Elements of a tile: with 128 threads 4 per thread, or 8 where two of them make one access. More loads would be on
+# their way at once, but fewer programs would find registers.
+TILE = 512
+# Frames of a tile at most: 2 per thread, each of which loads a flag per step of its window.
+TILE_FRAMES = 256
+# Longest tile in time where neighbours in memory are environments rather than frames; then as many make it a square.
+TIME_MAJOR_FRAMES = 32
+# The widest access of a thread, in bytes.
+WIDEST = 16
+# Up to this n every step is unrolled, all loads of a window are on their way at once, n is compiled into the kernel,
+# and rows are copied in the same launch. A larger n would take more than 96 registers; it runs a loop, the same
+# kernel for all of them, and a second launch for the rows.
+UNROLLED_STEPS = 8
+
+
+class Leaf(NamedTuple):
+    """What a plan depends on in a leaf ``[*B, T, *F]``."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    misalignment: int = 0
+    """The addresses of data and carry, or'ed, modulo WIDEST."""
+
+
+class Launch(NamedTuple):
+    programs: int
+    starts: tuple[int, ...]
+    """First program of every job, coded, and the number of all."""
+    constants: tuple[Any, ...]
+    """Jobs of every kind, and flags: the last arguments of the kernel."""
+    compiled: dict[torch.device, Any]
+    """The compiled kernel, filled in when it was launched."""
+
+
+class Plan(NamedTuple):
+    """All of a call that does not depend on where its tensors lie."""
+
+    launches: list[Launch]
+    scalars: tuple[Any, ...]
+    """Sizes of the batch dimensions, coded, rows, frames carried, known and emitted, n."""
+    steps: tuple[tuple[int, ...], tuple[int, ...]]
+    """Like ``places``, of the steps."""
+    places: dict[Hashable, tuple[tuple[int, ...], tuple[int, ...]]]
+    """What a kernel needs to find the rows of every leaf, besides addresses: strides and outer sizes, coded."""
+    windows: list[tuple[Any, ...]]
+    """Shape, strides and dtype of steps, discount and nonterminal."""
+    returns: dict[Hashable, tuple[Any, ...]]
+    """Shape, strides and dtype of every n-step return."""
+    copies: list[tuple[Any, ...]]
+    """Key, shape and strides of the frames that come out, the same of those held back, and dtype of what is copied."""
+
+
+class _Layout(NamedTuple):
+    """How the rows of a leaf lie in memory; a row is what it holds of one frame. In bytes."""
+
+    row: int
+    strides: list[int]
+    """Of time, of the batch dimensions, of the outer feature dimensions."""
+    outer: list[int]
+    """Sizes of the feature dimensions that do not make one run of memory with the last; mostly none."""
+    run: int
+    time_major: bool
+
+
+class _Job(NamedTuple):
+    programs: int
+    constants: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def plan_extend(
+    leaves: tuple[tuple[Any, ...], ...],
+    time_dim: int,
+    reward_keys: tuple[Hashable, ...],
+    gathered_keys: frozenset[Hashable],
+    done_key: Hashable,
+    mask_key: Hashable | None,
+    carried: int,
+    n_steps: int,
+    hold: bool,
+    default_dtype: torch.dtype,
+) -> Plan:
+    """The plan of :func:`multistep_triton.functional.n_step_extend`; of every leaf its key and its :class:`Leaf`."""
+    described = {key: Leaf(*leaf) for key, *leaf in leaves}
+    lead, new = described[done_key].shape[:time_dim], described[done_key].shape[time_dim]
+    known = carried + new
+    held = min(n_steps, known) if hold else 0
+    emitted = known - held
+    dims, sizes = _merged(lead, described.values())
+    layouts = {key: _layout(leaf, time_dim, dims) for key, leaf in described.items()}
+    rows = math.prod(lead)
+
+    def frames(leaf: Leaf, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return _contiguous((*lead, count, *leaf.shape[time_dim + 1 :]))
+
+    windows = [_windows_job(layouts[done_key], rows, emitted)]
+    returns, rewards = {}, []
+    for key in reward_keys:
+        reward = described[key]
+        dtype = reward.dtype if reward.dtype.is_floating_point else default_dtype
+        returns[key] = *frames(reward, emitted), dtype
+        rewards.append(_returns_job(layouts[key], reward.dtype, dtype, rows, emitted))
+    # With no frames before and none held back every frame stays where it is: what is not gathered is the data's own.
+    copies, jobs = [], []
+    for key, leaf in described.items():
+        if hold or carried or key in gathered_keys:
+            copies.append((key, *frames(leaf, emitted), *frames(leaf, held), leaf.dtype))
+            jobs.append(_copy_job(layouts[key], leaf, key in gathered_keys, rows, known))
+
+    if n_steps <= UNROLLED_STEPS:
+        launches = [_launch(windows, rewards, jobs, unrolled=n_steps, mask=mask_key is not None, read=False)]
+    else:
+        launches = [
+            _launch(windows, rewards, [], unrolled=0, mask=mask_key is not None, read=False),
+            _launch([], [], jobs, unrolled=0, mask=False, read=True),
+        ]
+    flat = _contiguous((*lead, emitted))
+    return Plan(
+        launches=launches,
+        scalars=(tuple(map(coded, sizes)), rows, carried, known, emitted, min(n_steps, known)),
+        places={key: _place(layout) for key, layout in layouts.items()},
+        steps=_place(_layout(Leaf(*flat, torch.int64), time_dim, dims)),
+        windows=[(*flat, dtype) for dtype in (torch.int64, torch.float32, torch.bool)],
+        returns=returns,
+        copies=copies,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def plan_gather(value: tuple[Any, ...], steps: tuple[Any, ...]) -> Plan:
+    """The plan of :func:`multistep_triton.gather_future`, of what is in :class:`Leaf` of its arguments."""
+    value, steps = Leaf(*value), Leaf(*steps, torch.int64)
+    *lead, frames = steps.shape
+    dims, sizes = _merged(lead, (value, steps))
+    rows = math.prod(lead)
+    layout = _layout(value, len(lead), dims)
+    return Plan(
+        launches=[
+            _launch([], [], [_copy_job(layout, value, True, rows, frames)], unrolled=0, mask=False, read=True)
+        ],
+        scalars=(tuple(map(coded, sizes)), rows, 0, frames, frames, 0),
+        places={"value": _place(layout)},
+        steps=_place(_layout(steps, len(lead), dims)),
+        windows=[],
+        returns={},
+        copies=[],
+    )
+
+
+def _merged(lead: Sequence[int], leaves: Iterable[Leaf]) -> tuple[list[int], list[int]]:
+    """The dimensions of ``lead = *B`` that are left when those that make one in every leaf are merged; their sizes.
+
+    The last of the dimensions that are merged stands for all. Without a batch, there is one element of it.
+    """
+    leaves, dims, sizes = list(leaves), [], [1]
+    for dim, size in enumerate(lead):
+        sizes[-1] *= size
+        if dim + 1 == len(lead) or not all(
+            size == 1 or leaf.strides[dim] == lead[dim + 1] * leaf.strides[dim + 1] for leaf in leaves
+        ):
+            dims.append(dim)
+            sizes.append(1)
+    return dims, sizes[: max(len(dims), 1)]
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A shape and its strides."""
+    strides = itertools.accumulate((max(size, 1) for size in shape[:0:-1]), operator.mul, initial=1)
+    return shape, tuple(strides)[::-1]
+
+
+def _layout(leaf: Leaf, time_dim: int, batch_dims: Sequence[int]) -> _Layout:
+    strides = [stride * leaf.dtype.itemsize for stride in leaf.strides]
+    time = strides[time_dim] if leaf.shape[time_dim] > 1 else 0
+    batch = [strides[dim] for dim in batch_dims] or [0]
+    run, sizes, steps = leaf.dtype.itemsize, [], []
+    for size, stride in zip(leaf.shape[:time_dim:-1], strides[:time_dim:-1], strict=True):
+        if size == 1:
+            continue
+        if not sizes and stride == run:
+            run *= size
+        elif sizes and stride == sizes[0] * steps[0]:
+            sizes[0] *= size
+        else:
+            sizes.insert(0, size)
+            steps.insert(0, stride)
+    return _Layout(run * math.prod(sizes), [time, *batch, *steps], sizes, run, 0 < batch[-1] < time)
+
+
+def _place(layout: _Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(map(coded, layout.strides)), tuple(map(coded, layout.outer))
+
+
+def _windows_job(done: _Layout, rows: int, frames: int) -> _Job:
+    return _job(done, 1, TILE, rows, frames)
+
+
+def _returns_job(layout: _Layout, dtype: torch.dtype, returns: torch.dtype, rows: int, frames: int) -> _Job:
+    item, total = dtype.itemsize, torch.float64 if returns == torch.float64 else torch.float32
+    constants = ELEMENTS[dtype], ELEMENTS[total], ELEMENTS[returns], item, layout.row // item, layout.run // item
+    return _job(layout, layout.row // item, TILE, rows, frames, *constants)
+
+
+def _copy_job(layout: _Layout, leaf: Leaf, gathered: bool, rows: int, frames: int) -> _Job:
+    """Copies in units of the most bytes that every address of a row, and its length, is a multiple of."""
+    bits = functools.reduce(operator.or_, (WIDEST, leaf.misalignment, layout.run, *layout.strides))
+    unit = bits & -bits
+    item = min(unit, 8)
+    constants = gathered, ELEMENTS[_INTS[item]], item, unit, layout.row // item, layout.run // item
+    return _job(layout, layout.row // item, TILE * 2 if unit == WIDEST else TILE, rows, frames, *constants)
+
+
+def _job(layout: _Layout, items: int, tile: int, rows: int, frames: int, *constants: int) -> _Job:
+    """A job on ``[rows, frames]`` of ``items`` each."""
+    block_d = min(triton.next_power_of_2(max(items, 1)), tile)
+    block_f = min(tile // block_d, TILE_FRAMES)
+    length = min(block_f, TIME_MAJOR_FRAMES) if layout.time_major else block_f
+    programs = -(-items // block_d) * count_tiles(rows, frames, length, block_f)
+    return _Job(programs, (layout.time_major, length, block_f, block_d, *constants))
+
+
+def _launch(
+    windows: list[_Job], rewards: list[_Job], copies: list[_Job], unrolled: int, mask: bool, read: bool
+) -> Launch:
+    jobs = windows, rewards, copies
+    starts = list(itertools.accumulate((job.programs for kind in jobs for job in kind), initial=0))
+    return Launch(
+        programs=starts[-1],
+        starts=tuple(map(coded, starts)),
+        constants=(*(tuple(job.constants for job in kind) for kind in jobs), unrolled, mask, read),
+        compiled={},
+    )

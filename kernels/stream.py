@@ -1,0 +1,120 @@
+"""The stream that the kernels read: the frames of the carry, then those of the data, each where it lies.
+
+Owns how a kernel finds a frame in memory and how a launcher describes memory to it; no maths.
+
+Launchers pass addresses and strides as integers in tuples. Triton specializes every integer in a tuple on being 1 and
+on being a multiple of 16, so that another length of the data would compile another kernel; :func:`coded` makes all of
+them look alike. What alignment gains is not lost: rows are copied in units that all their addresses are multiples of,
+and the kernels are told so.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# By the names that torch has for them; bools are bytes. Kernels are told a position in this list.
+_ELEMENTS = {
+    "bool": tl.int8,
+    "int8": tl.int8,
+    "int16": tl.int16,
+    "int32": tl.int32,
+    "int64": tl.int64,
+    "uint8": tl.uint8,
+    "uint16": tl.uint16,
+    "uint32": tl.uint32,
+    "uint64": tl.uint64,
+    "float16": tl.float16,
+    "bfloat16": tl.bfloat16,
+    "float32": tl.float32,
+    "float64": tl.float64,
+}
+ELEMENTS = {getattr(torch, name): position for position, name in enumerate(_ELEMENTS)}
+TYPES = tl.constexpr(tuple(_ELEMENTS.values()))
+
+
+def coded(value: int) -> int:
+    """A non-negative integer below 2**58 as one that is neither 1, nor a multiple of 16, nor an int32.
+
+    In a kernel, ``x << 2 >> 4`` is the value.
+    """
+    return value << 2 | 1 << 62 | 2
+
+
+@triton.jit
+def tile_frames(program, rows, frames, TIME_MAJOR: tl.constexpr, LENGTH: tl.constexpr, BLOCK_F: tl.constexpr):
+    """Row and frame of each of the BLOCK_F places of a tile over ``[rows, frames]``, int32, and which are inside.
+
+    The tile is as long in time as the frames are, up to LENGTH, and as high as is left of BLOCK_F. Places run along
+    time, or along the rows where those are the neighbours in memory.
+    """
+    across = tl.cdiv(frames, LENGTH)
+    length = tl.cdiv(frames, across)
+    height = BLOCK_F // length
+    place = tl.arange(0, BLOCK_F)
+    if TIME_MAJOR:
+        row = place % height
+        frame = place // height
+    else:
+        row = place // length
+        frame = place % length
+    inside = (row < height) & (frame < length)
+    row += program // across * height
+    frame += program % across * length
+    return row, frame, inside & (row < rows) & (frame < frames)
+
+
+@functools.lru_cache(maxsize=1024)
+def count_tiles(rows: int, frames: int, length: int, block: int) -> int:
+    """How many tiles cover ``[rows, frames]``; see :func:`tile_frames`."""
+    if not rows or not frames:
+        return 0
+    across = -(-frames // length)
+    return across * -(-rows // (block // -(-frames // across)))
+
+
+@triton.jit
+def frame_addresses(source, row, frame, stream, ROW_BYTES: tl.constexpr):
+    """Where frames of the stream lie: the first ``carried`` in the carry, which is contiguous, then in the data."""
+    data, carry, strides, outer = source
+    carried, known, sizes = stream
+    # int64 before the first multiplication
+    new = (data << 2 >> 4) + (frame - carried).to(tl.int64) * (strides[0] << 2 >> 4)
+    rest = row
+    for d in tl.static_range(len(sizes) - 1, 0, -1):
+        size = (sizes[d] << 2 >> 4).to(tl.int32)
+        new += (rest % size).to(tl.int64) * (strides[1 + d] << 2 >> 4)
+        rest = rest // size
+    new += rest.to(tl.int64) * (strides[1] << 2 >> 4)
+    old = (carry << 2 >> 4) + (row.to(tl.int64) * carried + frame) * ROW_BYTES
+    return tl.where(frame < carried, old, new)
+
+
+@triton.jit
+def item_pointers(
+    source, row, frame, item, stream,
+    TYPE: tl.constexpr, ITEM_BYTES: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Pointers [BLOCK_F, BLOCK_D] to items of frames; rows of D items begin at multiples of UNIT bytes.
+
+    The items of a row lie one after the other, but in the data, where it has outer dimensions, in runs of RUN.
+    """
+    data, carry, strides, outer = source
+    carried, known, sizes = stream
+    begin = frame_addresses(source, row, frame, stream, D * ITEM_BYTES).to(tl.pointer_type(TYPES[TYPE]))
+    # What the launcher knows of addresses, the compiler cannot see: without it every access is of one item.
+    begin = tl.multiple_of(begin, [UNIT])
+    offset = item[None, :]
+    if len(outer) > 0:
+        first: tl.constexpr = 1 + len(sizes)
+        apart = (item % RUN).to(tl.int64)
+        rest = item // RUN
+        for d in tl.static_range(len(outer) - 1, -1, -1):
+            size = (outer[d] << 2 >> 4).to(tl.int32)
+            apart += (rest % size).to(tl.int64) * ((strides[first + d] << 2 >> 4) // ITEM_BYTES)
+            rest = rest // size
+        offset = tl.where((frame < carried)[:, None], item[None, :], apart[None, :])
+    return begin[:, None] + offset

@@ -1,0 +1,103 @@
+"""The window: boundaries, lengths and n-step returns, back from the window's end.
+
+The recursion of the reference, for a tile of frames: it selects at boundaries and never multiplies by a flag.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from multistep_triton.kernels.stream import TYPES, frame_addresses, item_pointers
+
+STEPS_PER_TURN = tl.constexpr(8)
+
+
+@triton.jit
+def load_flag(source, row, frame, live, stream):
+    address = frame_addresses(source, row, frame, stream, 1)
+    return tl.load(address.to(tl.pointer_type(tl.int8)), mask=live, other=0) != 0
+
+
+@triton.jit
+def step_back(
+    steps, returns, valid, i, tile, stream, flags, reward, item, n, gamma,
+    MASK: tl.constexpr, TYPE: tl.constexpr, ITEM_BYTES: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """From the windows that begin at frame ``t + i + 1`` to those that begin at ``t + i``.
+
+    A window ends at a boundary: a frame that is done, or invalid, or followed by an invalid one.
+    """
+    row, frame, live = tile
+    known = stream[1]
+    here = frame + i
+    live &= here < known
+    ends = load_flag(flags[0], row, here, live, stream) | (here + 1 >= known) | (i + 1 >= n)
+    if MASK:
+        followed = valid
+        valid = load_flag(flags[1], row, here, live, stream)
+        ends |= ~(valid & followed)
+    steps = tl.where(ends, 1, steps + 1)
+    if TYPE is not None:
+        pointers = item_pointers(reward, row, here, item, stream, TYPE, ITEM_BYTES, 1, D, RUN)
+        value = tl.load(pointers, mask=live[:, None] & (item < D)[None, :], other=0).to(returns.dtype)
+        returns = tl.where(ends[:, None], value, value + gamma * returns)
+    return steps, returns, valid
+
+
+@triton.jit
+def window(
+    tile, stream, flags, reward, item, n, gamma, UNROLLED: tl.constexpr, MASK: tl.constexpr,
+    TYPE: tl.constexpr, SUM: tl.constexpr, ITEM_BYTES: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Frames in the windows, int32 [BLOCK_F], and their n-step returns, SUM [BLOCK_F, BLOCK_D], unless TYPE is None.
+
+    Back from the window's end: ``R = r(t + i) + gamma * R``, or ``r(t + i)`` alone where the window ends.
+    """
+    steps = tl.zeros_like(tile[1])
+    returns = tl.zeros([tile[1].shape[0], item.shape[0]], TYPES[SUM])
+    valid = tile[2]
+    if TYPE is not None:
+        gamma = gamma.to(TYPES[SUM])
+    if UNROLLED > 0:
+        for j in tl.static_range(UNROLLED):
+            steps, returns, valid = step_back(
+                steps, returns, valid, UNROLLED - 1 - j, tile, stream, flags, reward, item, UNROLLED, gamma,
+                MASK, TYPE, ITEM_BYTES, D, RUN,
+            )  # fmt: skip
+    else:
+        i = tl.cdiv(n, STEPS_PER_TURN) * STEPS_PER_TURN
+        while i > 0:
+            for j in tl.static_range(STEPS_PER_TURN):
+                i -= 1
+                steps, returns, valid = step_back(
+                    steps, returns, valid, i, tile, stream, flags, reward, item, n, gamma,
+                    MASK, TYPE, ITEM_BYTES, D, RUN,
+                )  # fmt: skip
+    return steps, returns
+
+
+@triton.jit
+def window_steps(tile, stream, flags, n, UNROLLED: tl.constexpr, MASK: tl.constexpr):
+    """Frames in the windows, int32 [BLOCK_F]."""
+    steps, _ = window(tile, stream, flags, None, tl.arange(0, 1), n, None, UNROLLED, MASK, None, 0, 0, 0, 0)
+    return steps
+
+
+@triton.jit
+def power(gamma, steps, BITS: tl.constexpr):
+    """``gamma ** steps`` in float64, by squaring."""
+    result = tl.full(steps.shape, 1.0, tl.float64)
+    for _ in tl.static_range(BITS):
+        result = tl.where((steps & 1) != 0, result * gamma, result)
+        steps = steps >> 1
+        gamma = gamma * gamma
+    return result
+
+
+@triton.jit
+def round_to_bfloat16(value):
+    """float32 that bfloat16 holds exactly, to the nearest, ties to even: Triton's interpreter would cut off the rest."""
+    bits = value.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)

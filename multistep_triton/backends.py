@@ -1,0 +1,86 @@
+"""Backends: which one runs, and why another cannot.
+
+The one place that looks for Triton, and only when a backend other than the reference is in question.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "triton")
+BACKEND_VARIABLE = "MULTISTEP_TRITON_BACKEND"
+
+
+def check_backend(value: str, name: str = "backend") -> str:
+    if value not in BACKENDS:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, BACKENDS))}, got {value!r}")
+    return value
+
+
+def resolve_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[Tensor] = ()) -> str:
+    """The backend that runs on ``tensors``, of which ``rewards`` are summed: ``"reference"`` or ``"triton"``.
+
+    ``"auto"``, if the environment variable does not say otherwise, is Triton for tensors on an accelerator where
+    Triton can run, else the reference.
+
+    Raises:
+        ValueError: the name, or the one in the environment variable, is none of ``BACKENDS``.
+        RuntimeError: ``"triton"`` cannot run.
+    """
+    check_backend(backend)
+    if backend == "auto":
+        backend = check_backend(os.environ.get(BACKEND_VARIABLE) or "auto", f"environment variable {BACKEND_VARIABLE}")
+    if backend == "reference" or (backend == "auto" and all(tensor.is_cpu for tensor in tensors)):
+        return "reference"
+    obstacle = _obstacle(tensors, rewards)
+    if obstacle is None:
+        return "triton"
+    if backend == "auto":
+        return "reference"
+    raise RuntimeError(f"backend 'triton' cannot run: {obstacle}, or use backend='reference'")
+
+
+def _obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str | None:
+    """Why the kernels cannot run on these tensors, and what would help; None if they can."""
+    device_type, obstacle = _triton_device_type()
+    if device_type is None:
+        return obstacle
+    for tensor in tensors:
+        if tensor.device.type != device_type:
+            return f"a tensor is on {tensor.device}, and {obstacle}. Move all to one {device_type} device"
+    if device_type != "cpu" and len({tensor.device for tensor in tensors}) > 1:
+        return "the tensors are on several devices. Move them to one"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "a tensor requires grad, and the kernels have no backward pass. Detach it or use torch.no_grad()"
+    from multistep_triton.kernels.stream import ELEMENTS
+
+    for reward in rewards:
+        if reward.dtype not in ELEMENTS:
+            return f"a reward is {reward.dtype}, which the kernels do not sum. Convert it to torch.float32"
+    return None
+
+
+@functools.cache
+def _triton_device_type() -> tuple[str | None, str]:
+    """The type of the devices whose memory the kernels reach, and why it is that one, or else why there is none."""
+    try:
+        from triton.runtime import driver
+
+        from multistep_triton.kernels.extend import INTERPRETED
+    except ImportError as error:
+        return None, f"Triton is missing ({error}). Install it: pip install triton"
+    if INTERPRETED:
+        return "cpu", "the kernels are interpreted on the CPU, as TRITON_INTERPRET is set"
+    try:
+        device_type = driver.active.get_active_torch_device().type
+    except RuntimeError as error:
+        return None, (
+            f"Triton finds no GPU ({error}). Run on a machine with one, or, to debug on the CPU, set TRITON_INTERPRET=1 "
+            f"before Python starts"
+        )
+    return device_type, f"Triton drives {device_type} devices"

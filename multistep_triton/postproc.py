@@ -1,0 +1,76 @@
+"""MultiStep: n-step transitions of one rollout, as a collector's postproc. May import ``base``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import nn
+
+from multistep_triton.base import MultiStepBase
+
+
+class MultiStep(MultiStepBase, nn.Module):
+    """Turns the 1-step transitions of a rollout into n-step ones, holding nothing back.
+
+    A drop-in replacement for ``torchrl.data.postprocs.MultiStep``, for ``Collector(postproc=...)``. The windows, and
+    what is written where, are those of :class:`MultiStepTransform`; but every call stands for itself, all ``T`` frames
+    come out, and windows are cut at the last one, which is not ``nonterminal``. Use the transform in a replay buffer
+    where that is possible: the last ``n - 1`` frames of every rollout have shorter windows here.
+
+    What does not change (the root entries, done keys, the rewards as they came) is passed through as it is, not
+    copied; the input is not modified.
+
+    Args:
+        gamma: discount per step, a finite number in [0, 1].
+        n_steps: frames in a full window, an int >= 1.
+
+    Keyword Args:
+        reward_keys, done_key, done_keys, backend: as for :class:`MultiStepTransform`.
+        mask_key: as there. Defaults to ``("collector", "mask")``, which collectors write with
+            ``split_trajs=True``.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: as :class:`MultiStepTransform`.
+
+    Notes:
+        Differences from torchrl's class: those of :class:`MultiStepTransform`; and the mask ends windows.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> frames = TensorDict({
+        ...     "observation": torch.arange(4),
+        ...     "next": {
+        ...         "observation": torch.arange(1, 5),
+        ...         "reward": torch.ones(4, 1),
+        ...         "done": torch.tensor([False, True, False, False]).unsqueeze(-1),
+        ...     },
+        ... }, batch_size=[4])
+        >>> out = MultiStep(gamma=0.5, n_steps=2)(frames)
+        >>> out["next", "reward"].squeeze(-1), out["next", "observation"], out["nonterminal"]
+        (tensor([1.5000, 1.0000, 1.5000, 1.0000]), tensor([2, 2, 4, 4]), tensor([ True, False,  True, False]))
+    """
+
+    DEFAULT_MASK_KEY = ("collector", "mask")
+
+    def __init__(
+        self,
+        gamma: float,
+        n_steps: int,
+        *,
+        reward_keys: Sequence[NestedKey] | None = None,
+        done_key: NestedKey | None = None,
+        done_keys: Sequence[NestedKey] | None = None,
+        mask_key: NestedKey | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._set_arguments(n_steps, gamma, reward_keys, done_key, done_keys, mask_key, backend)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """The n-step transitions of ``tensordict``, ``[*B, T]``."""
+        if not isinstance(tensordict, TensorDictBase) or not tensordict.ndim:
+            got = f"batch size {list(tensordict.batch_size)}" if hasattr(tensordict, "batch_size") else tensordict
+            raise ValueError(f"data must be a TensorDict of batch size [*B, T], got {got}")
+        return self._n_step(tensordict, None, hold=False)[0]

@@ -1,0 +1,152 @@
+"""Compiles the kernels ahead of time for a GPU that need not be there, and checks what the compiler made of them.
+
+Usage: ``python tests/compile_ahead.py TARGET``, one of ``stub_driver.TARGETS``. Exit 1 if a check fails: no spills and
+no stack, no more registers than ``REGISTERS``, and accesses of 16 bytes for rows that allow them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+import stub_driver
+import torch
+import triton
+from rollouts import make_rollout
+from tensordict import TensorDict
+
+from multistep_triton import MultiStepTransform, gather_future, n_step_return
+from multistep_triton.kernels.extend import _n_step_extend_kernel
+from multistep_triton.kernels.plan import UNROLLED_STEPS
+
+# With 96 registers, five programs of 128 threads share a multiprocessor, and 40 kB of rows are on their way.
+REGISTERS = 96
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Case(NamedTuple):
+    run: Callable[[], Any]
+    wide: bool = False
+    """Whether rows are copied 16 bytes at a time."""
+    registers: int = REGISTERS
+
+
+def extend(n_steps: int, observation: torch.Tensor, **entries: torch.Tensor) -> Callable[[], Any]:
+    """A first call and one in steady state."""
+    rollout = make_rollout(observation.shape[:2], observation.shape[2])
+    for data in (rollout, rollout["next"]):
+        data["observation"] = observation
+    for key, value in entries.items():
+        (rollout["next"] if key.startswith("reward") else rollout)[key] = value
+
+    def run() -> None:
+        transform = MultiStepTransform(n_steps, 0.99, backend="triton")
+        for _ in range(2):
+            transform.inv(rollout)
+
+    return run
+
+
+SHAPE = (2, 3, 40)
+FEW, MANY = 3, UNROLLED_STEPS + 1
+CASES = {
+    "n=1, f32[20]": Case(extend(1, torch.zeros(*SHAPE, 20)), wide=True),
+    "n=3, f32[20]": Case(extend(FEW, torch.zeros(*SHAPE, 20)), wide=True),
+    "n=3, f32[17]": Case(extend(FEW, torch.zeros(*SHAPE, 17))),
+    "n=3, f32[256]": Case(extend(FEW, torch.zeros(*SHAPE, 256)), wide=True),
+    "n=3, pixels": Case(extend(FEW, torch.zeros(*SHAPE, 4, 84, 84, dtype=torch.uint8)), wide=True),
+    "n=3, bf16[64]": Case(extend(FEW, torch.zeros(*SHAPE, 64, dtype=torch.bfloat16)), wide=True),
+    "n=3, time-major": Case(extend(FEW, torch.zeros(40, 2, 3, 20).movedim(0, 2)), wide=True),
+    "n=3, features exchanged": Case(extend(FEW, torch.zeros(*SHAPE, 8, 20).transpose(-1, -2))),
+    "n=3, environments exchanged": Case(extend(FEW, torch.zeros(3, 2, 40, 20).transpose(0, 1)), wide=True),
+    "n=3, mask": Case(extend(FEW, torch.zeros(*SHAPE, 20), mask=torch.ones(SHAPE, dtype=torch.bool)), wide=True),
+    "n=3, reward f64[3]": Case(extend(FEW, torch.zeros(*SHAPE, 20), reward=torch.zeros(*SHAPE, 3).double()), wide=True),
+    "n=3, reward bf16": Case(extend(FEW, torch.zeros(*SHAPE, 20), reward=torch.zeros(*SHAPE, 1).bfloat16()), wide=True),
+    "n=3, reward i64": Case(extend(FEW, torch.zeros(*SHAPE, 20), reward=torch.zeros(*SHAPE, 1).long()), wide=True),
+    "n at most unrolled, f32[20]": Case(extend(UNROLLED_STEPS, torch.zeros(*SHAPE, 20)), wide=True),
+    "n at most unrolled, f32[17]": Case(extend(UNROLLED_STEPS, torch.zeros(*SHAPE, 17))),
+    "n at most unrolled, mask": Case(
+        extend(UNROLLED_STEPS, torch.zeros(*SHAPE, 20), mask=torch.ones(SHAPE, dtype=torch.bool)),
+        wide=True,
+        registers=128,
+    ),
+    "n in a loop, f32[20]": Case(extend(MANY, torch.zeros(*SHAPE, 20)), wide=True),
+    "n in a loop, f32[17]": Case(extend(MANY, torch.zeros(*SHAPE, 17))),
+    "n_step_return": Case(
+        lambda: n_step_return(
+            torch.zeros(2, 40), torch.zeros(2, 40, dtype=torch.bool), gamma=0.9, n_steps=5, backend="triton"
+        )
+    ),
+    "gather_future f32[64]": Case(
+        lambda: gather_future(torch.zeros(2, 40, 64), torch.ones(2, 40, dtype=torch.int64), backend="triton"), wide=True
+    ),
+}
+
+
+class Resources(NamedTuple):
+    registers: int
+    spills: int
+    """Bytes of stack and local memory, or registers that were spilled."""
+    widest: int
+    """Bytes of the widest access of a thread to global memory, loads and stores."""
+    kilobytes: int
+
+
+def resources(kernel: Any) -> Resources:
+    if "ptx" in kernel.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = subprocess.run(
+                [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+            machine = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+        registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+        widths = [
+            max((int(bits) // 8 for bits in re.findall(rf"\b{access}\.E\.(?:\w+\.)*?(\d+)\b", machine)), default=4)
+            for access in ("LDG", "STG")
+        ]
+        return Resources(int(registers), int(stack) + int(local), min(widths), len(kernel.asm["cubin"]) // 1024)
+    code = kernel.asm["amdgcn"]
+    registers, *spills = (
+        int(re.search(rf"\.{name}:\s*(\d+)", code).group(1))
+        for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    )
+    widths = [
+        max((4 * int(words or 1) for words in re.findall(rf"_{access}_dword(?:x(\d))?", code)), default=1)
+        for access in ("load", "store")
+    ]
+    return Resources(registers, sum(spills), min(widths), len(kernel.asm["hsaco"]) // 1024)
+
+
+def main(target: str) -> list[str]:
+    stub_driver.install(target)
+    failures = []
+    print(f"Triton {triton.__version__}, {target}: registers, bytes of the widest access, kB of code")
+    for name, case in CASES.items():
+        _n_step_extend_kernel.device_caches.clear()
+        case.run()
+        kernels = [resources(kernel) for kernel in stub_driver.compiled_kernels()]
+        registers = max(kernel.registers for kernel in kernels)
+        widest = max(kernel.widest for kernel in kernels)
+        print(f"    {name:30} {registers:4} {widest:3} {'+'.join(str(kernel.kilobytes) for kernel in kernels):>8}")
+        if any(kernel.spills for kernel in kernels):
+            failures.append(f"{target}, {name}: spills {[kernel.spills for kernel in kernels]}")
+        if registers > case.registers:
+            failures.append(f"{target}, {name}: {registers} registers, more than {case.registers}")
+        if case.wide and widest < 16:
+            failures.append(f"{target}, {name}: rows are copied {widest} bytes at a time, not 16")
+    return failures
+
+
+if __name__ == "__main__":
+    failed = main(*sys.argv[1:])
+    print("\n".join(failed) or "all checks passed")
+    sys.exit(bool(failed))

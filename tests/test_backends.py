@@ -1,0 +1,174 @@
+"""Which backend runs, and what is said when one cannot."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import kernels
+from rollouts import make_rollout
+
+from multistep_triton import MultiStepTransform, gather_future, n_step_return, reference
+from multistep_triton.backends import BACKENDS, resolve_backend
+
+ON_CPU = torch.ones(2, 5)
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from tensordict import TensorDict
+from multistep_triton import MultiStep, MultiStepTransform, gather_future, n_step_return
+data = TensorDict({"next": {"reward": torch.ones(4, 1), "done": torch.zeros(4, 1, dtype=torch.bool)}}, [4])
+"""
+
+
+def run(code: str, **environment: str | None) -> subprocess.CompletedProcess:
+    variables = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
+
+
+def last_line(code: str, **environment: str | None) -> str:
+    done = run(code, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_without_triton_everything_runs_but_the_kernels():
+    code = """
+out = MultiStepTransform(2, 1.0).inv(data)["next", "reward"].flatten().tolist()
+out += MultiStep(1.0, 2)(data)["next", "reward"].flatten().tolist()
+steps = n_step_return(torch.ones(3), torch.zeros(3, dtype=torch.bool), gamma=1.0, n_steps=2).steps
+print(out, gather_future(torch.arange(3), steps).tolist())
+"""
+    assert last_line(WITHOUT_TRITON + code) == "[2.0, 2.0, 2.0, 2.0, 2.0, 1.0] [1, 2, 2]"
+
+
+def test_without_triton_the_kernels_say_what_to_install():
+    code = """
+try:
+    MultiStepTransform(2, 1.0, backend="triton").inv(data)
+except RuntimeError as error:
+    print(error)
+"""
+    message = last_line(WITHOUT_TRITON + code)
+    assert message.startswith("backend 'triton' cannot run: Triton is missing")
+    assert "pip install triton" in message
+
+
+def test_without_a_gpu_and_without_the_interpreter_the_kernels_say_so():
+    code = """
+import torch
+from multistep_triton import gather_future
+try:
+    gather_future(torch.ones(3), torch.ones(3, dtype=torch.int64), backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    message = last_line(code, TRITON_INTERPRET=None, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+    assert message.startswith("backend 'triton' cannot run: Triton finds no GPU")
+    assert "TRITON_INTERPRET=1" in message
+    assert message.endswith("or use backend='reference'")
+
+
+def test_importing_and_running_on_the_cpu_imports_no_kernels_and_no_triton():
+    code = """
+import sys, torch, torchrl.envs.transforms
+before = "triton" in sys.modules
+from tensordict import TensorDict
+from multistep_triton import MultiStepTransform
+data = TensorDict({"next": {"reward": torch.ones(4, 1), "done": torch.zeros(4, 1, dtype=torch.bool)}}, [4])
+MultiStepTransform(2, 1.0).inv(data)
+print("multistep_triton.kernels.extend" in sys.modules, not before and "triton" in sys.modules)
+"""
+    assert last_line(code) == "False False"
+
+
+def test_auto_is_the_reference_on_the_cpu(monkeypatch):
+    assert resolve_backend("auto", [ON_CPU]) == "reference"
+    monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "")
+    assert resolve_backend("auto", [ON_CPU]) == "reference"
+
+
+def test_the_environment_overrides_auto_and_nothing_else(monkeypatch):
+    where_kernels_run = ON_CPU.to("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "triton")
+    assert resolve_backend("auto", [where_kernels_run]) == "triton"
+    assert resolve_backend("reference", [where_kernels_run]) == "reference"
+    monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "reference")
+    assert resolve_backend("auto", [where_kernels_run]) == "reference"
+    assert resolve_backend("triton", [where_kernels_run]) == "triton"
+    monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "fast")
+    with pytest.raises(ValueError, match="environment variable MULTISTEP_TRITON_BACKEND must be one of .*got 'fast'"):
+        resolve_backend("auto", [where_kernels_run])
+
+
+@pytest.mark.parametrize("backend", ["Triton", "cuda", None, 1])
+def test_an_unknown_backend_is_refused_with_the_valid_ones(backend):
+    with pytest.raises(ValueError, match=f"must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"):
+        n_step_return(ON_CPU, ON_CPU > 1, gamma=0.9, n_steps=2, backend=backend)
+
+
+def no_reference(monkeypatch):
+    for name in ("n_step_extend_reference", "gather_future_reference"):
+        monkeypatch.setattr(reference, name, None)
+
+
+def test_triton_never_falls_back(monkeypatch):
+    no_reference(monkeypatch)
+    with kernels():
+        out = MultiStepTransform(2, 0.9, backend="triton").inv(make_rollout((2,), 9))
+        assert out.batch_size == (2, 7)
+        steps = n_step_return(torch.ones(2, 5), torch.ones(2, 5) > 1, gamma=0.9, n_steps=2, backend="triton").steps
+        assert gather_future(torch.arange(10).view(2, 5), steps, backend="triton")[1].tolist() == [6, 7, 8, 9, 9]
+
+
+OBSTACLES = {
+    "requires grad": (
+        lambda reward: reward.requires_grad_(),
+        "a tensor requires grad, and the kernels have no backward pass. Detach it or use torch.no_grad()",
+    ),
+    "float8": (
+        lambda reward: reward.to(torch.float8_e4m3fn),
+        "a reward is torch.float8_e4m3fn, which the kernels do not sum. Convert it to torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OBSTACLES)
+def test_what_the_kernels_cannot_do_is_refused_and_auto_takes_the_reference(kind):
+    spoil, message = OBSTACLES[kind]
+    with kernels():
+        reward, done = spoil(torch.ones(2, 5)), torch.zeros(2, 5, dtype=torch.bool)
+        with pytest.raises(RuntimeError, match=message):
+            n_step_return(reward, done, gamma=0.5, n_steps=2, backend="triton")
+    if reward.is_cuda:
+        out = n_step_return(reward, done, gamma=0.5, n_steps=2)
+        assert out.reward.float()[0].tolist() == [1.5, 1.5, 1.5, 1.5, 1.0]
+
+
+def test_the_kernels_run_without_grad_on_a_tensor_that_requires_it():
+    with kernels(), torch.no_grad():
+        reward, done = torch.ones(2, 5, requires_grad=True), torch.zeros(2, 5, dtype=torch.bool)
+        out = n_step_return(reward, done, gamma=0.5, n_steps=2, backend="triton")
+    assert out.reward[0].tolist() == [1.5, 1.5, 1.5, 1.5, 1.0]
+
+
+def test_the_kernels_refuse_tensors_that_they_cannot_reach():
+    value, steps = torch.ones(2, 5, device="meta"), torch.ones(2, 5, dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError, match="cannot run: a tensor is on meta, and .*Move all to one"):
+        gather_future(value, steps, backend="triton")
+
+
+def test_the_backend_can_change_between_calls():
+    with kernels():
+        rollout = make_rollout((2,), 40)
+        mixed, steady = MultiStepTransform(3, 0.9), MultiStepTransform(3, 0.9, backend="reference")
+        for i, part in enumerate(rollout.split(8, -1)):
+            mixed.backend = ("triton", "reference")[i % 2]
+            out, expected = mixed.inv(part), steady.inv(part)
+            for key in expected.keys(True, True):
+                if key == ("next", "reward"):
+                    torch.testing.assert_close(out[key], expected[key])
+                else:
+                    assert torch.equal(out[key], expected[key]), key

@@ -1,0 +1,132 @@
+"""The kernels as they are compiled, in processes without the interpreter, for a GPU that need not be there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+PREAMBLE = """
+import json
+import stub_driver
+driver = stub_driver.install("sm_90")
+import torch
+from rollouts import make_rollout
+from multistep_triton import MultiStep, MultiStepTransform, gather_future, n_step_return
+from multistep_triton.kernels.plan import UNROLLED_STEPS
+
+def variants(call):
+    "How many kernels a call compiled."
+    before = len(stub_driver.compiled_kernels())
+    call()
+    return len(stub_driver.compiled_kernels()) - before
+
+def extend(n_steps=3, rollout=None, gamma=0.9, batch=(2,), frames=(16,), **arguments):
+    transform = MultiStepTransform(n_steps, gamma, backend="triton", **arguments)
+    for count in frames:
+        transform.inv(make_rollout(batch, count) if rollout is None else rollout)
+
+"""
+
+
+def run(code: str) -> object:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", PREAMBLE + code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_what_recompiles_and_what_does_not():
+    counts = run("""
+def large_n(n):
+    extend(n, frames=[n + 5, 1])
+
+def slices():
+    rollout = make_rollout((4,), 64)
+    transform = MultiStepTransform(3, 0.9, backend="triton")
+    for begin, end in ((0, 10), (10, 27), (27, 28), (28, 64)):
+        transform.inv(rollout[:, begin:end])
+
+def function(frames, gamma, n_steps=4):
+    n_step_return(torch.zeros(2, frames), torch.zeros(2, frames, dtype=torch.bool), gamma=gamma, n_steps=n_steps,
+                  backend="triton")
+
+def double():
+    rollout = make_rollout((2,), 16)
+    rollout["next", "reward"] = rollout["next", "reward"].double()
+    extend(rollout=rollout)
+
+def wider():
+    rollout = make_rollout((2,), 16)
+    rollout["observation"] = torch.zeros(2, 16, 5)
+    extend(rollout=rollout)
+
+def time_major():
+    extend(rollout=make_rollout((2,), 16).transpose(0, 1).contiguous().transpose(0, 1))
+
+print(json.dumps({
+    "the first call": variants(extend),
+    "frames": [variants(lambda: extend(frames=[each, 7])) for each in (1, 2, 15, 16, 17, 31, 32, 63, 64, 100, 1000)],
+    "environments": [variants(lambda: extend(batch=(each,))) for each in (1, 3, 16, 17, 256)],
+    "batch dimensions that make one": variants(lambda: extend(batch=(2, 8))),
+    "slices": variants(slices),
+    "gamma": [variants(lambda: extend(gamma=each)) for each in (0, 1, 1.0, 0.5, 0.99)],
+    "a function": variants(lambda: function(16, 0.9)),
+    "a function, frames and gamma": [variants(lambda: function(frames, gamma)) for frames, gamma in ((1, 1), (32, 0.1))],
+    "n": [variants(lambda: extend(each, frames=[20])) for each in (2, 4, 2)],
+    "n in a loop": variants(lambda: large_n(UNROLLED_STEPS + 1)),
+    "another n in a loop": [variants(lambda: large_n(each)) for each in (10, 16, 17, 32, 100, 1000)],
+    "dtype of a reward": variants(double),
+    "width of a leaf": variants(wider),
+    "time-major": variants(time_major),
+    "nothing held back": variants(lambda: MultiStep(0.9, 3, backend="triton")(make_rollout((2,), 16))),
+}))
+""")
+    assert counts == {
+        "the first call": 1,
+        "frames": [0] * 11,
+        "environments": [0] * 5,
+        "batch dimensions that make one": 0,
+        "slices": 0,
+        "gamma": [0] * 5,
+        "a function": 1,
+        "a function, frames and gamma": [0, 0],
+        "n": [1, 1, 0],
+        "n in a loop": 2,
+        "another n in a loop": [0] * 6,
+        "dtype of a reward": 1,
+        "width of a leaf": 1,
+        "time-major": 1,
+        "nothing held back": 1,
+    }
+
+
+@pytest.mark.parametrize(("n_steps", "launches"), [(1, 1), (8, 1), (9, 2), (100, 2)])
+def test_launches_and_operators_of_an_extend(n_steps, launches):
+    """At most two launches, and besides them nothing but the allocation of what is returned and held back."""
+    operators, launched, tensors = run(f"""
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Operators(TorchDispatchMode):
+    names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {{}}))
+
+transform = MultiStepTransform({n_steps}, 0.9, backend="triton")
+rollout = make_rollout((3,), 40)
+for _ in range(4):
+    transform._inv_call(rollout)
+driver.launches = 0
+with Operators() as operators:
+    out = transform._inv_call(rollout)
+distinct = {{id(leaf) for leaf in out.values(True, True)}}
+print(json.dumps([operators.names, driver.launches, len(distinct) + len(transform._carry.leaves)]))
+""")
+    assert launched == launches
+    assert operators == ["aten.empty_strided.default"] * tensors

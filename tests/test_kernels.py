@@ -1,0 +1,281 @@
+"""The kernels where tiles, strides, dtypes and lengths make a difference: interpreted on a CPU, compiled on a GPU."""
+
+import pytest
+import torch
+from conftest import kernels
+from hypothesis import given, settings
+from rollouts import assert_returns, window_ends, window_sums
+from test_properties import check_functions, check_transform, frame_bytes, streams, take
+
+from multistep_triton import gather_future, n_step_return
+from multistep_triton.functional import n_step_extend
+from multistep_triton.kernels.extend import launch_gather_future
+from multistep_triton.kernels.plan import TILE, TILE_FRAMES, TIME_MAJOR_FRAMES, UNROLLED_STEPS
+
+GAMMA = 0.97
+DTYPES = [
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32),
+    *(torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_kernels():
+    with kernels():
+        yield
+
+
+def random_bytes(shape, dtype, seed=0):
+    """Any bit pattern that the dtype has, NaNs with payloads among them."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.5
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return torch.randint(256, (size,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)
+
+
+def flags(shape, p, seed=0):
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    return torch.rand(shape, generator=generator) < p
+
+
+def emitted_and_held(data, carry, n_steps, **arguments):
+    """What ``n_step_extend`` makes of leaves named done, reward, value and copied, by the kernels."""
+    return n_step_extend(
+        carry,
+        data,
+        time_dim=data["done"].ndim - 1,
+        reward_keys=[key for key in data if key.startswith("reward")],
+        gathered_keys=[key for key in data if key.startswith("value")],
+        done_key="done",
+        mask_key="mask" if "mask" in data else None,
+        n_steps=n_steps,
+        gamma=GAMMA,
+        **{"backend": "triton", **arguments},
+    )
+
+
+def check(carry, data, n_steps, hold=True):
+    """Compares every output with plain loops over the joined stream; gathers to the bit."""
+    time_dim = data["done"].ndim - 1
+    out = emitted_and_held(data, carry, n_steps, hold=hold)
+    stream = {key: torch.cat((carry[key], leaf), time_dim) if carry else leaf for key, leaf in data.items()}
+    done, mask = stream["done"], stream.get("mask")
+    known = done.shape[-1]
+    emitted = max(known - n_steps, 0) if hold else known
+    ends = window_ends(done, n_steps, mask)
+
+    def head(leaf):
+        return leaf.narrow(time_dim, 0, emitted)
+
+    assert torch.equal(out.steps, head(ends - torch.arange(known) + 1))
+    assert torch.equal(out.discount, (torch.tensor(GAMMA, dtype=torch.float64) ** out.steps).float())
+    boundary = done.clone()
+    if mask is not None:
+        boundary |= ~mask
+        boundary[..., :-1] |= ~mask[..., 1:]
+    boundary[..., known - 1 :] |= not hold
+    assert torch.equal(out.nonterminal, ~head(boundary))
+    for key, leaf in stream.items():
+        expected = head(take(leaf, ends) if key.startswith("value") else leaf)
+        assert out.leaves[key].dtype == leaf.dtype
+        assert torch.equal(frame_bytes(out.leaves[key]), frame_bytes(expected)), key
+        if hold:
+            held = leaf.narrow(time_dim, emitted, known - emitted)
+            assert torch.equal(frame_bytes(out.carry[key]), frame_bytes(held)), key
+        if key.startswith("reward"):
+            assert_returns(out.returns[key], leaf, ends, GAMMA, n_steps)
+    return out
+
+
+def rollout(batch, frames, *, p=0.2, seed=0, mask=False):
+    shape = (*batch, frames)
+    data = {
+        "done": flags(shape, p, seed),
+        "reward": torch.randn(shape, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)),
+        "value": random_bytes((*shape, 3), torch.float32, seed),
+        "copied": random_bytes((*shape, 2), torch.int16, seed),
+    }
+    return {**data, "mask": flags(shape, 0.8, seed + 1)} if mask else data
+
+
+@given(streams())
+@settings(max_examples=30)
+def test_transform_is_the_loop_however_the_stream_is_cut(stream):
+    check_transform(stream)
+
+
+@given(streams())
+@settings(max_examples=30)
+def test_functions_are_the_loop(stream):
+    check_functions(stream)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("frames", [1, TILE_FRAMES - 1, TILE_FRAMES, TILE_FRAMES + 1, 2 * TILE_FRAMES + 1, 311])
+def test_around_the_edges_of_tiles(rows, frames, mask):
+    check(rollout((rows,), 3, seed=1, mask=mask), rollout((rows,), frames, mask=mask), 3)
+
+
+@pytest.mark.parametrize("frames", [1, TIME_MAJOR_FRAMES - 1, TIME_MAJOR_FRAMES + 1, 67])
+@pytest.mark.parametrize("rows", [1, 5, 31, 33, 100])
+def test_time_major(rows, frames):
+    def time_major(leaf):
+        return leaf.transpose(0, 1).contiguous().transpose(0, 1)
+
+    data = {key: time_major(leaf) for key, leaf in rollout((rows,), frames).items()}
+    check(rollout((rows,), 2, seed=1), data, 2)
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 5, UNROLLED_STEPS, UNROLLED_STEPS + 1, 16, 17, 23, 100])
+@pytest.mark.parametrize("frames", [1, 2, 6, 17])
+def test_carry_of_every_length_and_n_below_equal_to_and_above_it(frames, n_steps):
+    for carried in {0, 1, n_steps - 1, n_steps, n_steps + 3}:
+        carry = rollout((2,), carried, seed=1) if carried else None
+        check(carry, rollout((2,), frames), n_steps)
+
+
+@pytest.mark.parametrize("n_steps", [1, 4, 1000])
+@pytest.mark.parametrize("frames", [0, 1, 6, 7, 300])
+def test_nothing_held_back(frames, n_steps):
+    check(rollout((2,), 4, seed=1) if frames % 2 else None, rollout((2,), frames, p=0.01), n_steps, hold=False)
+
+
+@pytest.mark.parametrize("n_steps", [3, 12])
+@pytest.mark.parametrize("pattern", ["none", "all", "first", "last", "adjacent", "every other"])
+def test_done_patterns(pattern, n_steps):
+    data = rollout((2,), 20)
+    done = torch.zeros(2, 20, dtype=torch.bool)
+    done[..., {"none": [], "all": slice(None), "first": 0, "last": -1, "adjacent": slice(8, 10)}.get(pattern, slice(0, None, 2))] = True
+    data["done"] = done
+    check(rollout((2,), n_steps, p=0, seed=1), data, n_steps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", [(), (1,), (3,), (16,), (5, 7), (0,)], ids=str)
+def test_gathers_every_dtype_and_width_to_the_bit(dtype, features):
+    shapes = (2, 3, *features), (2, 9, *features)
+    carry, data = ({**rollout((2,), shape[1])} for shape in shapes)
+    for leaves, shape in ((carry, shapes[0]), (data, shapes[1])):
+        leaves["value"] = random_bytes(shape, dtype, shape[1])
+        leaves["copied"] = random_bytes(shape, dtype, shape[1] + 1)
+    check(carry, data, 3)
+
+
+@pytest.mark.parametrize("width", [4 * TILE - 1, 16 * TILE, 16 * TILE + 16, 1 << 20])
+def test_gathers_wide_rows(width):
+    data = rollout((1,), 4, p=0.3)
+    data["value"] = random_bytes((1, 4, width), torch.uint8)
+    check({key: leaf[:, :2].contiguous() for key, leaf in data.items()}, data, 2)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4, 8, 12])
+def test_gathers_rows_at_any_address(offset):
+    data = rollout((2,), 7)
+    data["value"] = random_bytes((2 * 7 * 32 + offset,), torch.uint8)[offset:].view(2, 7, 32)
+    check(rollout((2,), 2, seed=1) | {"value": random_bytes((2, 2, 32), torch.uint8)}, data, 2)
+
+
+LAYOUTS = {
+    "every other environment": lambda leaf: leaf.repeat_interleave(2, 0)[::2],
+    "every other frame": lambda leaf: leaf.repeat_interleave(2, 2)[:, :, ::2],
+    "a part of the features": lambda leaf: torch.cat((leaf, leaf), -1)[..., : leaf.shape[-1]],
+    "batch dimensions exchanged": lambda leaf: leaf.transpose(0, 1).contiguous().transpose(0, 1),
+    "time first": lambda leaf: leaf.movedim(2, 0).contiguous().movedim(0, 2),
+    "time last": lambda leaf: leaf.movedim(2, -1).contiguous().movedim(-1, 2),
+    "features first": lambda leaf: leaf.movedim(-1, 0).contiguous().movedim(0, -1),
+    "features exchanged": lambda leaf: leaf.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "backwards": lambda leaf: leaf.permute(*reversed(range(leaf.ndim))).contiguous().permute(*reversed(range(leaf.ndim))),
+    "expanded in time": lambda leaf: leaf[:, :, :1].expand_as(leaf),
+    "expanded in features": lambda leaf: leaf[..., :1].expand_as(leaf),
+    "every second feature": lambda leaf: leaf.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.complex128], ids=str)
+def test_any_strides(layout, dtype):
+    lay_out = LAYOUTS[layout]
+    data, carry = rollout((3, 2), 9), rollout((3, 2), 2, seed=1)
+    for leaves, frames in ((data, 9), (carry, 2)):
+        leaves["value"] = random_bytes((3, 2, frames, 4, 6), dtype, frames)
+        leaves["reward"] = torch.arange(3.0 * 2 * frames * 4 * 6).view(3, 2, frames, 4, 6)
+    data["value"], data["reward"] = lay_out(data["value"]), lay_out(data["reward"])
+    if not layout.startswith(("expanded", "time last", "features", "a part", "every second", "backwards")):
+        data["done"] = lay_out(data["done"].unsqueeze(-1)).squeeze(-1)
+    check(carry, data, 2)
+
+
+def test_views_whose_bytes_are_not_their_values():
+    data = rollout((2,), 6)
+    complex_leaf = random_bytes((2, 6, 3), torch.int16).float().view(2, 6, 3)
+    complex_leaf = torch.complex(complex_leaf, complex_leaf + 1)
+    data["value"], data["copied"] = complex_leaf.conj(), complex_leaf.conj().imag
+    assert data["value"].is_conj()
+    assert data["copied"].is_neg()
+    check(None, data, 2)
+
+
+REWARDS = [dtype for dtype in DTYPES if not dtype.is_complex and dtype.itemsize and "float8" not in str(dtype)]
+
+
+@pytest.mark.parametrize("n_steps", [3, 11])
+@pytest.mark.parametrize("dtype", REWARDS, ids=str)
+def test_rewards_of_every_dtype(dtype, n_steps):
+    data, carry = rollout((2,), 30), rollout((2,), 5, seed=1)
+    for leaves in (data, carry):
+        reward = leaves["reward"] * 5
+        if not dtype.is_signed:
+            reward = reward.abs()
+        leaves["reward"] = reward > 0 if dtype == torch.bool else reward.to(dtype)
+    check(carry, data, n_steps)
+
+
+@pytest.mark.parametrize("features", [(), (1,), (3,), (2, 5), (TILE + 1,), (0,)], ids=str)
+def test_rewards_of_every_width_and_several_keys(features):
+    data, carry = rollout((2,), 9), rollout((2,), 3, seed=1)
+    for leaves, frames in ((data, 9), (carry, 3)):
+        leaves["reward_wide"] = torch.randn(2, frames, *features)
+        leaves["reward_double"] = torch.randn(2, frames, 2, dtype=torch.float64)
+    check(carry, data, 3)
+
+
+def test_promotion_follows_the_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        out = check(None, {**rollout((2,), 9), "reward": torch.arange(18).view(2, 9)}, 3)
+        assert out.returns["reward"].dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_gamma_is_not_rounded_to_float32():
+    reward = torch.ones(1, 3, dtype=torch.float64)
+    out = n_step_return(reward, torch.zeros(1, 3, dtype=torch.bool), gamma=0.1, n_steps=2)
+    assert out.reward[0, 0].item() == 1 + 0.1
+
+
+def test_sums_are_within_twice_the_error_of_the_reference():
+    data = rollout((4,), 400, p=0.02)
+    ends = window_ends(data["done"], 20)
+    exact, _ = window_sums(data["reward"], ends, GAMMA)
+    error = {
+        backend: (emitted_and_held(data, None, 20, hold=False, backend=backend).returns["reward"] - exact).abs().max()
+        for backend in ("triton", "reference")
+    }
+    assert 0 < error["triton"] <= 2 * error["reference"]
+
+
+def test_gather_future_keeps_windows_within_their_row_where_it_cannot_check_them():
+    value = torch.arange(8).view(2, 4)
+    gathered = launch_gather_future(value, torch.tensor([[-(2**40), 0, 1, 2], [1, 3, 99, 2**40]]))
+    assert gathered.tolist() == [[0, 1, 2, 3], [4, 7, 7, 7]]
+
+
+@pytest.mark.parametrize("steps", [torch.tensor([[2, 1, 2, 1], [4, 2, 1, 1]])])
+def test_gather_future_takes_steps_of_any_strides(steps):
+    value = random_bytes((2, 4, 3), torch.int16)
+    spread = steps.to(torch.get_default_device()).t().contiguous().t()
+    assert torch.equal(gather_future(value, spread), gather_future(value, spread, backend="reference"))
