@@ -152,7 +152,7 @@ def launch_n_step_extend(
     flags = tuple([sources[key] for key in (done_key, mask_key) if key is not None])
     steps = (windows[0], windows[0], *plan.steps)
     _run(plan, device, gamma, flags, steps, windows, tuple(rewards), tuple(copies))
-    return leaves, returns, *outputs, held
+    return leaves, returns, outputs[0], outputs[1], outputs[2], held
 
 
 def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
@@ -160,11 +160,12 @@ def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
     if value.is_neg() or value.is_conj():
         value = _resolved(value)
     new, lengths = value.data_ptr(), steps.data_ptr()
-    plan = plan_gather((value.shape, value.stride(), value.dtype, new % WIDEST), (steps.shape, steps.stride()))
+    plan = plan_gather(
+        (value.shape, value.stride(), value.dtype, new % WIDEST), (steps.shape, steps.stride(), steps.dtype)
+    )
     gathered = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     source, out = (coded(new), coded(0), *plan.places["value"]), coded(gathered.data_ptr())
-    lengths = (coded(lengths), coded(0), *plan.steps)
-    _run(plan, value.device, 0.0, (), lengths, (), (), ((source, out, out),))
+    _run(plan, value.device, 0.0, (), (coded(lengths), coded(0), *plan.steps), (), (), ((source, out, out),))
     return gathered
 
 

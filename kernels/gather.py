@@ -21,7 +21,7 @@ def copy_rows(
 
     A row is D items of ITEM_BYTES; the rows of source and destination begin at multiples of UNIT bytes.
     """
-    carried, known, sizes = stream
+    _, known, sizes = stream
     chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     tile = tile_frames(program // chunks, rows, known, TIME_MAJOR, LENGTH, BLOCK_F)
     row, frame, live = tile

@@ -25,13 +25,14 @@ _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TILE = 512
 # Frames of a tile at most: 2 per thread, each of which loads a flag per step of its window.
 TILE_FRAMES = 256
-# Longest tile in time where neighbours in memory are environments rather than frames; then as many make it a square.
-TIME_MAJOR_FRAMES = 32
+# Frames in time of a tile where neighbours in memory are environments: with 32 of those, a load of a warp is one
+# stretch of memory, and the 8 frames of an environment fill the sectors that they are written to.
+TIME_MAJOR_FRAMES = 8
 # The widest access of a thread, in bytes.
 WIDEST = 16
-# Up to this n every step is unrolled, all loads of a window are on their way at once, n is compiled into the kernel,
-# and rows are copied in the same launch. A larger n would take more than 96 registers; it runs a loop, the same
-# kernel for all of them, and a second launch for the rows.
+# Up to this n every step is unrolled, so that all loads of a window are on their way at once; n is compiled into the
+# kernel, and rows are copied in the same launch. With more steps it would need more than 96 registers (with a mask,
+# 128): any larger n runs one kernel with a loop, and a second launch for the rows.
 UNROLLED_STEPS = 8
 
 
@@ -46,6 +47,8 @@ class Leaf(NamedTuple):
 
 
 class Launch(NamedTuple):
+    """One launch of the kernel."""
+
     programs: int
     starts: tuple[int, ...]
     """First program of every job, coded, and the number of all."""
@@ -152,18 +155,16 @@ def plan_extend(
 @functools.lru_cache(maxsize=256)
 def plan_gather(value: tuple[Any, ...], steps: tuple[Any, ...]) -> Plan:
     """The plan of :func:`multistep_triton.gather_future`, of what is in :class:`Leaf` of its arguments."""
-    value, steps = Leaf(*value), Leaf(*steps, torch.int64)
-    *lead, frames = steps.shape
-    dims, sizes = _merged(lead, (value, steps))
+    source, lengths = Leaf(*value), Leaf(*steps)
+    *lead, frames = lengths.shape
+    dims, sizes = _merged(lead, (source, lengths))
     rows = math.prod(lead)
-    layout = _layout(value, len(lead), dims)
+    layout = _layout(source, len(lead), dims)
     return Plan(
-        launches=[
-            _launch([], [], [_copy_job(layout, value, True, rows, frames)], unrolled=0, mask=False, read=True)
-        ],
+        launches=[_launch([], [], [_copy_job(layout, source, True, rows, frames)], unrolled=0, mask=False, read=True)],
         scalars=(tuple(map(coded, sizes)), rows, 0, frames, frames, 0),
         places={"value": _place(layout)},
-        steps=_place(_layout(steps, len(lead), dims)),
+        steps=_place(_layout(lengths, len(lead), dims)),
         windows=[],
         returns={},
         copies=[],
@@ -196,7 +197,9 @@ def _layout(leaf: Leaf, time_dim: int, batch_dims: Sequence[int]) -> _Layout:
     strides = [stride * leaf.dtype.itemsize for stride in leaf.strides]
     time = strides[time_dim] if leaf.shape[time_dim] > 1 else 0
     batch = [strides[dim] for dim in batch_dims] or [0]
-    run, sizes, steps = leaf.dtype.itemsize, [], []
+    run = leaf.dtype.itemsize
+    sizes: list[int] = []
+    steps: list[int] = []
     for size, stride in zip(leaf.shape[:time_dim:-1], strides[:time_dim:-1], strict=True):
         if size == 1:
             continue
@@ -220,8 +223,9 @@ def _windows_job(done: _Layout, rows: int, frames: int) -> _Job:
 
 def _returns_job(layout: _Layout, dtype: torch.dtype, returns: torch.dtype, rows: int, frames: int) -> _Job:
     item, total = dtype.itemsize, torch.float64 if returns == torch.float64 else torch.float32
-    constants = ELEMENTS[dtype], ELEMENTS[total], ELEMENTS[returns], item, layout.row // item, layout.run // item
-    return _job(layout, layout.row // item, TILE, rows, frames, *constants)
+    items = layout.row // item
+    constants = ELEMENTS[dtype], ELEMENTS[total], ELEMENTS[returns], item, max(items, 1), max(layout.run // item, 1)
+    return _job(layout, items, TILE, rows, frames, *constants)
 
 
 def _copy_job(layout: _Layout, leaf: Leaf, gathered: bool, rows: int, frames: int) -> _Job:
@@ -229,17 +233,18 @@ def _copy_job(layout: _Layout, leaf: Leaf, gathered: bool, rows: int, frames: in
     bits = functools.reduce(operator.or_, (WIDEST, leaf.misalignment, layout.run, *layout.strides))
     unit = bits & -bits
     item = min(unit, 8)
-    constants = gathered, ELEMENTS[_INTS[item]], item, unit, layout.row // item, layout.run // item
-    return _job(layout, layout.row // item, TILE * 2 if unit == WIDEST else TILE, rows, frames, *constants)
+    items = layout.row // item
+    constants = gathered, ELEMENTS[_INTS[item]], item, unit, max(items, 1), max(layout.run // item, 1)
+    return _job(layout, items, TILE * 2 if unit == WIDEST else TILE, rows, frames, *constants)
 
 
 def _job(layout: _Layout, items: int, tile: int, rows: int, frames: int, *constants: int) -> _Job:
-    """A job on ``[rows, frames]`` of ``items`` each."""
+    """A job on ``[rows, frames]`` of ``items`` each, beginning with how it is tiled."""
     block_d = min(triton.next_power_of_2(max(items, 1)), tile)
     block_f = min(tile // block_d, TILE_FRAMES)
-    length = min(block_f, TIME_MAJOR_FRAMES) if layout.time_major else block_f
-    programs = -(-items // block_d) * count_tiles(rows, frames, length, block_f)
-    return _Job(programs, (layout.time_major, length, block_f, block_d, *constants))
+    tile_f = layout.time_major, min(block_f, TIME_MAJOR_FRAMES), block_f
+    programs = -(-items // block_d) * count_tiles(rows, frames, *tile_f)
+    return _Job(programs, (*tile_f, block_d, *constants))
 
 
 def _launch(

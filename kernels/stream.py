@@ -10,8 +10,6 @@ and the kernels are told so.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -48,30 +46,33 @@ def coded(value: int) -> int:
 def tile_frames(program, rows, frames, TIME_MAJOR: tl.constexpr, LENGTH: tl.constexpr, BLOCK_F: tl.constexpr):
     """Row and frame of each of the BLOCK_F places of a tile over ``[rows, frames]``, int32, and which are inside.
 
-    The tile is as long in time as the frames are, up to LENGTH, and as high as is left of BLOCK_F. Places run along
-    time, or along the rows where those are the neighbours in memory.
+    Neighbouring places are neighbours in memory. Mostly a tile is a stretch of frames, that of a row or of several.
+    Where the neighbours of a frame are those of the rows beside it, the tile is a rectangle: LENGTH frames at most,
+    and as many rows as is left of BLOCK_F, so that both what it reads and what it writes are stretches of memory.
     """
-    across = tl.cdiv(frames, LENGTH)
-    length = tl.cdiv(frames, across)
-    height = BLOCK_F // length
-    place = tl.arange(0, BLOCK_F)
     if TIME_MAJOR:
-        row = place % height
-        frame = place // height
+        across = tl.cdiv(frames, LENGTH)
+        length = tl.cdiv(frames, across)
+        height = BLOCK_F // length
+        place = tl.arange(0, BLOCK_F)
+        row = program // across * height + place % height
+        frame = program % across * length + place // height
+        inside = (place // height < length) & (row < rows) & (frame < frames)
     else:
-        row = place // length
-        frame = place % length
-    inside = (row < height) & (frame < length)
-    row += program // across * height
-    frame += program % across * length
-    return row, frame, inside & (row < rows) & (frame < frames)
+        begin = program.to(tl.int64) * BLOCK_F
+        place = (begin % frames).to(tl.int32) + tl.arange(0, BLOCK_F)
+        row = (begin // frames).to(tl.int32) + place // frames
+        frame = place % frames
+        inside = row < rows
+    return row, frame, inside
 
 
-@functools.lru_cache(maxsize=1024)
-def count_tiles(rows: int, frames: int, length: int, block: int) -> int:
+def count_tiles(rows: int, frames: int, time_major: bool, length: int, block: int) -> int:
     """How many tiles cover ``[rows, frames]``; see :func:`tile_frames`."""
     if not rows or not frames:
         return 0
+    if not time_major:
+        return -(-rows * frames // block)
     across = -(-frames // length)
     return across * -(-rows // (block // -(-frames // across)))
 
@@ -79,8 +80,8 @@ def count_tiles(rows: int, frames: int, length: int, block: int) -> int:
 @triton.jit
 def frame_addresses(source, row, frame, stream, ROW_BYTES: tl.constexpr):
     """Where frames of the stream lie: the first ``carried`` in the carry, which is contiguous, then in the data."""
-    data, carry, strides, outer = source
-    carried, known, sizes = stream
+    data, carry, strides, _ = source
+    carried, _, sizes = stream
     # int64 before the first multiplication
     new = (data << 2 >> 4) + (frame - carried).to(tl.int64) * (strides[0] << 2 >> 4)
     rest = row
@@ -102,8 +103,8 @@ def item_pointers(
 
     The items of a row lie one after the other, but in the data, where it has outer dimensions, in runs of RUN.
     """
-    data, carry, strides, outer = source
-    carried, known, sizes = stream
+    _, _, strides, outer = source
+    carried, _, sizes = stream
     begin = frame_addresses(source, row, frame, stream, D * ITEM_BYTES).to(tl.pointer_type(TYPES[TYPE]))
     # What the launcher knows of addresses, the compiler cannot see: without it every access is of one item.
     begin = tl.multiple_of(begin, [UNIT])

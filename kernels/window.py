@@ -68,7 +68,7 @@ def window(
     else:
         i = tl.cdiv(n, STEPS_PER_TURN) * STEPS_PER_TURN
         while i > 0:
-            for j in tl.static_range(STEPS_PER_TURN):
+            for _ in tl.static_range(STEPS_PER_TURN):
                 i -= 1
                 steps, returns, valid = step_back(
                     steps, returns, valid, i, tile, stream, flags, reward, item, n, gamma,
@@ -97,7 +97,7 @@ def power(gamma, steps, BITS: tl.constexpr):
 
 @triton.jit
 def round_to_bfloat16(value):
-    """float32 that bfloat16 holds exactly, to the nearest, ties to even: Triton's interpreter would cut off the rest."""
+    """The nearest float32 that bfloat16 holds, ties to even; the interpreter's conversion cuts the rest off."""
     bits = value.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
     return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)

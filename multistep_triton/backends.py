@@ -80,7 +80,7 @@ def _triton_device_type() -> tuple[str | None, str]:
         device_type = driver.active.get_active_torch_device().type
     except RuntimeError as error:
         return None, (
-            f"Triton finds no GPU ({error}). Run on a machine with one, or, to debug on the CPU, set TRITON_INTERPRET=1 "
+            f"Triton finds no GPU ({error}). Run where there is one, or, to debug on the CPU, set TRITON_INTERPRET=1 "
             f"before Python starts"
         )
     return device_type, f"Triton drives {device_type} devices"

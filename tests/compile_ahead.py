@@ -20,7 +20,6 @@ import stub_driver
 import torch
 import triton
 from rollouts import make_rollout
-from tensordict import TensorDict
 
 from multistep_triton import MultiStepTransform, gather_future, n_step_return
 from multistep_triton.kernels.extend import _n_step_extend_kernel

@@ -10,9 +10,9 @@ import os
 
 assert not os.environ.get("TRITON_INTERPRET"), "compiling needs a process without TRITON_INTERPRET"
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -99,13 +99,13 @@ def test_the_environment_overrides_auto_and_nothing_else(monkeypatch):
     assert resolve_backend("auto", [where_kernels_run]) == "reference"
     assert resolve_backend("triton", [where_kernels_run]) == "triton"
     monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "fast")
-    with pytest.raises(ValueError, match="environment variable MULTISTEP_TRITON_BACKEND must be one of .*got 'fast'"):
+    with pytest.raises(ValueError, match=r"environment variable MULTISTEP_TRITON_BACKEND must be one of .*got 'fast'"):
         resolve_backend("auto", [where_kernels_run])
 
 
 @pytest.mark.parametrize("backend", ["Triton", "cuda", None, 1])
 def test_an_unknown_backend_is_refused_with_the_valid_ones(backend):
-    with pytest.raises(ValueError, match=f"must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"):
+    with pytest.raises(ValueError, match=rf"must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"):
         n_step_return(ON_CPU, ON_CPU > 1, gamma=0.9, n_steps=2, backend=backend)
 
 
@@ -156,7 +156,7 @@ def test_the_kernels_run_without_grad_on_a_tensor_that_requires_it():
 
 def test_the_kernels_refuse_tensors_that_they_cannot_reach():
     value, steps = torch.ones(2, 5, device="meta"), torch.ones(2, 5, dtype=torch.int64, device="meta")
-    with pytest.raises(RuntimeError, match="cannot run: a tensor is on meta, and .*Move all to one"):
+    with pytest.raises(RuntimeError, match=r"cannot run: a tensor is on meta, and .*Move all to one"):
         gather_future(value, steps, backend="triton")
 
 

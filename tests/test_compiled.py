@@ -76,7 +76,7 @@ print(json.dumps({
     "slices": variants(slices),
     "gamma": [variants(lambda: extend(gamma=each)) for each in (0, 1, 1.0, 0.5, 0.99)],
     "a function": variants(lambda: function(16, 0.9)),
-    "a function, frames and gamma": [variants(lambda: function(frames, gamma)) for frames, gamma in ((1, 1), (32, 0.1))],
+    "a function, frames and gamma": [variants(lambda: function(*each)) for each in ((1, 1), (32, 0.1))],
     "n": [variants(lambda: extend(each, frames=[20])) for each in (2, 4, 2)],
     "n in a loop": variants(lambda: large_n(UNROLLED_STEPS + 1)),
     "another n in a loop": [variants(lambda: large_n(each)) for each in (10, 16, 17, 32, 100, 1000)],

@@ -119,7 +119,7 @@ def test_around_the_edges_of_tiles(rows, frames, mask):
     check(rollout((rows,), 3, seed=1, mask=mask), rollout((rows,), frames, mask=mask), 3)
 
 
-@pytest.mark.parametrize("frames", [1, TIME_MAJOR_FRAMES - 1, TIME_MAJOR_FRAMES + 1, 67])
+@pytest.mark.parametrize("frames", [1, TIME_MAJOR_FRAMES - 1, TIME_MAJOR_FRAMES, TIME_MAJOR_FRAMES + 1, 67])
 @pytest.mark.parametrize("rows", [1, 5, 31, 33, 100])
 def test_time_major(rows, frames):
     def time_major(leaf):
@@ -143,13 +143,22 @@ def test_nothing_held_back(frames, n_steps):
     check(rollout((2,), 4, seed=1) if frames % 2 else None, rollout((2,), frames, p=0.01), n_steps, hold=False)
 
 
+PATTERNS = {
+    "none": [],
+    "all": slice(None),
+    "first": 0,
+    "last": -1,
+    "adjacent": slice(8, 10),
+    "every other": slice(0, None, 2),
+}
+
+
 @pytest.mark.parametrize("n_steps", [3, 12])
-@pytest.mark.parametrize("pattern", ["none", "all", "first", "last", "adjacent", "every other"])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_done_patterns(pattern, n_steps):
     data = rollout((2,), 20)
-    done = torch.zeros(2, 20, dtype=torch.bool)
-    done[..., {"none": [], "all": slice(None), "first": 0, "last": -1, "adjacent": slice(8, 10)}.get(pattern, slice(0, None, 2))] = True
-    data["done"] = done
+    data["done"] = torch.zeros(2, 20, dtype=torch.bool)
+    data["done"][..., PATTERNS[pattern]] = True
     check(rollout((2,), n_steps, p=0, seed=1), data, n_steps)
 
 
@@ -178,6 +187,10 @@ def test_gathers_rows_at_any_address(offset):
     check(rollout((2,), 2, seed=1) | {"value": random_bytes((2, 2, 32), torch.uint8)}, data, 2)
 
 
+def reverse(leaf):
+    return leaf.permute(*reversed(range(leaf.ndim)))
+
+
 LAYOUTS = {
     "every other environment": lambda leaf: leaf.repeat_interleave(2, 0)[::2],
     "every other frame": lambda leaf: leaf.repeat_interleave(2, 2)[:, :, ::2],
@@ -187,7 +200,7 @@ LAYOUTS = {
     "time last": lambda leaf: leaf.movedim(2, -1).contiguous().movedim(-1, 2),
     "features first": lambda leaf: leaf.movedim(-1, 0).contiguous().movedim(0, -1),
     "features exchanged": lambda leaf: leaf.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "backwards": lambda leaf: leaf.permute(*reversed(range(leaf.ndim))).contiguous().permute(*reversed(range(leaf.ndim))),
+    "backwards": lambda leaf: reverse(reverse(leaf).contiguous()),
     "expanded in time": lambda leaf: leaf[:, :, :1].expand_as(leaf),
     "expanded in features": lambda leaf: leaf[..., :1].expand_as(leaf),
     "every second feature": lambda leaf: leaf.repeat_interleave(2, -1)[..., ::2],

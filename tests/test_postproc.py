@@ -196,5 +196,4 @@ def test_in_a_collector(split_trajs):
         assert astray.any() == split_trajs
         for key in (("next", "observation"), "observation", "steps_to_next_obs", ("next", "reward")):
             torch.testing.assert_close(mine[key][valid & ~astray], other[key][valid & ~astray])
-        assert (mine["next", "observation"][valid] > 0).all()
         assert (other["next", "observation"][astray] == 0).all()
