@@ -171,9 +171,14 @@ def test_data_without_time_is_refused(data, got):
 
 
 def collected(postproc, split_trajs):
-    env = SerialEnv(2, lambda: CountingEnv(max_steps=5))
     collector = Collector(
-        env, None, frames_per_batch=40, total_frames=80, postproc=postproc, split_trajs=split_trajs, device="cpu"
+        SerialEnv(2, lambda: CountingEnv(max_steps=5)),
+        None,
+        frames_per_batch=40,
+        total_frames=80,
+        postproc=postproc,
+        split_trajs=split_trajs,
+        device=torch.get_default_device(),
     )
     batches = list(collector)
     collector.shutdown()

@@ -1,0 +1,106 @@
+"""What only a GPU can show: no synchronization, launches as the profiler counts them, CUDA graphs, other devices."""
+
+import pytest
+import torch
+from rollouts import make_rollout
+
+from multistep_triton import MultiStepTransform, gather_future, n_step_return
+from multistep_triton.backends import resolve_backend
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+N_STEPS = [3, 20]
+
+
+def rollout_on(device, frames=40):
+    return make_rollout((16,), frames).to(device)
+
+
+def same(ours, expected):
+    for key in expected.keys(True, True):
+        if key == ("next", "reward"):
+            torch.testing.assert_close(ours[key].cpu(), expected[key].cpu())
+        else:
+            assert torch.equal(ours[key].cpu(), expected[key].cpu()), key
+
+
+def test_auto_takes_the_kernels_on_a_gpu():
+    tensor = torch.ones(2, 5, device="cuda")
+    assert resolve_backend("auto", [tensor]) == "triton"
+    assert resolve_backend("auto", [tensor.requires_grad_()]) == "reference"
+
+
+@pytest.mark.parametrize("n_steps", N_STEPS)
+def test_a_replay_buffers_stream(n_steps):
+    ours, expected = MultiStepTransform(n_steps, 0.97), MultiStepTransform(n_steps, 0.97)
+    for part in make_rollout((16,), 100).split([40, 1, 0, 19, 40], -1):
+        out, reference = ours.inv(part.cuda()), expected.inv(part)
+        assert (out is None) == (reference is None)
+        if out is not None:
+            assert {leaf.device.type for leaf in out.values(True, True)} == {"cuda"}
+            same(out, reference)
+
+
+@pytest.mark.parametrize("n_steps", N_STEPS)
+def test_nothing_waits_for_the_gpu(n_steps):
+    transform, rollout = MultiStepTransform(n_steps, 0.97), rollout_on("cuda")
+    for _ in range(3):
+        transform._inv_call(rollout)
+    reward, done = rollout["next", "reward"], rollout["next", "done"]
+    steps = n_step_return(reward, done, gamma=0.9, n_steps=n_steps).steps
+    gather_future(rollout["observation"], steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        transform._inv_call(rollout)
+        gather_future(rollout["observation"], n_step_return(reward, done, gamma=0.9, n_steps=n_steps).steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("n_steps", "launches"), [(3, 1), (20, 2)])
+def test_launches_as_the_profiler_counts_them(n_steps, launches):
+    transform, rollout = MultiStepTransform(n_steps, 0.97), rollout_on("cuda")
+    for _ in range(3):
+        transform._inv_call(rollout)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        transform._inv_call(rollout)
+        torch.cuda.synchronize()
+    ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert ran == ["_n_step_extend_kernel"] * launches
+
+
+@pytest.mark.parametrize("n_steps", N_STEPS)
+def test_in_a_cuda_graph(n_steps):
+    transform, rollout = MultiStepTransform(n_steps, 0.97), rollout_on("cuda")
+    transform._inv_call(rollout)
+    carry = transform._carry
+    expected = transform._inv_call(rollout)
+    transform._carry = carry
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = transform._inv_call(rollout)
+    for leaf in out.values(True, True):
+        leaf.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    same(out, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one():
+    ours, expected = MultiStepTransform(3, 0.97), MultiStepTransform(3, 0.97)
+    rollout = make_rollout((4,), 40)
+    same(ours.inv(rollout.to("cuda:1")), expected.inv(rollout))
+    assert torch.cuda.current_device() == 0
+
+
+def test_on_another_stream():
+    rollout, expected = rollout_on("cuda"), MultiStepTransform(3, 0.97).inv(make_rollout((16,), 40))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out = MultiStepTransform(3, 0.97).inv(rollout)
+    torch.cuda.current_stream().wait_stream(stream)
+    same(out, expected)
