@@ -131,8 +131,10 @@ class Frames:
         leaves = {path: leaf.detach() if leaf.requires_grad else leaf for path, leaf in leaves.items()}
         held = Frames(batch_size, leaves, self.nodes, kinds=self.kinds)
         for path, objects in self.objects.items():
-            used, leaves[path] = leaves[path].unique(return_inverse=True)
-            held.objects[path] = [objects[index] for index in used.tolist()]
+            held.objects[path] = objects
+            if len(objects) > 1:
+                used, leaves[path] = leaves[path].unique(return_inverse=True)
+                held.objects[path] = [objects[index] for index in used.tolist()]
         return held
 
     def build(self, leaves: Mapping[KeyPath, Tensor], batch_size: torch.Size) -> TensorDict:

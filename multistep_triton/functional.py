@@ -1,8 +1,8 @@
-"""Functions on tensors: validate the arguments, choose the backend, dispatch.
+"""Functions on tensors: validate the arguments, dispatch to the backend.
 
-The one place where a backend is chosen. ``n_step_extend`` is the seam between the transform and its
-implementations: the leaves of carry and data in, the leaves out and the new carry back, by whichever backend.
-May import ``reference`` and, inside the branch that runs them, the kernels.
+``n_step_extend`` is the seam between the transform and its implementations: the leaves of carry and data in, the
+leaves out and the new carry back, by whichever backend. May import ``backends``, ``reference`` and, inside the branch
+that runs them, the kernels.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def n_step_return(
         gamma: discount per step, a finite number in [0, 1].
         n_steps: frames in a full window, an int >= 1.
         mask: ``[*B, T]`` or ``[*B, T, 1]``, bool; False marks padding, which no other frame's window reads.
-        backend: one of ``BACKENDS``.
+        backend: ``"auto"``, ``"reference"`` or ``"triton"``.
 
     Returns:
         :class:`NStepReturn` on the reward's device, new memory.
@@ -122,10 +122,11 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
     Args:
         value: ``[*B, T, *F]``, any dtype, any strides.
         steps: ``[*B, T]``, int64, on the value's device, such as :attr:`NStepReturn.steps`; ``t + steps(t) - 1``
-            must lie within ``t .. T - 1``, which is checked (on an accelerator this waits for the device).
+            must lie within ``t .. T - 1``. That is checked on the CPU and by the reference, which on an accelerator
+            waits for the device; the kernels do not wait there, and cut a window at the end of its row.
 
     Keyword Args:
-        backend: one of ``BACKENDS``.
+        backend: ``"auto"``, ``"reference"`` or ``"triton"``.
 
     Returns:
         Tensor: ``[*B, T, *F]``, the value's dtype and device, new contiguous memory.

@@ -128,24 +128,24 @@ def resources(kernel: Any) -> Resources:
 def main(target: str) -> list[str]:
     stub_driver.install(target)
     failures = []
-    print(f"Triton {triton.__version__}, {target}: registers, bytes of the widest access, kB of code")
+    lines = [f"Triton {triton.__version__}, {target}: registers, bytes of the widest access, kB of code"]
     for name, case in CASES.items():
         _n_step_extend_kernel.device_caches.clear()
         case.run()
         kernels = [resources(kernel) for kernel in stub_driver.compiled_kernels()]
         registers = max(kernel.registers for kernel in kernels)
         widest = max(kernel.widest for kernel in kernels)
-        print(f"    {name:30} {registers:4} {widest:3} {'+'.join(str(kernel.kilobytes) for kernel in kernels):>8}")
+        code = "+".join(str(kernel.kilobytes) for kernel in kernels)
+        lines.append(f"    {name:30} {registers:4} {widest:3} {code:>8}")
         if any(kernel.spills for kernel in kernels):
             failures.append(f"{target}, {name}: spills {[kernel.spills for kernel in kernels]}")
         if registers > case.registers:
             failures.append(f"{target}, {name}: {registers} registers, more than {case.registers}")
         if case.wide and widest < 16:
             failures.append(f"{target}, {name}: rows are copied {widest} bytes at a time, not 16")
+    print("\n".join([*lines, *failures]), flush=True)
     return failures
 
 
 if __name__ == "__main__":
-    failed = main(*sys.argv[1:])
-    print("\n".join(failed) or "all checks passed")
-    sys.exit(bool(failed))
+    sys.exit(bool(main(*sys.argv[1:])))
