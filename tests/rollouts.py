@@ -32,6 +32,23 @@ def make_rollout(batch: Sequence[int], frames: int, *, p_done: float = 0.2, seed
     )
 
 
+def frames(rewards: Sequence[float], done: Sequence[bool], **extra: object) -> TensorDict:
+    """One row of frames whose observations count from 0, and next observations from 1."""
+    count = len(rewards)
+    return TensorDict(
+        {
+            "observation": torch.arange(count),
+            "next": {
+                "observation": torch.arange(1, count + 1),
+                "reward": torch.tensor(rewards).unsqueeze(-1),
+                "done": torch.tensor(done).unsqueeze(-1),
+            },
+            **extra,
+        },
+        batch_size=[count],
+    )
+
+
 def extend(transform: Transform, rollout: TensorDictBase, cuts: Sequence[int]) -> TensorDictBase | None:
     """What comes out of calls of ``cuts`` frames each, joined in time; None if nothing did."""
     parts = [transform.inv(part) for part in rollout.split(list(cuts), -1)]

@@ -2,29 +2,13 @@
 
 import pytest
 import torch
-from tensordict import TensorDict
+from rollouts import frames
 
 from multistep_triton import MultiStepTransform, gather_future, n_step_return
 
 pytestmark = pytest.mark.usefixtures("path")
 
 F, T = False, True
-
-
-def frames(rewards, done, **extra):
-    count = len(rewards)
-    return TensorDict(
-        {
-            "observation": torch.arange(count),
-            "next": {
-                "observation": torch.arange(1, count + 1),
-                "reward": torch.tensor(rewards).unsqueeze(-1),
-                "done": torch.tensor(done).unsqueeze(-1),
-            },
-            **extra,
-        },
-        batch_size=[count],
-    )
 
 
 def test_n_step_return_without_ends():

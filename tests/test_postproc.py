@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rollouts import assert_returns, make_rollout, window_ends
+from rollouts import assert_returns, frames, make_rollout, window_ends
 from tensordict import TensorDict, lazy_stack, tensorclass
 from test_properties import frame_bytes, streams, take
 from torchrl.data.postprocs import MultiStep as TorchRLMultiStep
@@ -22,22 +22,6 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.usefixtures("path")
 
 F, T = False, True
-
-
-def frames(rewards, done, **extra):
-    count = len(rewards)
-    return TensorDict(
-        {
-            "observation": torch.arange(count),
-            "next": {
-                "observation": torch.arange(1, count + 1),
-                "reward": torch.tensor(rewards).unsqueeze(-1),
-                "done": torch.tensor(done).unsqueeze(-1),
-            },
-            **extra,
-        },
-        batch_size=[count],
-    )
 
 
 def test_by_hand():
