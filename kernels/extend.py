@@ -112,15 +112,17 @@ def launch_n_step_extend(
     gamma: float,
     hold: bool,
 ) -> tuple[dict[Hashable, Tensor], dict[Hashable, Tensor], Tensor, Tensor, Tensor, dict[Hashable, Tensor]]:
-    """Computes :func:`multistep_triton.functional.n_step_extend`; the carry is contiguous."""
+    """Computes :func:`multistep_triton.functional.n_step_extend`."""
     device = data[done_key].device
-    described, addresses, resolved = [], {}, []
+    described, addresses, read = [], {}, []
     for key, leaf in data.items():
-        if leaf.is_neg() or leaf.is_conj():
-            leaf = _resolved(leaf)
-            resolved.append(leaf)
-        old = carry[key].data_ptr() if carry else 0
-        new = leaf.data_ptr()
+        leaf = _as_it_lies(leaf)
+        read.append(leaf)  # what is read stays alive until the launch
+        new, old = leaf.data_ptr(), 0
+        if carry:
+            kept = carry[key].contiguous()
+            read.append(kept)
+            old = kept.data_ptr()
         described.append((key, leaf.shape, leaf.stride(), leaf.dtype, (new | old) % WIDEST))
         addresses[key] = coded(new), coded(old)
     plan = plan_extend(
@@ -157,8 +159,7 @@ def launch_n_step_extend(
 
 def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
     """Computes :func:`multistep_triton.gather_future`; a window that leaves its row is cut at the row's end."""
-    if value.is_neg() or value.is_conj():
-        value = _resolved(value)
+    value, steps = _as_it_lies(value), _as_it_lies(steps)
     new, lengths = value.data_ptr(), steps.data_ptr()
     plan = plan_gather(
         (value.shape, value.stride(), value.dtype, new % WIDEST), (steps.shape, steps.stride(), steps.dtype)
@@ -169,9 +170,9 @@ def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
     return gathered
 
 
-def _resolved(tensor: Tensor) -> Tensor:
-    """A conjugate or a negative, which a view can be without its bytes being so, as bytes."""
-    return tensor.resolve_neg().resolve_conj()
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    """A tensor whose bytes are its values; a view can be a conjugate or a negative that is still to be taken."""
+    return tensor.resolve_neg().resolve_conj() if tensor.is_neg() or tensor.is_conj() else tensor
 
 
 def _run(plan: Plan, device: torch.device, gamma: float, *sources: Any) -> None:

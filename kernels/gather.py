@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multistep_triton.kernels.stream import TYPES, frame_addresses, item_pointers, tile_frames
+from multistep_triton.kernels.stream import frame_addresses, item_pointers, row_pointers, tile_frames
 from multistep_triton.kernels.window import window_steps
 
 
@@ -42,5 +42,5 @@ def copy_rows(
     value = tl.load(pointers, mask=inside, other=0)
     to_out = (out << 2 >> 4) + (row.to(tl.int64) * emitted + frame) * (D * ITEM_BYTES)
     to_held = (held << 2 >> 4) + (row.to(tl.int64) * (known - emitted) + (frame - emitted)) * (D * ITEM_BYTES)
-    to = tl.where(frame < emitted, to_out, to_held).to(tl.pointer_type(TYPES[TYPE]))
-    tl.store(tl.multiple_of(to, [UNIT])[:, None] + item[None, :], value, mask=inside)
+    to = row_pointers(tl.where(frame < emitted, to_out, to_held), TYPE, UNIT)
+    tl.store(to[:, None] + item[None, :], value, mask=inside)

@@ -195,7 +195,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...
 
 def _layout(leaf: Leaf, time_dim: int, batch_dims: Sequence[int]) -> _Layout:
     strides = [stride * leaf.dtype.itemsize for stride in leaf.strides]
-    time = strides[time_dim] if leaf.shape[time_dim] > 1 else 0
+    time = strides[time_dim]
     batch = [strides[dim] for dim in batch_dims] or [0]
     run = leaf.dtype.itemsize
     sizes: list[int] = []

@@ -95,6 +95,13 @@ def frame_addresses(source, row, frame, stream, ROW_BYTES: tl.constexpr):
 
 
 @triton.jit
+def row_pointers(address, TYPE: tl.constexpr, UNIT: tl.constexpr):
+    """Pointers to where rows begin, which the launcher, and not the compiler, knows to be multiples of UNIT bytes."""
+    tl.device_assert(address % UNIT == 0, "a row begins at no multiple of its unit")
+    return tl.multiple_of(address.to(tl.pointer_type(TYPES[TYPE])), [UNIT])
+
+
+@triton.jit
 def item_pointers(
     source, row, frame, item, stream,
     TYPE: tl.constexpr, ITEM_BYTES: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr,
@@ -105,9 +112,8 @@ def item_pointers(
     """
     _, _, strides, outer = source
     carried, _, sizes = stream
-    begin = frame_addresses(source, row, frame, stream, D * ITEM_BYTES).to(tl.pointer_type(TYPES[TYPE]))
-    # What the launcher knows of addresses, the compiler cannot see: without it every access is of one item.
-    begin = tl.multiple_of(begin, [UNIT])
+    begin = frame_addresses(source, row, frame, stream, D * ITEM_BYTES)
+    begin = row_pointers(begin, TYPE, UNIT)
     offset = item[None, :]
     if len(outer) > 0:
         first: tl.constexpr = 1 + len(sizes)

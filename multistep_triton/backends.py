@@ -68,17 +68,20 @@ def _obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str | N
 @functools.cache
 def _triton_device_type() -> tuple[str | None, str]:
     """The type of the devices whose memory the kernels reach, and why it is that one, or else why there is none."""
+    # Triton and its drivers fail in more ways than they document, and none of them may keep the reference from running.
     try:
         from triton.runtime import driver
 
         from multistep_triton.kernels.extend import INTERPRETED
     except ImportError as error:
         return None, f"Triton is missing ({error}). Install it: pip install triton"
+    except Exception as error:
+        return None, f"Triton cannot be imported ({error!r}). Install one that belongs to this torch"
     if INTERPRETED:
         return "cpu", "the kernels are interpreted on the CPU, as TRITON_INTERPRET is set"
     try:
         device_type = driver.active.get_active_torch_device().type
-    except RuntimeError as error:
+    except Exception as error:
         return None, (
             f"Triton finds no GPU ({error}). Run where there is one, or, to debug on the CPU, set TRITON_INTERPRET=1 "
             f"before Python starts"

@@ -165,11 +165,11 @@ def _roles(
     done_key: NestedKey, mask_key: NestedKey, reward_keys: tuple[NestedKey, ...], done_keys: tuple[NestedKey, ...]
 ) -> _Roles:
     done, mask = _path("next", done_key), _path(mask_key)
-    rewards = tuple(_path("next", key) for key in reward_keys)
+    rewards = tuple(dict.fromkeys(_path("next", key) for key in reward_keys))
     kept = frozenset((done, *rewards, *(_path("next", key) for key in done_keys)))
-    written = {*ROOT_PATHS, *map(_original, rewards)} - {mask, *kept}
-    if len(rewards) == 1:
-        written.add(ORIGINAL_REWARD_PATH)
+    written = {*ROOT_PATHS, *map(_original, rewards), *([ORIGINAL_REWARD_PATH] if len(rewards) == 1 else [])}
+    if taken := sorted(written & {mask, *kept}):
+        raise ValueError(f"no key may name an entry that is written besides, got {', '.join(map(str, taken))}")
     return _Roles(done, mask, rewards, kept, frozenset(written))
 
 

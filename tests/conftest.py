@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
 os.environ.pop("MULTISTEP_TRITON_BACKEND", None)
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -42,8 +43,15 @@ def poisoned(allocate):
 
 @contextmanager
 def kernels():
-    """Whatever is created is where the kernels run, and ``auto`` is they; new memory is poisoned."""
+    """Whatever is created is where the kernels run, and ``auto`` is they; new memory is poisoned.
+
+    The interpreter heeds ``tl.device_assert``, which compiled kernels leave out.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            from triton.runtime.interpreter import interpreter_builder
+
+            patch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, debug=True))
         patch.setenv(BACKEND_VARIABLE, "triton")
         for name in ("empty", "empty_strided"):
             patch.setattr(torch, name, poisoned(getattr(torch, name)))

@@ -160,9 +160,35 @@ def test_the_kernels_refuse_tensors_that_they_cannot_reach():
         gather_future(value, steps, backend="triton")
 
 
-def test_the_backend_can_change_between_calls():
+@pytest.mark.parametrize("failure", ["AssertionError('libcuda.so cannot be found')", "OSError('no compiler')"])
+def test_a_driver_that_fails_in_whatever_way_leaves_the_reference(failure):
+    code = f"""
+import torch, triton
+class Driver:
+    def get_active_torch_device(self):
+        raise {failure}
+triton.runtime.driver.set_active(Driver())
+from multistep_triton.backends import resolve_backend
+tensors = [torch.ones(2, device="meta")]
+print(resolve_backend("auto", tensors))
+try:
+    resolve_backend("triton", tensors)
+except RuntimeError as error:
+    print(error)
+"""
+    lines = run(code, TRITON_INTERPRET=None).stdout.splitlines()
+    assert lines[0] == "reference"
+    assert lines[1].startswith("backend 'triton' cannot run: Triton finds no GPU")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_backend_can_change_between_calls(channels_last):
     with kernels():
         rollout = make_rollout((2,), 40)
+        for data in (rollout, rollout["next"]):
+            data["pixels"] = torch.randint(256, (2, 40, 4, 5, 3), dtype=torch.uint8)
+            if channels_last:
+                data["pixels"] = data["pixels"].permute(0, 1, 4, 2, 3)
         mixed, steady = MultiStepTransform(3, 0.9), MultiStepTransform(3, 0.9, backend="reference")
         for i, part in enumerate(rollout.split(8, -1)):
             mixed.backend = ("triton", "reference")[i % 2]

@@ -65,8 +65,8 @@ def wider():
     rollout["observation"] = torch.zeros(2, 16, 5)
     extend(rollout=rollout)
 
-def time_major():
-    extend(rollout=make_rollout((2,), 16).transpose(0, 1).contiguous().transpose(0, 1))
+def time_major(frames=16):
+    extend(rollout=make_rollout((frames,), 2).contiguous().transpose(0, 1))
 
 print(json.dumps({
     "the first call": variants(extend),
@@ -83,6 +83,7 @@ print(json.dumps({
     "dtype of a reward": variants(double),
     "width of a leaf": variants(wider),
     "time-major": variants(time_major),
+    "time-major, frames": [variants(lambda: time_major(each)) for each in (1, 7, 32)],
     "nothing held back": variants(lambda: MultiStep(0.9, 3, backend="triton")(make_rollout((2,), 16))),
 }))
 """)
@@ -101,6 +102,7 @@ print(json.dumps({
         "dtype of a reward": 1,
         "width of a leaf": 1,
         "time-major": 1,
+        "time-major, frames": [0, 0, 0],
         "nothing held back": 1,
     }
 

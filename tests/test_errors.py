@@ -306,6 +306,26 @@ def test_functions(call, error, message):
         call()
 
 
+def test_reward_keys_that_clash_with_what_is_written():
+    data = make_rollout((2,), 9)
+    data["next", "reward_orig"] = torch.ones(2, 9, 1)
+    message = r"no key may name an entry that is written besides, got \('next', '%s'\)"
+    with pytest.raises(ValueError, match=message % "reward_orig"):
+        MultiStepTransform(3, 0.9, reward_keys=["reward", "reward_orig"]).inv(data)
+    with pytest.raises(ValueError, match=message % "original_reward"):
+        MultiStepTransform(3, 0.9, reward_keys=["original_reward"]).inv(data)
+
+
+def test_a_reward_key_that_is_named_twice_counts_once():
+    data = make_rollout((2,), 9)
+    with kernels():
+        data = data.to(torch.get_default_device())
+        twice = MultiStepTransform(3, 0.9, reward_keys=["reward", "reward"]).inv(data)
+        once = MultiStepTransform(3, 0.9).inv(data)
+    assert set(twice.keys(True)) == set(once.keys(True))
+    assert torch.equal(twice["next", "reward"], once["next", "reward"])
+
+
 def test_a_done_that_is_not_there_is_named_with_what_is():
     data = TensorDict({"next": {"reward": torch.ones(4, 1), "finished": torch.zeros(4, dtype=torch.bool)}}, [4])
     with pytest.raises(KeyError, match=r"\('next', 'done'\), got the entries .*\('next', 'finished'\)"):

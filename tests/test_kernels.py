@@ -1,5 +1,8 @@
 """The kernels where tiles, strides, dtypes and lengths make a difference: interpreted on a CPU, compiled on a GPU."""
 
+import importlib
+import weakref
+
 import pytest
 import torch
 from conftest import kernels
@@ -9,8 +12,9 @@ from test_properties import check_functions, check_transform, frame_bytes, strea
 
 from multistep_triton import gather_future, n_step_return
 from multistep_triton.functional import n_step_extend
+from multistep_triton.kernels import plan
 from multistep_triton.kernels.extend import launch_gather_future
-from multistep_triton.kernels.plan import TILE, TILE_FRAMES, TIME_MAJOR_FRAMES, UNROLLED_STEPS
+from multistep_triton.kernels.plan import TILE, TILE_FRAMES, TIME_MAJOR_FRAMES, UNROLLED_STEPS, WIDEST, Leaf
 
 GAMMA = 0.97
 DTYPES = [
@@ -216,6 +220,7 @@ def test_any_strides(layout, dtype):
         leaves["value"] = random_bytes((3, 2, frames, 4, 6), dtype, frames)
         leaves["reward"] = torch.arange(3.0 * 2 * frames * 4 * 6).view(3, 2, frames, 4, 6)
     data["value"], data["reward"] = lay_out(data["value"]), lay_out(data["reward"])
+    carry["value"], carry["reward"] = lay_out(carry["value"]), lay_out(carry["reward"])
     if not layout.startswith(("expanded", "time last", "features", "a part", "every second", "backwards")):
         data["done"] = lay_out(data["done"].unsqueeze(-1)).squeeze(-1)
     check(carry, data, 2)
@@ -229,6 +234,53 @@ def test_views_whose_bytes_are_not_their_values():
     assert data["value"].is_conj()
     assert data["copied"].is_neg()
     check(None, data, 2)
+
+
+def test_what_is_read_lives_until_the_launch(monkeypatch):
+    extend = importlib.import_module("multistep_triton.kernels.extend")
+    resolve, run, resolved = extend._as_it_lies, extend._run, []
+
+    def remember(tensor):
+        copy = resolve(tensor)
+        if copy is not tensor:
+            resolved.append(weakref.ref(copy))
+        return copy
+
+    def check_and_run(*arguments):
+        assert len(resolved) == 1
+        assert resolved[0]() is not None
+        run(*arguments)
+
+    monkeypatch.setattr(extend, "_as_it_lies", remember)
+    monkeypatch.setattr(extend, "_run", check_and_run)
+    emitted_and_held({**rollout((2,), 6), "value": torch.ones(2, 6, dtype=torch.complex64).conj()}, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "strides", "address", "unit"),
+    [
+        (80, [1600, 800], 0, 16),
+        (80, [1600, 800], 16, 16),
+        (80, [1600, 800], 8, 8),
+        (80, [1600, 800], 4, 4),
+        (80, [1600, 800], 2, 2),
+        (80, [1600, 800], 1, 1),
+        (80, [1600, 804], 0, 4),
+        (80, [1602, 800], 0, 2),
+        (68, [1600, 800], 0, 4),
+        (24, [1600, 800], 0, 8),
+        (3, [1600, 800], 0, 1),
+        (48, [0, 48], 32, 16),
+    ],
+)
+def test_rows_are_copied_in_the_largest_unit_that_divides_their_addresses(row, strides, address, unit):
+    shape, itemsize = (20, 30, row), 1
+    leaf = Leaf(shape, (strides[1], strides[0], itemsize), torch.uint8, address % WIDEST)
+    job = plan._copy_job(plan._layout(leaf, 1, [0]), leaf, True, 20, 30)
+    item_bytes, copied_unit, items = job.constants[6:9]
+    assert copied_unit == unit
+    assert item_bytes == min(unit, 8)
+    assert items * item_bytes == row
 
 
 REWARDS = [dtype for dtype in DTYPES if not dtype.is_complex and dtype.itemsize and "float8" not in str(dtype)]
@@ -291,4 +343,6 @@ def test_gather_future_keeps_windows_within_their_row_where_it_cannot_check_them
 def test_gather_future_takes_steps_of_any_strides(steps):
     value = random_bytes((2, 4, 3), torch.int16)
     spread = steps.to(torch.get_default_device()).t().contiguous().t()
-    assert torch.equal(gather_future(value, spread), gather_future(value, spread, backend="reference"))
+    expected = gather_future(value, spread, backend="reference")
+    assert torch.equal(gather_future(value, spread), expected)
+    assert torch.equal(gather_future(value, torch._neg_view(-spread)), expected)
