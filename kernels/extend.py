@@ -66,13 +66,22 @@ def _write_returns(
     tl.store(pointer, returns.to(TYPES[RETURN]), mask=live[:, None] & (item < D)[None, :])
 
 
+@triton.jit
+def pick(values, which):
+    """One of a tuple of scalars."""
+    value = values[0]
+    for k in tl.static_range(1, len(values)):
+        value = tl.where(which == k, values[k], value)
+    return value
+
+
 @triton.jit(do_not_specialize=["rows", "carried", "known", "emitted", "n"])
 def _n_step_extend_kernel(
     starts, sizes, rows, carried, known, emitted, n, gamma: tl.float64, flags, steps, windows, rewards, leaves,
     WINDOWS: tl.constexpr, RETURNS: tl.constexpr, COPIES: tl.constexpr,
     UNROLLED: tl.constexpr, MASK: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
-    """Every program finds its job by the first program of each, ``starts``."""
+    """Every program finds its job by the first program of each, ``starts``; alike leaves share one, and its code."""
     program = tl.program_id(0)
     gamma = tl.full((1, 1), gamma, tl.float64)
     stream = (carried, known, sizes)
@@ -89,9 +98,15 @@ def _n_step_extend_kernel(
     for j in tl.static_range(len(COPIES)):
         first = starts[len(WINDOWS) + len(RETURNS) + j] << 2 >> 4
         if (program >= first) & (program < (starts[len(WINDOWS) + len(RETURNS) + j + 1] << 2 >> 4)):
+            place, data, carry, out, held = leaves[j]
+            strides, outer = place
+            local = (program - first).to(tl.int32)
+            each = ((starts[len(WINDOWS) + len(RETURNS) + j + 1] << 2 >> 4) - first).to(tl.int32) // len(data)
+            which = local // each
+            source = (pick(data, which), pick(carry, which), strides, outer)
+            leaf = (source, pick(out, which), pick(held, which))
             copy_rows(
-                (program - first).to(tl.int32), leaves[j], stream, flags, steps, rows, emitted, n, UNROLLED, MASK, READ,
-                *COPIES[j],
+                local % each, leaf, stream, flags, steps, rows, emitted, n, UNROLLED, MASK, READ, *COPIES[j]
             )  # fmt: skip
 
 
@@ -114,14 +129,17 @@ def launch_n_step_extend(
 ) -> tuple[dict[Hashable, Tensor], dict[Hashable, Tensor], Tensor, Tensor, Tensor, dict[Hashable, Tensor]]:
     """Computes :func:`multistep_triton.functional.n_step_extend`."""
     device = data[done_key].device
-    described, addresses, read = [], {}, []
+    described, addresses, copied = [], {}, []  # copies are kept until the launch
     for key, leaf in data.items():
-        leaf = _as_it_lies(leaf)
-        read.append(leaf)  # what is read stays alive until the launch
+        if leaf.is_neg() or leaf.is_conj():
+            leaf = _as_it_lies(leaf)
+            copied.append(leaf)
         new, old = leaf.data_ptr(), 0
         if carry:
-            kept = carry[key].contiguous()
-            read.append(kept)
+            kept = carry[key]
+            if not kept.is_contiguous():
+                kept = kept.contiguous()
+                copied.append(kept)
             old = kept.data_ptr()
         described.append((key, leaf.shape, leaf.stride(), leaf.dtype, (new | old) % WIDEST))
         addresses[key] = coded(new), coded(old)
@@ -137,7 +155,6 @@ def launch_n_step_extend(
         hold,
         torch.get_default_dtype(),
     )
-    sources = {key: (*address, *plan.places[key]) for key, address in addresses.items()}
 
     empty = torch.empty_strided
     outputs = [empty(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in plan.windows]
@@ -145,13 +162,20 @@ def launch_n_step_extend(
     returns, rewards = {}, []
     for key, (shape, strides, dtype) in plan.returns.items():
         returns[key] = out = empty(shape, strides, dtype=dtype, device=device)
-        rewards.append((sources[key], coded(out.data_ptr())))
+        rewards.append(((*addresses[key], *plan.places[key]), coded(out.data_ptr())))
     leaves, held, copies = dict(data), {}, []
-    for key, shape, strides, held_shape, held_strides, dtype in plan.copies:
-        leaves[key] = out = empty(shape, strides, dtype=dtype, device=device)
-        held[key] = kept = empty(held_shape, held_strides, dtype=dtype, device=device)
-        copies.append((sources[key], coded(out.data_ptr()), coded(kept.data_ptr())))
-    flags = tuple([sources[key] for key in (done_key, mask_key) if key is not None])
+    for place, group in plan.copies:
+        news, olds, outs, kepts = [], [], [], []
+        for key, shape, strides, held_shape, held_strides, dtype in group:
+            leaves[key] = out = empty(shape, strides, dtype=dtype, device=device)
+            held[key] = kept = empty(held_shape, held_strides, dtype=dtype, device=device)
+            new, old = addresses[key]
+            news.append(new)
+            olds.append(old)
+            outs.append(coded(out.data_ptr()))
+            kepts.append(coded(kept.data_ptr()))
+        copies.append((place, tuple(news), tuple(olds), tuple(outs), tuple(kepts)))
+    flags = tuple([(*addresses[key], *plan.places[key]) for key in (done_key, mask_key) if key is not None])
     steps = (windows[0], windows[0], *plan.steps)
     _run(plan, device, gamma, flags, steps, windows, tuple(rewards), tuple(copies))
     return leaves, returns, outputs[0], outputs[1], outputs[2], held
@@ -165,14 +189,15 @@ def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
         (value.shape, value.stride(), value.dtype, new % WIDEST), (steps.shape, steps.stride(), steps.dtype)
     )
     gathered = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    source, out = (coded(new), coded(0), *plan.places["value"]), coded(gathered.data_ptr())
-    _run(plan, value.device, 0.0, (), (coded(lengths), coded(0), *plan.steps), (), (), ((source, out, out),))
+    out = (coded(gathered.data_ptr()),)
+    copy = plan.places["value"], (coded(new),), (coded(0),), out, out
+    _run(plan, value.device, 0.0, (), (coded(lengths), coded(0), *plan.steps), (), (), (copy,))
     return gathered
 
 
 def _as_it_lies(tensor: Tensor) -> Tensor:
     """A tensor whose bytes are its values; a view can be a conjugate or a negative that is still to be taken."""
-    return tensor.resolve_neg().resolve_conj() if tensor.is_neg() or tensor.is_conj() else tensor
+    return tensor.resolve_neg().resolve_conj()
 
 
 def _run(plan: Plan, device: torch.device, gamma: float, *sources: Any) -> None:

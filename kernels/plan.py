@@ -36,6 +36,10 @@ WIDEST = 16
 UNROLLED_STEPS = 8
 
 
+# What a kernel needs to find the rows of a leaf besides addresses: strides and outer sizes, coded.
+Place = tuple[tuple[int, ...], tuple[int, ...]]
+
+
 class Leaf(NamedTuple):
     """What a plan depends on in a leaf ``[*B, T, *F]``."""
 
@@ -64,16 +68,15 @@ class Plan(NamedTuple):
     launches: list[Launch]
     scalars: tuple[Any, ...]
     """Sizes of the batch dimensions, coded, rows, frames carried, known and emitted, n."""
-    steps: tuple[tuple[int, ...], tuple[int, ...]]
-    """Like ``places``, of the steps."""
-    places: dict[Hashable, tuple[tuple[int, ...], tuple[int, ...]]]
-    """What a kernel needs to find the rows of every leaf, besides addresses: strides and outer sizes, coded."""
+    steps: Place
+    places: dict[Hashable, Place]
     windows: list[tuple[Any, ...]]
     """Shape, strides and dtype of steps, discount and nonterminal."""
     returns: dict[Hashable, tuple[Any, ...]]
     """Shape, strides and dtype of every n-step return."""
-    copies: list[tuple[Any, ...]]
-    """Key, shape and strides of the frames that come out, the same of those held back, and dtype of what is copied."""
+    copies: list[tuple[Place, list[tuple[Any, ...]]]]
+    """Of leaves that are copied, those that lie alike: their place, and for each its key, shape and strides of the
+    frames that come out, the same of those held back, and dtype."""
 
 
 class _Layout(NamedTuple):
@@ -127,11 +130,13 @@ def plan_extend(
         returns[key] = *frames(reward, emitted), dtype
         rewards.append(_returns_job(layouts[key], reward.dtype, dtype, rows, emitted))
     # With no frames before and none held back every frame stays where it is: what is not gathered is the data's own.
-    copies, jobs = [], []
+    alike: dict[tuple[_Job, Place], list[tuple[Any, ...]]] = {}
     for key, leaf in described.items():
         if hold or carried or key in gathered_keys:
-            copies.append((key, *frames(leaf, emitted), *frames(leaf, held), leaf.dtype))
-            jobs.append(_copy_job(layouts[key], leaf, key in gathered_keys, rows, known))
+            job = _copy_job(layouts[key], leaf, key in gathered_keys, rows, known)
+            copy = key, *frames(leaf, emitted), *frames(leaf, held), leaf.dtype
+            alike.setdefault((job, _place(layouts[key])), []).append(copy)
+    jobs = [_Job(job.programs * len(group), job.constants) for (job, _), group in alike.items()]
 
     if n_steps <= UNROLLED_STEPS:
         launches = [_launch(windows, rewards, jobs, unrolled=n_steps, mask=mask_key is not None, read=False)]
@@ -148,7 +153,7 @@ def plan_extend(
         steps=_place(_layout(Leaf(*flat, torch.int64), time_dim, dims)),
         windows=[(*flat, dtype) for dtype in (torch.int64, torch.float32, torch.bool)],
         returns=returns,
-        copies=copies,
+        copies=[(place, group) for (_, place), group in alike.items()],
     )
 
 
@@ -213,7 +218,7 @@ def _layout(leaf: Leaf, time_dim: int, batch_dims: Sequence[int]) -> _Layout:
     return _Layout(run * math.prod(sizes), [time, *batch, *steps], sizes, run, 0 < batch[-1] < time)
 
 
-def _place(layout: _Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _place(layout: _Layout) -> Place:
     return tuple(map(coded, layout.strides)), tuple(map(coded, layout.outer))
 
 

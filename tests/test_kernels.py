@@ -195,6 +195,23 @@ def reverse(leaf):
     return leaf.permute(*reversed(range(leaf.ndim)))
 
 
+def test_leaves_that_lie_alike_share_code_and_not_rows():
+    data, carry = rollout((3,), 9), rollout((3,), 2, seed=1)
+    for leaves, frames in ((data, 9), (carry, 2)):
+        for i in range(12):
+            name = ("value", "copied")[i % 2] + str(i)
+            leaves[name] = random_bytes(
+                (3, frames, 3 + i % 3), (torch.float32, torch.int32)[i % 4 // 2], seed=frames + i
+            )
+    described = tuple((key, leaf.shape, leaf.stride(), leaf.dtype, 0) for key, leaf in data.items())
+    gathered = frozenset(key for key in data if key.startswith("value"))
+    made = plan.plan_extend(described, 1, ("reward",), gathered, "done", None, 2, 2, True, torch.float32)
+    # rows of 1, 4, 12 (gathered or not), 16 (or not), 20 (or not) bytes
+    assert len(made.copies) == len(made.launches[0].constants[2]) == 8
+    assert sum(len(group) for _, group in made.copies) == len(data)
+    check(carry, data, 2)
+
+
 LAYOUTS = {
     "every other environment": lambda leaf: leaf.repeat_interleave(2, 0)[::2],
     "every other frame": lambda leaf: leaf.repeat_interleave(2, 2)[:, :, ::2],
@@ -242,8 +259,7 @@ def test_what_is_read_lives_until_the_launch(monkeypatch):
 
     def remember(tensor):
         copy = resolve(tensor)
-        if copy is not tensor:
-            resolved.append(weakref.ref(copy))
+        resolved.append(weakref.ref(copy))
         return copy
 
     def check_and_run(*arguments):
