@@ -179,9 +179,9 @@ def test_gathers_every_dtype_and_width_to_the_bit(dtype, features):
 
 @pytest.mark.parametrize("width", [4 * TILE - 1, 16 * TILE, 16 * TILE + 16, 1 << 20])
 def test_gathers_wide_rows(width):
-    data = rollout((1,), 4, p=0.3)
-    data["value"] = random_bytes((1, 4, width), torch.uint8)
-    check({key: leaf[:, :2].contiguous() for key, leaf in data.items()}, data, 2)
+    data = rollout((1,), 2, p=0)
+    data["value"] = random_bytes((1, 2, width), torch.uint8)
+    check({key: leaf[:, :1].contiguous() for key, leaf in data.items()}, data, 2)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 8, 12])
