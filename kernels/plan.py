@@ -117,12 +117,13 @@ def plan_extend(
     emitted = known - held
     dims, sizes = _merged(lead, described.values())
     layouts = {key: _layout(leaf, time_dim, dims) for key, leaf in described.items()}
+    places = {key: _place(layout) for key, layout in layouts.items()}
     rows = math.prod(lead)
 
     def frames(leaf: Leaf, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return _contiguous((*lead, count, *leaf.shape[time_dim + 1 :]))
 
-    windows = [_windows_job(layouts[done_key], rows, emitted)]
+    windows = [_job(layouts[done_key], 1, TILE, rows, emitted)]
     returns, rewards = {}, []
     for key in reward_keys:
         reward = described[key]
@@ -135,7 +136,7 @@ def plan_extend(
         if hold or carried or key in gathered_keys:
             job = _copy_job(layouts[key], leaf, key in gathered_keys, rows, known)
             copy = key, *frames(leaf, emitted), *frames(leaf, held), leaf.dtype
-            alike.setdefault((job, _place(layouts[key])), []).append(copy)
+            alike.setdefault((job, places[key]), []).append(copy)
     jobs = [_Job(job.programs * len(group), job.constants) for (job, _), group in alike.items()]
 
     if n_steps <= UNROLLED_STEPS:
@@ -149,7 +150,7 @@ def plan_extend(
     return Plan(
         launches=launches,
         scalars=(tuple(map(coded, sizes)), rows, carried, known, emitted, min(n_steps, known)),
-        places={key: _place(layout) for key, layout in layouts.items()},
+        places=places,
         steps=_place(_layout(Leaf(*flat, torch.int64), time_dim, dims)),
         windows=[(*flat, dtype) for dtype in (torch.int64, torch.float32, torch.bool)],
         returns=returns,
@@ -220,10 +221,6 @@ def _layout(leaf: Leaf, time_dim: int, batch_dims: Sequence[int]) -> _Layout:
 
 def _place(layout: _Layout) -> Place:
     return tuple(map(coded, layout.strides)), tuple(map(coded, layout.outer))
-
-
-def _windows_job(done: _Layout, rows: int, frames: int) -> _Job:
-    return _job(done, 1, TILE, rows, frames)
 
 
 def _returns_job(layout: _Layout, dtype: torch.dtype, returns: torch.dtype, rows: int, frames: int) -> _Job:

@@ -78,18 +78,24 @@ def count_tiles(rows: int, frames: int, time_major: bool, length: int, block: in
 
 
 @triton.jit
+def strided_offset(index, sizes, strides, FIRST: tl.constexpr):
+    """Bytes from the beginning to an index over dimensions of these sizes, whose strides begin at FIRST."""
+    offset = 0
+    for d in tl.static_range(len(sizes) - 1, 0, -1):
+        size = (sizes[d] << 2 >> 4).to(tl.int32)
+        # int64 before the multiplication
+        offset += (index % size).to(tl.int64) * (strides[FIRST + d] << 2 >> 4)
+        index = index // size
+    return offset + index.to(tl.int64) * (strides[FIRST] << 2 >> 4)
+
+
+@triton.jit
 def frame_addresses(source, row, frame, stream, ROW_BYTES: tl.constexpr):
     """Where frames of the stream lie: the first ``carried`` in the carry, which is contiguous, then in the data."""
     data, carry, strides, _ = source
     carried, _, sizes = stream
-    # int64 before the first multiplication
     new = (data << 2 >> 4) + (frame - carried).to(tl.int64) * (strides[0] << 2 >> 4)
-    rest = row
-    for d in tl.static_range(len(sizes) - 1, 0, -1):
-        size = (sizes[d] << 2 >> 4).to(tl.int32)
-        new += (rest % size).to(tl.int64) * (strides[1 + d] << 2 >> 4)
-        rest = rest // size
-    new += rest.to(tl.int64) * (strides[1] << 2 >> 4)
+    new += strided_offset(row, sizes, strides, 1)
     old = (carry << 2 >> 4) + (row.to(tl.int64) * carried + frame) * ROW_BYTES
     return tl.where(frame < carried, old, new)
 
@@ -116,12 +122,6 @@ def item_pointers(
     begin = row_pointers(begin, TYPE, UNIT)
     offset = item[None, :]
     if len(outer) > 0:
-        first: tl.constexpr = 1 + len(sizes)
-        apart = (item % RUN).to(tl.int64)
-        rest = item // RUN
-        for d in tl.static_range(len(outer) - 1, -1, -1):
-            size = (outer[d] << 2 >> 4).to(tl.int32)
-            apart += (rest % size).to(tl.int64) * ((strides[first + d] << 2 >> 4) // ITEM_BYTES)
-            rest = rest // size
+        apart = item % RUN + strided_offset(item // RUN, outer, strides, 1 + len(sizes)) // ITEM_BYTES
         offset = tl.where((frame < carried)[:, None], item[None, :], apart[None, :])
     return begin[:, None] + offset
