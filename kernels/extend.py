@@ -26,13 +26,13 @@ from multistep_triton.kernels.window import power, round_to_bfloat16, window, wi
 @triton.jit
 def _write_windows(
     program, outputs, stream, flags, rows, emitted, n, gamma,
-    UNROLLED: tl.constexpr, MASK: tl.constexpr,
+    UNROLLED: tl.constexpr, ENDS: tl.constexpr,
     TIME_MAJOR: tl.constexpr, LENGTH: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile = tile_frames(program, rows, emitted, TIME_MAJOR, LENGTH, BLOCK_F)
     row, frame, live = tile
     # One frame ahead, whatever n, tells where a trajectory goes on.
-    steps = window_steps(tile, stream, flags, tl.maximum(n, 2), 2 if UNROLLED == 1 else UNROLLED, MASK)
+    steps = window_steps(tile, stream, flags, tl.maximum(n, 2), 2 if UNROLLED == 1 else UNROLLED, ENDS)
     nonterminal = steps > 1
     steps = tl.minimum(steps, n)
     place = row.to(tl.int64) * emitted + frame
@@ -46,7 +46,7 @@ def _write_windows(
 @triton.jit
 def _write_returns(
     program, reward, stream, flags, rows, emitted, n, gamma,
-    UNROLLED: tl.constexpr, MASK: tl.constexpr,
+    UNROLLED: tl.constexpr, ENDS: tl.constexpr,
     TIME_MAJOR: tl.constexpr, LENGTH: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
     TYPE: tl.constexpr, SUM: tl.constexpr, RETURN: tl.constexpr,
     ITEM_BYTES: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr,
@@ -57,7 +57,7 @@ def _write_returns(
     item = program % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
     source, returns_ptr = reward
     _, returns = window(
-        tile, stream, flags, source, item, n, gamma, UNROLLED, MASK, TYPE, SUM, ITEM_BYTES, D, RUN
+        tile, stream, flags, source, item, n, gamma, UNROLLED, ENDS, TYPE, SUM, ITEM_BYTES, D, RUN
     )  # fmt: skip
     place = (row.to(tl.int64) * emitted + frame)[:, None] * D + item[None, :]
     pointer = (returns_ptr << 2 >> 4).to(tl.pointer_type(TYPES[RETURN])) + place
@@ -79,7 +79,7 @@ def pick(values, which):
 def _n_step_extend_kernel(
     starts, sizes, rows, carried, known, emitted, n, gamma: tl.float64, flags, steps, windows, rewards, leaves,
     WINDOWS: tl.constexpr, RETURNS: tl.constexpr, COPIES: tl.constexpr,
-    UNROLLED: tl.constexpr, MASK: tl.constexpr, READ: tl.constexpr,
+    UNROLLED: tl.constexpr, ENDS: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     """Every program finds its job by the first program of each, ``starts``; alike leaves share one, and its code."""
     program = tl.program_id(0)
@@ -87,12 +87,12 @@ def _n_step_extend_kernel(
     stream = (carried, known, sizes)
     for j in tl.static_range(len(WINDOWS)):
         if program < (starts[j + 1] << 2 >> 4):
-            _write_windows(program, windows, stream, flags, rows, emitted, n, gamma, UNROLLED, MASK, *WINDOWS[j])
+            _write_windows(program, windows, stream, flags, rows, emitted, n, gamma, UNROLLED, ENDS, *WINDOWS[j])
     for j in tl.static_range(len(RETURNS)):
         first = starts[len(WINDOWS) + j] << 2 >> 4
         if (program >= first) & (program < (starts[len(WINDOWS) + j + 1] << 2 >> 4)):
             _write_returns(
-                (program - first).to(tl.int32), rewards[j], stream, flags, rows, emitted, n, gamma, UNROLLED, MASK,
+                (program - first).to(tl.int32), rewards[j], stream, flags, rows, emitted, n, gamma, UNROLLED, ENDS,
                 *RETURNS[j],
             )  # fmt: skip
     for j in tl.static_range(len(COPIES)):
@@ -106,7 +106,7 @@ def _n_step_extend_kernel(
             source = (pick(data, which), pick(carry, which), strides, outer)
             leaf = (source, pick(out, which), pick(held, which))
             copy_rows(
-                local % each, leaf, stream, flags, steps, rows, emitted, n, UNROLLED, MASK, READ, *COPIES[j]
+                local % each, leaf, stream, flags, steps, rows, emitted, n, UNROLLED, ENDS, READ, *COPIES[j]
             )  # fmt: skip
 
 
@@ -123,6 +123,7 @@ def launch_n_step_extend(
     gathered_keys: Collection[Hashable],
     done_key: Hashable,
     mask_key: Hashable | None,
+    traj_key: Hashable | None,
     n_steps: int,
     gamma: float,
     hold: bool,
@@ -150,6 +151,7 @@ def launch_n_step_extend(
         frozenset(gathered_keys),
         done_key,
         mask_key,
+        traj_key,
         carry[done_key].shape[time_dim] if carry else 0,
         n_steps,
         hold,
@@ -175,7 +177,7 @@ def launch_n_step_extend(
             outs.append(coded(out.data_ptr()))
             kepts.append(coded(kept.data_ptr()))
         copies.append((place, tuple(news), tuple(olds), tuple(outs), tuple(kepts)))
-    flags = tuple([(*addresses[key], *plan.places[key]) for key in (done_key, mask_key) if key is not None])
+    flags = tuple([(*addresses[key], *plan.places[key]) for key in (done_key, mask_key, traj_key) if key is not None])
     steps = (windows[0], windows[0], *plan.steps)
     _run(plan, device, gamma, flags, steps, windows, tuple(rewards), tuple(copies))
     return leaves, returns, outputs[0], outputs[1], outputs[2], held

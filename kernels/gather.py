@@ -12,7 +12,7 @@ from multistep_triton.kernels.window import window_steps
 @triton.jit
 def copy_rows(
     program, leaf, stream, flags, steps, rows, emitted, n,
-    UNROLLED: tl.constexpr, MASK: tl.constexpr, READ: tl.constexpr,
+    UNROLLED: tl.constexpr, ENDS: tl.constexpr, READ: tl.constexpr,
     TIME_MAJOR: tl.constexpr, LENGTH: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
     GATHERED: tl.constexpr, TYPE: tl.constexpr, ITEM_BYTES: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, RUN: tl.constexpr,
@@ -35,7 +35,7 @@ def copy_rows(
             length = tl.load(address.to(tl.pointer_type(tl.int64)), mask=early, other=1)
             length = tl.minimum(tl.maximum(length, 1), known - frame).to(tl.int32)
         else:
-            length = window_steps((row, frame, early), stream, flags, n, UNROLLED, MASK)
+            length = window_steps((row, frame, early), stream, flags, n, UNROLLED, ENDS)
         future += tl.where(early, length - 1, 0)
     inside = live[:, None] & (item < D)[None, :]
     pointers = item_pointers(source, row, future, item, stream, TYPE, ITEM_BYTES, UNIT, D, RUN)

@@ -36,6 +36,8 @@ WIDEST = 16
 UNROLLED_STEPS = 8
 
 
+_NO_IDS = -1
+
 # What a kernel needs to find the rows of a leaf besides addresses: strides and outer sizes, coded.
 Place = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -104,6 +106,7 @@ def plan_extend(
     gathered_keys: frozenset[Hashable],
     done_key: Hashable,
     mask_key: Hashable | None,
+    traj_key: Hashable | None,
     carried: int,
     n_steps: int,
     hold: bool,
@@ -139,13 +142,11 @@ def plan_extend(
             alike.setdefault((job, places[key]), []).append(copy)
     jobs = [_Job(job.programs * len(group), job.constants) for (job, _), group in alike.items()]
 
+    ends = mask_key is not None, _NO_IDS if traj_key is None else ELEMENTS[described[traj_key].dtype]
     if n_steps <= UNROLLED_STEPS:
-        launches = [_launch(windows, rewards, jobs, unrolled=n_steps, mask=mask_key is not None, read=False)]
+        launches = [_launch(windows, rewards, jobs, n_steps, ends)]
     else:
-        launches = [
-            _launch(windows, rewards, [], unrolled=0, mask=mask_key is not None, read=False),
-            _launch([], [], jobs, unrolled=0, mask=False, read=True),
-        ]
+        launches = [_launch(windows, rewards, [], 0, ends), _launch([], [], jobs, 0, read=True)]
     flat = _contiguous((*lead, emitted))
     return Plan(
         launches=launches,
@@ -167,7 +168,7 @@ def plan_gather(value: tuple[Any, ...], steps: tuple[Any, ...]) -> Plan:
     rows = math.prod(lead)
     layout = _layout(source, len(lead), dims)
     return Plan(
-        launches=[_launch([], [], [_copy_job(layout, source, True, rows, frames)], unrolled=0, mask=False, read=True)],
+        launches=[_launch([], [], [_copy_job(layout, source, True, rows, frames)], 0, read=True)],
         scalars=(tuple(map(coded, sizes)), rows, 0, frames, frames, 0),
         places={"value": _place(layout)},
         steps=_place(_layout(lengths, len(lead), dims)),
@@ -250,13 +251,19 @@ def _job(layout: _Layout, items: int, tile: int, rows: int, frames: int, *consta
 
 
 def _launch(
-    windows: list[_Job], rewards: list[_Job], copies: list[_Job], unrolled: int, mask: bool, read: bool
+    windows: list[_Job],
+    rewards: list[_Job],
+    copies: list[_Job],
+    unrolled: int,
+    ends: tuple[bool, int] = (False, _NO_IDS),
+    read: bool = False,
 ) -> Launch:
+    """One launch; ``ends`` is what ends windows besides done, see ``window.step_back``."""
     jobs = windows, rewards, copies
     starts = list(itertools.accumulate((job.programs for kind in jobs for job in kind), initial=0))
     return Launch(
         programs=starts[-1],
         starts=tuple(map(coded, starts)),
-        constants=(*(tuple(job.constants for job in kind) for kind in jobs), unrolled, mask, read),
+        constants=(*(tuple(job.constants for job in kind) for kind in jobs), unrolled, ends, read),
         compiled={},
     )

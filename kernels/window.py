@@ -21,33 +21,41 @@ def load_flag(source, row, frame, live, stream):
 
 @triton.jit
 def step_back(
-    steps, returns, valid, i, tile, stream, flags, reward, item, n, gamma,
-    MASK: tl.constexpr, TYPE: tl.constexpr, ITEM_BYTES: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr,
+    steps, returns, valid, traj, i, tile, stream, flags, reward, item, n, gamma,
+    ENDS: tl.constexpr, TYPE: tl.constexpr, ITEM_BYTES: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """From the windows that begin at frame ``t + i + 1`` to those that begin at ``t + i``.
 
-    A window ends at a boundary: a frame that is done, or invalid, or followed by an invalid one.
+    A window ends at a boundary: a frame that is done, or invalid, or followed by an invalid one or by one of another
+    trajectory. ENDS holds what there is besides done: whether a mask, and the type of trajectory ids, -1 for none.
     """
     row, frame, live = tile
     known = stream[1]
     here = frame + i
     live &= here < known
     ends = load_flag(flags[0], row, here, live, stream) | (here + 1 >= known) | (i + 1 >= n)
+    MASK: tl.constexpr = ENDS[0]
+    TRAJ: tl.constexpr = ENDS[1]
     if MASK:
         followed = valid
         valid = load_flag(flags[1], row, here, live, stream)
         ends |= ~(valid & followed)
+    if TRAJ >= 0:
+        following = traj
+        address = frame_addresses(flags[1 + MASK], row, here, stream, TYPES[TRAJ].primitive_bitwidth // 8)
+        traj = tl.load(address.to(tl.pointer_type(TYPES[TRAJ])), mask=live, other=0)
+        ends |= traj != following
     steps = tl.where(ends, 1, steps + 1)
     if TYPE is not None:
         pointers = item_pointers(reward, row, here, item, stream, TYPE, ITEM_BYTES, 1, D, RUN)
         value = tl.load(pointers, mask=live[:, None] & (item < D)[None, :], other=0).to(returns.dtype)
         returns = tl.where(ends[:, None], value, value + gamma * returns)
-    return steps, returns, valid
+    return steps, returns, valid, traj
 
 
 @triton.jit
 def window(
-    tile, stream, flags, reward, item, n, gamma, UNROLLED: tl.constexpr, MASK: tl.constexpr,
+    tile, stream, flags, reward, item, n, gamma, UNROLLED: tl.constexpr, ENDS: tl.constexpr,
     TYPE: tl.constexpr, SUM: tl.constexpr, ITEM_BYTES: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Frames in the windows, int32 [BLOCK_F], and their n-step returns, SUM [BLOCK_F, BLOCK_D], unless TYPE is None.
@@ -57,30 +65,31 @@ def window(
     steps = tl.zeros_like(tile[1])
     returns = tl.zeros([tile[1].shape[0], item.shape[0]], TYPES[SUM])
     valid = tile[2]
+    traj = tl.zeros([tile[1].shape[0]], TYPES[ENDS[1]] if ENDS[1] >= 0 else tl.int8)
     if TYPE is not None:
         gamma = gamma.to(TYPES[SUM])
     if UNROLLED > 0:
         for j in tl.static_range(UNROLLED):
-            steps, returns, valid = step_back(
-                steps, returns, valid, UNROLLED - 1 - j, tile, stream, flags, reward, item, UNROLLED, gamma,
-                MASK, TYPE, ITEM_BYTES, D, RUN,
+            steps, returns, valid, traj = step_back(
+                steps, returns, valid, traj, UNROLLED - 1 - j, tile, stream, flags, reward, item, UNROLLED, gamma,
+                ENDS, TYPE, ITEM_BYTES, D, RUN,
             )  # fmt: skip
     else:
         i = tl.cdiv(n, STEPS_PER_TURN) * STEPS_PER_TURN
         while i > 0:
             for _ in tl.static_range(STEPS_PER_TURN):
                 i -= 1
-                steps, returns, valid = step_back(
-                    steps, returns, valid, i, tile, stream, flags, reward, item, n, gamma,
-                    MASK, TYPE, ITEM_BYTES, D, RUN,
+                steps, returns, valid, traj = step_back(
+                    steps, returns, valid, traj, i, tile, stream, flags, reward, item, n, gamma,
+                    ENDS, TYPE, ITEM_BYTES, D, RUN,
                 )  # fmt: skip
     return steps, returns
 
 
 @triton.jit
-def window_steps(tile, stream, flags, n, UNROLLED: tl.constexpr, MASK: tl.constexpr):
+def window_steps(tile, stream, flags, n, UNROLLED: tl.constexpr, ENDS: tl.constexpr):
     """Frames in the windows, int32 [BLOCK_F]."""
-    steps, _ = window(tile, stream, flags, None, tl.arange(0, 1), n, None, UNROLLED, MASK, None, 0, 0, 0, 0)
+    steps, _ = window(tile, stream, flags, None, tl.arange(0, 1), n, None, UNROLLED, ENDS, None, 0, 0, 0, 0)
     return steps
 
 

@@ -12,14 +12,14 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor
 
+from multistep_triton.checks import check_choice
+
 BACKENDS = ("auto", "reference", "triton")
 BACKEND_VARIABLE = "MULTISTEP_TRITON_BACKEND"
 
 
 def check_backend(value: str, name: str = "backend") -> str:
-    if value not in BACKENDS:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, BACKENDS))}, got {value!r}")
-    return value
+    return check_choice(name, value, BACKENDS)
 
 
 def resolve_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[Tensor] = ()) -> str:

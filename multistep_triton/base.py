@@ -1,34 +1,36 @@
-"""What MultiStepTransform and MultiStep share: their arguments, and one call from tensordict to tensordict.
+"""What MultiStepTransform and MultiStep share: their arguments, and one call from frames to n-step transitions.
 
-Owns the keys, which entry plays which role and what is written where; no maths. May import ``functional`` and
-``frames``.
+Owns what is written where; no maths. May import ``roles``, ``frames``, ``functional`` and ``agents``.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
+from multistep_triton.agents import n_step_extend_agents
 from multistep_triton.backends import check_backend
+from multistep_triton.checks import check_bool, check_choice, check_gamma, check_positive_int
 from multistep_triton.frames import Frames, KeyPath
-from multistep_triton.functional import (
-    Extension,
-    check_flag,
-    check_gamma,
-    check_positive_int,
-    check_reward,
-    n_step_extend,
+from multistep_triton.functional import Extension, n_step_extend
+from multistep_triton.roles import (
+    DEFAULT_DONE_KEYS,
+    DEFAULT_REWARD_KEYS,
+    ORIGINAL_REWARD_PATH,
+    WINDOW_PATHS,
+    Roles,
+    agent_paths,
+    check_entries,
+    check_key,
+    find_roles,
+    key_list,
+    original,
 )
 
-DEFAULT_REWARD_KEYS = ("reward",)
-DEFAULT_DONE_KEYS = ("done", "truncated", "terminated")
-ROOT_PATHS = (("steps_to_next_obs",), ("gamma",), ("nonterminal",))
-ORIGINAL_REWARD_PATH = ("next", "original_reward")
+DONE_AT = ("start", "end")
 
 
 class MultiStepBase:
@@ -45,6 +47,9 @@ class MultiStepBase:
         done_keys: Sequence[NestedKey] | None,
         mask_key: NestedKey | None,
         backend: str,
+        done_at: str,
+        traj_key: NestedKey | None,
+        match_reward_shape: bool,
     ) -> None:
         self.n_steps = n_steps
         self.gamma = gamma
@@ -53,6 +58,9 @@ class MultiStepBase:
         self.done_keys = done_keys
         self.mask_key = mask_key
         self.backend = backend
+        self.done_at = done_at
+        self.traj_key = traj_key
+        self.match_reward_shape = match_reward_shape
 
     @property
     def n_steps(self) -> int:
@@ -88,7 +96,7 @@ class MultiStepBase:
 
     @reward_keys.setter
     def reward_keys(self, value: Sequence[NestedKey] | None) -> None:
-        self._reward_keys = _key_list("reward_keys", value, DEFAULT_REWARD_KEYS)
+        self._reward_keys = key_list("reward_keys", value, DEFAULT_REWARD_KEYS)
 
     @property
     def done_key(self) -> NestedKey:
@@ -97,16 +105,16 @@ class MultiStepBase:
 
     @done_key.setter
     def done_key(self, value: NestedKey | None) -> None:
-        self._done_key = "done" if value is None else _check_key("done_key", value)
+        self._done_key = "done" if value is None else check_key("done_key", value)
 
     @property
     def done_keys(self) -> Sequence[NestedKey]:
-        """Entries under ``"next"`` that stay as they came."""
+        """Done flags under ``"next"``: ``done_at`` says of which frame they are."""
         return self._done_keys
 
     @done_keys.setter
     def done_keys(self, value: Sequence[NestedKey] | None) -> None:
-        self._done_keys = _key_list("done_keys", value, DEFAULT_DONE_KEYS)
+        self._done_keys = key_list("done_keys", value, DEFAULT_DONE_KEYS)
 
     @property
     def mask_key(self) -> NestedKey:
@@ -115,112 +123,113 @@ class MultiStepBase:
 
     @mask_key.setter
     def mask_key(self, value: NestedKey | None) -> None:
-        self._mask_key = self.DEFAULT_MASK_KEY if value is None else _check_key("mask_key", value)
+        self._mask_key = self.DEFAULT_MASK_KEY if value is None else check_key("mask_key", value)
 
-    def _n_step(
-        self, tensordict: TensorDictBase, carry: Frames | None, *, hold: bool
-    ) -> tuple[TensorDict, Frames | None]:
-        """The frames of ``carry`` and ``tensordict`` whose windows are known, and those that are held back.
+    @property
+    def traj_key(self) -> NestedKey | None:
+        """Entry of trajectory ids, a change of which is a boundary; None if there is none."""
+        return self._traj_key
+
+    @traj_key.setter
+    def traj_key(self, value: NestedKey | None) -> None:
+        self._traj_key = None if value is None else check_key("traj_key", value)
+
+    @property
+    def done_at(self) -> str:
+        """The frame that done keys are of: the window's ``"start"`` or its ``"end"``."""
+        return self._done_at
+
+    @done_at.setter
+    def done_at(self, value: str) -> None:
+        self._done_at = check_choice("done_at", value, DONE_AT)
+
+    @property
+    def match_reward_shape(self) -> bool:
+        """Whether ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` have the shape of the first reward."""
+        return self._match_reward_shape
+
+    @match_reward_shape.setter
+    def match_reward_shape(self, value: bool) -> None:
+        self._match_reward_shape = check_bool("match_reward_shape", value)
+
+    @property
+    def _roles(self) -> Roles:
+        return find_roles(
+            self._done_key,
+            self._mask_key,
+            self._traj_key,
+            tuple(self._reward_keys),
+            tuple(self._done_keys),
+            self._done_at,
+        )
+
+    def _read(self, tensordict: TensorDictBase) -> Frames:
+        return Frames.read(tensordict, without=self._roles.written)
+
+    def _n_step(self, data: Frames, carry: Frames | None, *, hold: bool) -> tuple[TensorDict, Frames | None]:
+        """The frames of ``carry`` and ``data`` whose windows are known, and those that are held back.
 
         Without ``hold`` windows are cut at the last frame, all frames come out, and with no carry either an entry
-        that does not change is the input's own.
+        that does not change is the data's own.
         """
-        roles = _roles(self._done_key, self._mask_key, tuple(self._reward_keys), tuple(self._done_keys))
-        data = Frames.read(tensordict, without=roles.written)
-        _check_entries(data, roles)
+        roles = self._roles
+        agents = check_entries(data, roles)
         if carry is not None:
             data.follow(carry)
-        time_dim, leaves = tensordict.ndim - 1, data.leaves
-        extension = n_step_extend(
-            None if carry is None else carry.leaves,
-            leaves,
-            time_dim=time_dim,
-            reward_keys=roles.rewards,
-            gathered_keys=frozenset([path for path in leaves if path[0] == "next" and path not in roles.kept]),
-            done_key=roles.done,
-            mask_key=roles.mask if roles.mask in leaves else None,
-            n_steps=self._n_steps,
-            gamma=float(self._gamma),
-            hold=hold,
-            backend=self._backend,
+        time_dim, leaves = len(data.batch_size) - 1, data.leaves
+        saved = {path: kept for path, kept in roles.saved.items() if path in leaves}
+
+        def with_saved(leaves: dict[KeyPath, Tensor]) -> dict[KeyPath, Tensor]:
+            return {**leaves, **{kept: leaves[path] for path, kept in saved.items()}} if saved else leaves
+
+        arguments = {
+            "time_dim": time_dim,
+            "reward_keys": roles.rewards,
+            "gathered_keys": frozenset([path for path in leaves if path[0] == "next" and path not in roles.kept]),
+            "done_key": roles.done,
+            "mask_key": roles.mask if roles.mask in leaves else None,
+            "traj_key": roles.traj,
+            "n_steps": self._n_steps,
+            "gamma": float(self._gamma),
+            "hold": hold,
+            "backend": self._backend,
+        }
+        before, leaves = None if carry is None else with_saved(carry.leaves), with_saved(leaves)
+        if agents:
+            keys = agent_paths(leaves, roles, data.batch_size, agents)
+            extension = n_step_extend_agents(before, leaves, agent_dims=len(agents), agent_keys=keys, **arguments)
+        else:
+            extension = n_step_extend(before, leaves, **arguments)
+
+        batch = data.batch_size[:-1]
+        emitted = data.build(
+            self._output_leaves(extension, roles, agents), torch.Size((*batch, extension.steps.shape[time_dim]))
         )
-        batch = tensordict.batch_size[:-1]
-        emitted = data.build(_output_leaves(extension), torch.Size((*batch, extension.steps.shape[-1])))
         held = extension.carry[roles.done].shape[time_dim] if hold else 0
-        return emitted, data.hold(extension.carry, torch.Size((*batch, held))) if held else None
+        if not held:
+            return emitted, None
+        return emitted, data.hold({path: extension.carry[path] for path in data.leaves}, torch.Size((*batch, held)))
+
+    def _output_leaves(self, extension: Extension, roles: Roles, agents: torch.Size) -> dict[KeyPath, Tensor]:
+        leaves = extension.leaves
+        windows = [extension.steps, extension.discount, extension.nonterminal]
+        if agents or self._match_reward_shape:
+            shape = extension.returns[roles.rewards[0]].shape if self._match_reward_shape else leaves[roles.done].shape
+            windows = [_expand(window, shape) for window in windows]
+        leaves.update(zip(WINDOW_PATHS, windows, strict=True))
+        for path, returns in extension.returns.items():
+            leaves[original(path)] = leaves[path]
+            leaves[path] = returns
+        if len(roles.rewards) == 1:
+            leaves[ORIGINAL_REWARD_PATH] = leaves[original(roles.rewards[0])]
+        return leaves
 
 
-class _Roles(NamedTuple):
-    done: KeyPath
-    mask: KeyPath
-    rewards: tuple[KeyPath, ...]
-    kept: frozenset[KeyPath]
-    """Entries under "next" that are not gathered."""
-    written: frozenset[KeyPath]
-    """Entries that are written, and not read where they are there already."""
-
-
-@functools.lru_cache(maxsize=256)
-def _roles(
-    done_key: NestedKey, mask_key: NestedKey, reward_keys: tuple[NestedKey, ...], done_keys: tuple[NestedKey, ...]
-) -> _Roles:
-    done, mask = _path("next", done_key), _path(mask_key)
-    rewards = tuple(dict.fromkeys(_path("next", key) for key in reward_keys))
-    kept = frozenset((done, *rewards, *(_path("next", key) for key in done_keys)))
-    written = {*ROOT_PATHS, *map(_original, rewards), *([ORIGINAL_REWARD_PATH] if len(rewards) == 1 else [])}
-    if taken := sorted(written & {mask, *kept}):
-        raise ValueError(f"no key may name an entry that is written besides, got {', '.join(map(str, taken))}")
-    return _Roles(done, mask, rewards, kept, frozenset(written))
-
-
-def _output_leaves(extension: Extension) -> dict[KeyPath, Tensor]:
-    leaves = extension.leaves
-    for path, returns in extension.returns.items():
-        original = leaves[path]
-        leaves[_original(path)] = original
-        leaves[path] = returns
-    if len(extension.returns) == 1:
-        leaves[ORIGINAL_REWARD_PATH] = original
-    leaves.update(zip(ROOT_PATHS, (extension.steps, extension.discount, extension.nonterminal), strict=True))
-    return leaves
-
-
-def _original(reward: KeyPath) -> KeyPath:
-    return (*reward[:-1], f"{reward[-1]}_orig")
-
-
-def _check_entries(data: Frames, roles: _Roles) -> None:
-    done, mask, rewards = roles.done, roles.mask, roles.rewards
-    for path in (done, *rewards):
-        if path not in data.leaves or path in data.objects:
-            raise KeyError(f"data must hold a tensor at {path}, got the entries {list(data.leaves)}")
-    check_flag(f"done {done}", data.leaves[done], data.batch_size)
-    if mask in data.objects:
-        raise TypeError(f"mask {mask}, named by mask_key, must be bool, got a non-tensor")
-    if mask in data.leaves:
-        check_flag(f"mask {mask}, named by mask_key,", data.leaves[mask], data.batch_size)
-    for path in rewards:
-        check_reward(f"reward {path}", data.leaves[path], data.batch_size)
-
-
-def _path(*keys: NestedKey) -> KeyPath:
-    """The key as a flat tuple of names."""
-    key = unravel_key(keys)
-    return (key,) if isinstance(key, str) else key
-
-
-def _check_key(name: str, value: NestedKey) -> NestedKey:
-    names = value if isinstance(value, tuple) else (value,)
-    if not names or not all(isinstance(each, str) for each in names):
-        raise TypeError(f"{name} must be a key, a string or a tuple of strings, got {value!r}")
-    return value
-
-
-def _key_list(name: str, value: Iterable[NestedKey] | None, default: Sequence[NestedKey]) -> list[NestedKey]:
-    if value is None:
-        return list(default)
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a sequence of keys, got {value!r}")
-    return [_check_key(name, key) for key in value]
+def _expand(window: Tensor, shape: torch.Size) -> Tensor:
+    """What there is for every window, repeated for every reward of the window."""
+    if shape[: window.ndim] != window.shape:
+        raise ValueError(
+            f"match_reward_shape must have a first reward per agent where done is, got shapes {list(shape)} and "
+            f"{list(window.shape)}"
+        )
+    return window[(..., *[None] * (len(shape) - window.ndim))].expand(shape).contiguous()

@@ -7,7 +7,8 @@ tensorclasses, non-tensor entries) and no maths. May import tensordict and torch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -64,7 +65,15 @@ class Frames:
         frames._read(data, (), len(data.batch_size), without, non_tensors)
         for path, value in non_tensors.items():
             frames._read_objects(value, path)
+        frames._find_kinds()
         return frames
+
+    def _find_kinds(self) -> Frames:
+        ndim = len(self.batch_size)
+        self.kinds = {path: (leaf.dtype, leaf.shape[ndim:], leaf.device) for path, leaf in self.leaves.items()}
+        for path in self.objects:
+            self.kinds[path] = ("non-tensor", self.kinds[path][1], None)
+        return self
 
     def _read(
         self, data: Any, path: KeyPath, ndim: int, without: Collection[KeyPath], non_tensors: dict[KeyPath, Any]
@@ -82,7 +91,6 @@ class Frames:
                 continue
             if isinstance(value, Tensor):
                 self.leaves[entry] = value
-                self.kinds[entry] = (value.dtype, value.shape[ndim:], value.device)
             elif is_non_tensor(value):
                 non_tensors[entry] = value
             elif is_tensor_collection(value):
@@ -99,7 +107,6 @@ class Frames:
             self.objects[path] = [value.data]
             indices = torch.zeros(shape, dtype=torch.int64, device=device)
         self.leaves[path] = indices
-        self.kinds[path] = ("non-tensor", shape[len(self.batch_size) :], None)
 
     def follow(self, carry: Frames) -> None:
         """Makes these frames the ones after ``carry``: one index counts into the objects of both, the carry's first.
@@ -137,6 +144,49 @@ class Frames:
                 held.objects[path] = [objects[index] for index in used.tolist()]
         return held
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Frames:
+        """These frames with another tensor for every leaf, of the same shape and dtype."""
+        leaves = {path: function(leaf) for path, leaf in self.leaves.items()}
+        device = next((leaf.device for leaf in leaves.values()), None)
+        nodes = {path: node._replace(device=node.device and device) for path, node in self.nodes.items()}
+        return Frames(self.batch_size, leaves, nodes, self.objects)._find_kinds()
+
+    def state(self) -> dict[str, Any]:
+        """These frames in tensors, plain containers and the objects they hold, which ``torch.load`` reads if it may."""
+        nodes = {
+            path: {
+                "tensorclass": None if node.kind is None else [node.kind.__module__, node.kind.__qualname__],
+                "tail": list(node.tail),
+                "names": node.names,
+                "on_device": node.device is not None,
+            }
+            for path, node in self.nodes.items()
+        }
+        return {"batch_size": list(self.batch_size), "leaves": self.leaves, "objects": self.objects, "nodes": nodes}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Frames:
+        """The frames of a :meth:`state`, on whatever device its tensors are now.
+
+        Raises:
+            ValueError: it is none, or a tensorclass in it has not been imported.
+        """
+        try:
+            leaves = dict(state["leaves"])
+            device = next((leaf.device for leaf in leaves.values()), None)
+            nodes = {
+                path: Node(
+                    kind=None if node["tensorclass"] is None else _find_tensorclass(*node["tensorclass"]),
+                    tail=tuple(node["tail"]),
+                    names=node["names"],
+                    device=device if node["on_device"] else None,
+                )
+                for path, node in state["nodes"].items()
+            }
+            return cls(torch.Size(state["batch_size"]), leaves, nodes, dict(state["objects"]))._find_kinds()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the state of frames held back must be one that was saved, got {state!r:.200}") from error
+
     def build(self, leaves: Mapping[KeyPath, Tensor], batch_size: torch.Size) -> TensorDict:
         """A tensordict ``[*B, E]`` of this structure; ``leaves`` may hold more entries than were read."""
         entries: dict[KeyPath, dict[str, Any]] = {path: {} for path in self.nodes}
@@ -165,6 +215,17 @@ def _describe(kind: tuple[Any, ...] | None) -> str:
         return "absent"
     dtype, shape, device = kind
     return f"{dtype} {list(shape)}" if device is None else f"{dtype} {list(shape)} on {device}"
+
+
+def _find_tensorclass(module: str, name: str) -> type:
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, type) or not is_tensorclass(found):
+        raise ValueError(
+            f"tensorclass {name} of the frames held back must be imported from {module} before, got {found}"
+        )
+    return found
 
 
 def _same(one: Any, other: Any) -> bool:

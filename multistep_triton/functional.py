@@ -1,13 +1,12 @@
 """Functions on tensors: validate the arguments, dispatch to the backend.
 
 ``n_step_extend`` is the seam between the transform and its implementations: the leaves of carry and data in, the
-leaves out and the new carry back, by whichever backend. May import ``backends``, ``reference`` and, inside the branch
-that runs them, the kernels.
+leaves out and the new carry back, by whichever backend. May import ``checks``, ``backends``, ``reference`` and, inside
+the branch that runs them, the kernels.
 """
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Collection, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from multistep_triton import reference
 from multistep_triton.backends import resolve_backend
+from multistep_triton.checks import check_flag, check_gamma, check_positive_int, check_reward
 
 
 class NStepReturn(NamedTuple):
@@ -166,6 +166,7 @@ def n_step_extend(
     gathered_keys: Collection[Hashable],
     done_key: Hashable,
     mask_key: Hashable | None,
+    traj_key: Hashable | None = None,
     n_steps: int,
     gamma: float,
     hold: bool = True,
@@ -183,6 +184,7 @@ def n_step_extend(
         gathered_keys: leaves that are read at the end of the window.
         done_key: the leaf, bool ``[*B, T]`` or ``[*B, T, 1]``, that ends trajectories.
         mask_key: the leaf, shaped likewise, that is False where a frame is padding; None if there is none.
+        traj_key: the leaf, shaped likewise, of integers that tell trajectories apart; None if there is none.
         n_steps, gamma, backend: as for :func:`n_step_return`.
         hold: whether to hold back the last ``n_steps`` frames. If not, all ``c + T`` come out, with windows cut at
             the last one, the carry is empty and, without carried frames, a leaf that is not gathered is the data's own.
@@ -202,43 +204,12 @@ def n_step_extend(
             gathered_keys=gathered_keys,
             done_key=done_key,
             mask_key=mask_key,
+            traj_key=traj_key,
             n_steps=n_steps,
             gamma=gamma,
             hold=hold,
         )
     )
-
-
-def check_positive_int(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-    return value
-
-
-def check_gamma(value: float) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"gamma must be a finite number in [0, 1], got {value!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"gamma must be a finite number in [0, 1], got {value!r}")
-    return value
-
-
-def check_flag(name: str, flag: Tensor, lead: torch.Size) -> None:
-    """Checks that ``flag`` is bool, ``[*B, T]`` or ``[*B, T, 1]`` for ``lead = [*B, T]``."""
-    if flag.dtype != torch.bool:
-        raise TypeError(f"{name} must be bool, got {flag.dtype}")
-    if flag.shape != lead and flag.shape != (*lead, 1):
-        raise ValueError(
-            f"{name} must have shape [*B, T] = {list(lead)} or [*B, T, 1] = {[*lead, 1]}, got {list(flag.shape)}"
-        )
-
-
-def check_reward(name: str, reward: Tensor, lead: torch.Size) -> None:
-    """Checks that ``reward`` is a real ``[*B, T, *F]`` for ``lead = [*B, T]``."""
-    if reward.is_complex():
-        raise TypeError(f"{name} must be floating point, integer or bool, got {reward.dtype}")
-    if reward.shape[: len(lead)] != lead:
-        raise ValueError(f"{name} must have shape [*B, T, *F] with [*B, T] = {list(lead)}, got {list(reward.shape)}")
 
 
 def _lead(reward: Tensor, done: Tensor) -> torch.Size:

@@ -26,7 +26,8 @@ class MultiStep(MultiStepBase, nn.Module):
         n_steps: frames in a full window, an int >= 1.
 
     Keyword Args:
-        reward_keys, done_key, done_keys, backend: as for :class:`MultiStepTransform`.
+        reward_keys, done_key, done_keys, backend, done_at, traj_key, match_reward_shape: as for
+            :class:`MultiStepTransform`.
         mask_key: as there. Defaults to ``("collector", "mask")``, which collectors write with
             ``split_trajs=True``.
 
@@ -64,13 +65,18 @@ class MultiStep(MultiStepBase, nn.Module):
         done_keys: Sequence[NestedKey] | None = None,
         mask_key: NestedKey | None = None,
         backend: str = "auto",
+        done_at: str = "start",
+        traj_key: NestedKey | None = None,
+        match_reward_shape: bool = False,
     ) -> None:
         super().__init__()
-        self._set_arguments(n_steps, gamma, reward_keys, done_key, done_keys, mask_key, backend)
+        self._set_arguments(
+            n_steps, gamma, reward_keys, done_key, done_keys, mask_key, backend, done_at, traj_key, match_reward_shape
+        )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """The n-step transitions of ``tensordict``, ``[*B, T]``."""
         if not isinstance(tensordict, TensorDictBase) or not tensordict.ndim:
             got = f"batch size {list(tensordict.batch_size)}" if hasattr(tensordict, "batch_size") else tensordict
             raise ValueError(f"data must be a TensorDict of batch size [*B, T], got {got}")
-        return self._n_step(tensordict, None, hold=False)[0]
+        return self._n_step(self._read(tensordict), None, hold=False)[0]

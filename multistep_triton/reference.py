@@ -34,6 +34,7 @@ def n_step_extend_reference(
     gathered_keys: Collection[Hashable],
     done_key: Hashable,
     mask_key: Hashable | None,
+    traj_key: Hashable | None,
     n_steps: int,
     gamma: float,
     hold: bool,
@@ -58,8 +59,8 @@ def n_step_extend_reference(
         return (carry[key], older), (newer,)
 
     # Windows read rewards and flags as one stream; these are joined, wider leaves only where all is small.
-    mask = None if mask_key is None else join(mask_key).view(*lead, known)
-    inside = ~_boundaries(join(done_key).view(*lead, known), mask)
+    done, mask, traj = (None if key is None else join(key).view(*lead, known) for key in (done_key, mask_key, traj_key))
+    inside = ~_boundaries(done, mask, traj)
     beyond = 0 if hold else n_steps - 1
     if not hold:
         inside[..., max(known - 1, 0) :] = False
@@ -100,13 +101,15 @@ def n_step_extend_reference(
     return leaves, returns, (ahead + 1).to(torch.int64), _discounts(ahead, n_steps, gamma), nonterminal, held
 
 
-def _boundaries(done: Tensor, mask: Tensor | None) -> Tensor:
-    """Boundaries ``[*B, S]``: done, or invalid, or followed by an invalid frame."""
-    if mask is None:
-        return done
-    boundary = done | ~mask
-    boundary[..., :-1] |= ~mask[..., 1:]
-    return boundary
+def _boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None) -> Tensor:
+    """Boundaries ``[*B, S]``: done, or invalid, or followed by an invalid frame or by one of another trajectory."""
+    if mask is not None:
+        done = done | ~mask
+        done[..., :-1] |= ~mask[..., 1:]
+    if traj is not None:
+        changes = traj[..., 1:] != traj[..., :-1]
+        done = torch.cat((done[..., :-1] | changes, done[..., -1:]), -1)
+    return done
 
 
 def _slide(flags: Tensor, frames: int, count: int) -> list[Tensor]:

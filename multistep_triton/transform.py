@@ -5,13 +5,19 @@ Owns the carry, and how a replay buffer calls. May import ``base`` and ``frames`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.envs.transforms import Transform
+from torch import Tensor
+from torchrl.data import ReplayBuffer
+from torchrl.envs.transforms import Compose, Transform
 from torchrl.envs.transforms.rb_transforms import MultiStepTransform as _TorchRLMultiStepTransform
 
 from multistep_triton.base import MultiStepBase
+from multistep_triton.checks import check_gamma, check_positive_int
 from multistep_triton.frames import Frames
 
 
@@ -97,36 +103,146 @@ class MultiStepTransform(MultiStepBase, Transform):
         done_keys: Sequence[NestedKey] | None = None,
         mask_key: NestedKey | None = None,
         backend: str = "auto",
+        done_at: str = "start",
+        traj_key: NestedKey | None = None,
+        match_reward_shape: bool = False,
     ) -> None:
         super().__init__()
-        self._set_arguments(n_steps, gamma, reward_keys, done_key, done_keys, mask_key, backend)
+        self._set_arguments(
+            n_steps, gamma, reward_keys, done_key, done_keys, mask_key, backend, done_at, traj_key, match_reward_shape
+        )
+        # Frames held back are replaced, never modified: whoever has them may keep them.
         self._carry: Frames | None = None
-
-    def clear(self) -> None:
-        """Drops the frames held back."""
-        self._carry = None
-
-    @property
-    def _buffer(self) -> TensorDict | None:
-        """A copy of the frames held back, under the name of torchrl's attribute."""
-        return None if self._carry is None else self._carry.build(self._carry.leaves, self._carry.batch_size).clone()
+        # A replay buffer calls its transforms outside its own lock.
+        self._lock = threading.RLock()
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDict | None:
         if self.parent is not None:
             raise ValueError(self.ENV_ERR)
         if not isinstance(tensordict, TensorDictBase):
             raise TypeError(f"data must be a TensorDict of batch size [*B, T], got {type(tensordict).__name__}")
-        if not tensordict.ndim:
-            self._check_emits_one_frame()
-            frame = self._inv_call(tensordict.unsqueeze(-1))
-            return None if frame is None else frame.squeeze(-1)
-        emitted, self._carry = self._n_step(tensordict, self._carry, hold=True)
-        return emitted if emitted.batch_size[-1] else None
+        single = not tensordict.ndim
+        data = self._read(tensordict.unsqueeze(-1) if single else tensordict)
+        with self._lock:
+            emitted, held = self._n_step(data, self._carry, hold=True)
+            count = emitted.batch_size[-1]
+            if single and count > 1:
+                raise ValueError(
+                    f"a single frame must find at most n_steps = {self._n_steps} frames held back, got "
+                    f"{self._n_steps + count - 1}: after n_steps was made smaller, extend with a batch of frames "
+                    f"first, an empty one will do"
+                )
+            self._carry = held
+        if not count:
+            return None
+        return emitted.squeeze(-1) if single else emitted
 
-    def _check_emits_one_frame(self) -> None:
-        held = 0 if self._carry is None else self._carry.batch_size[-1]
-        if held > self._n_steps:
-            raise ValueError(
-                f"a single frame must find at most n_steps = {self._n_steps} frames held back, got {held}: after "
-                f"n_steps was made smaller, extend with a batch of frames first, an empty one will do"
-            )
+    def clear(self) -> None:
+        """Drops the frames held back."""
+        with self._lock:
+            self._carry = None
+
+    def flush(self) -> TensorDict | None:
+        """The n-step transitions of the frames held back, with windows cut at the last one; holds back none after.
+
+        Returns:
+            TensorDict: ``[*B, c]``, or None where nothing was held back. The last frame is not ``nonterminal``.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: as in a call; the frames are still held back.
+        """
+        with self._lock:
+            if self._carry is None:
+                return None
+            emitted, self._carry = self._n_step(self._carry.map(Tensor.clone), None, hold=False)
+        return emitted
+
+    def flush_into(self, replay_buffer: ReplayBuffer) -> Tensor:
+        """Stores what :meth:`flush` returns in a replay buffer, without passing it through this transform again.
+
+        Transforms of the buffer that come after this one when it is extended, which are those before it in their
+        list, are applied; so are all of them if this one is not among them.
+
+        Args:
+            replay_buffer: the buffer to extend.
+
+        Returns:
+            Tensor: the indices, as of ``replay_buffer.extend``.
+
+        Raises:
+            TypeError: not a replay buffer.
+            Exception: whatever the buffer raises; the frames are still held back then.
+        """
+        if not isinstance(replay_buffer, ReplayBuffer):
+            raise TypeError(f"replay_buffer must be a torchrl ReplayBuffer, got {type(replay_buffer).__name__}")
+        transforms = _flat(replay_buffer.transform)
+        if self in transforms:
+            transforms = transforms[: transforms.index(self)]
+        # The buffer's lock first, as in its load_state_dict.
+        with replay_buffer._replay_lock, self._lock:
+            before = self._carry
+            try:
+                data = self.flush()
+                for transform in reversed(transforms):
+                    data = None if data is None else transform.inv(data)
+                if data is None:
+                    return torch.zeros((0, replay_buffer.storage.ndim), dtype=torch.long)
+                # The same buffer, but for its transforms; another thread may be extending the one with them.
+                bare = object.__new__(type(replay_buffer))
+                bare.__dict__.update(replay_buffer.__dict__, _transform=None)
+                return bare.extend(data)
+            except BaseException:
+                self._carry = before
+                raise
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What :meth:`state_dict` holds: the frames held back, ``n_steps`` and ``gamma``, as of now."""
+        with self._lock:
+            carry = None if self._carry is None else self._carry.map(Tensor.clone).state()
+            return {"n_steps": self._n_steps, "gamma": float(self._gamma), "carry": carry}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`get_extra_state` returned; the next call continues its stream."""
+        if not isinstance(state, dict) or state.keys() != {"n_steps", "gamma", "carry"}:
+            raise ValueError(f"the state must be one of a MultiStepTransform, got {state!r:.200}")
+        n_steps, gamma = check_positive_int("n_steps", state["n_steps"]), check_gamma(state["gamma"])
+        carry = None if state["carry"] is None else Frames.from_state(state["carry"]).map(Tensor.clone)
+        with self._lock:
+            self._n_steps, self._gamma, self._carry = n_steps, gamma, carry
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # torchrl's class saves nothing: a run that is resumed from its checkpoint holds nothing back.
+        nothing = {"n_steps": self._n_steps, "gamma": self._gamma, "carry": None}
+        state_dict.setdefault(f"{prefix}_extra_state", nothing)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiStepTransform:
+        """Moves the frames held back to another device; their dtypes are the data's, whatever that of a module."""
+        super()._apply(fn, recurse)
+        with self._lock:
+            if self._carry is not None:
+                self._carry = self._carry.map(
+                    lambda leaf: leaf.to(fn(torch.empty(0, dtype=torch.bool, device=leaf.device)).device)
+                )
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lock, which every process and every copy has of its own."""
+        state = super().__getstate__()
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What :meth:`__getstate__` returned, and a new lock."""
+        super().__setstate__({**state, "_lock": threading.RLock()})
+
+    @property
+    def _buffer(self) -> TensorDict | None:
+        """A copy of the frames held back, under the name of torchrl's attribute."""
+        carry = self._carry
+        return None if carry is None else carry.build(carry.map(Tensor.clone).leaves, carry.batch_size)
+
+
+def _flat(transform: Transform) -> list[Transform]:
+    """A transform's parts, in order."""
+    return [part for each in transform for part in _flat(each)] if isinstance(transform, Compose) else [transform]

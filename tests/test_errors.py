@@ -103,7 +103,7 @@ BAD_DATA = {
     "done of another shape": (
         with_leaf(("next", "done"), lambda done: done.expand(2, 10, 4)),
         ValueError,
-        r"done .* must have shape \[\*B, T\] = \[2, 10\] or \[\*B, T, 1\] = \[2, 10, 1\], got \[2, 10, 4\]",
+        r"done .* must have shape \[\*B, T\] = \[2, 10\] or \[\*B, T, 1\] = \[2, 10, 1\] or, per agent, that of a reward, got \[2, 10, 4\]",
     ),
     "mask not bool": (
         lambda data: data.clone().set("mask", torch.ones(2, 10)),
@@ -150,7 +150,7 @@ BAD_DATA = {
     "a mask that is no tensor": (
         lambda data: data.clone().set("mask", "left"),
         TypeError,
-        r"mask \('mask',\), named by mask_key, must be bool, got a non-tensor",
+        r"\('mask',\), named by mask_key, must be a tensor, got a non-tensor",
     ),
     "a lazy stack with a key in some elements": (
         lambda data: lazy_stack([data[0].clone().set("extra", torch.ones(10)), data[1]]),

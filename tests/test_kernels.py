@@ -54,6 +54,7 @@ def emitted_and_held(data, carry, n_steps, **arguments):
         gathered_keys=[key for key in data if key.startswith("value")],
         done_key="done",
         mask_key="mask" if "mask" in data else None,
+        traj_key="traj" if "traj" in data else None,
         n_steps=n_steps,
         gamma=GAMMA,
         **{"backend": "triton", **arguments},
@@ -205,7 +206,7 @@ def test_leaves_that_lie_alike_share_code_and_not_rows():
             )
     described = tuple((key, leaf.shape, leaf.stride(), leaf.dtype, 0) for key, leaf in data.items())
     gathered = frozenset(key for key in data if key.startswith("value"))
-    made = plan.plan_extend(described, 1, ("reward",), gathered, "done", None, 2, 2, True, torch.float32)
+    made = plan.plan_extend(described, 1, ("reward",), gathered, "done", None, None, 2, 2, True, torch.float32)
     # rows of 1, 4, 12 (gathered or not), 16 (or not), 20 (or not) bytes
     assert len(made.copies) == len(made.launches[0].constants[2]) == 8
     assert sum(len(group) for _, group in made.copies) == len(data)

@@ -1,0 +1,83 @@
+"""A done flag for every agent: each agent is a row of its own.
+
+Leaves ``[*B, T, *A, ...]`` of the agents are read as ``[*B, *A, T, ...]``, views in another order, so that what
+computes windows knows rows and no agents. May import ``functional``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from multistep_triton.functional import Extension, n_step_extend
+
+
+def n_step_extend_agents(
+    carry: Mapping[Any, Tensor] | None,
+    data: Mapping[Any, Tensor],
+    *,
+    time_dim: int,
+    agent_dims: int,
+    agent_keys: Collection[Hashable],
+    reward_keys: Collection[Hashable],
+    gathered_keys: Collection[Hashable],
+    done_key: Hashable,
+    mask_key: Hashable | None,
+    traj_key: Hashable | None,
+    **arguments: Any,
+) -> Extension:
+    """:func:`multistep_triton.functional.n_step_extend` with a done flag ``[*B, T, *A]`` or ``[*B, T, *A, 1]``.
+
+    Args:
+        carry, data: as there.
+
+    Keyword Args:
+        agent_dims: the number of dimensions ``A``.
+        agent_keys: leaves ``[*B, T, *A, ...]`` whose windows are those of their agent, ``done_key`` among them. The
+            windows of the others end where that of any agent ends.
+
+    Returns:
+        Extension: steps, discount and nonterminal are ``[*B, E, *A]``. Leaves of the agents are views in another order
+        of dimensions.
+    """
+    after = time_dim + agent_dims
+    marks = [key for key in (mask_key, traj_key) if key is not None]
+
+    def of_agents(leaves: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+        rows = {key: leaves[key].movedim(time_dim, after) for key in agent_keys}
+        lead = rows[done_key].shape[: after + 1]
+        for key in marks:
+            mark = leaves[key].flatten(time_dim)
+            rows[key] = mark[(..., *[None] * agent_dims, slice(None))].expand(lead)
+        return rows
+
+    def of_frames(leaves: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+        rest = {key: leaf for key, leaf in leaves.items() if key not in agent_keys}
+        return {**rest, done_key: leaves[done_key].flatten(time_dim + 1).any(-1)}
+
+    def extend(view: Any, dim: int, keys: Collection[Hashable]) -> Extension:
+        return n_step_extend(
+            None if carry is None else view(carry),
+            view(data),
+            time_dim=dim,
+            reward_keys=[key for key in reward_keys if key in keys],
+            gathered_keys=[key for key in gathered_keys if key in keys],
+            done_key=done_key,
+            mask_key=mask_key,
+            traj_key=traj_key,
+            **arguments,
+        )
+
+    def back(leaves: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+        return {key: leaf.movedim(after, time_dim) for key, leaf in leaves.items() if key not in marks}
+
+    frames = extend(of_frames, time_dim, [key for key in data if key not in agent_keys])
+    agents = extend(of_agents, after, agent_keys)
+    return Extension(
+        {**frames.leaves, **back(agents.leaves)},
+        {**frames.returns, **back(agents.returns)},
+        *(window.movedim(after, time_dim) for window in (agents.steps, agents.discount, agents.nonterminal)),
+        {**frames.carry, **back(agents.carry)},
+    )

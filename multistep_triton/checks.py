@@ -1,0 +1,70 @@
+"""Checks: what an argument must be, said with the value that it is not. May import torch only."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor
+
+_IDS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+def check_positive_int(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+    return value
+
+
+def check_gamma(value: float) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"gamma must be a finite number in [0, 1], got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"gamma must be a finite number in [0, 1], got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_bool(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_flag(name: str, flag: Tensor, lead: torch.Size, otherwise: str = "") -> None:
+    """Checks that ``flag`` is bool, ``[*B, T]`` or ``[*B, T, 1]`` for ``lead = [*B, T]``."""
+    if flag.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {flag.dtype}")
+    _check_per_frame(name, flag, lead, otherwise)
+
+
+def check_ids(name: str, ids: Tensor, lead: torch.Size) -> None:
+    """Checks that ``ids`` are integers, ``[*B, T]`` or ``[*B, T, 1]`` for ``lead = [*B, T]``."""
+    if ids.dtype not in _IDS:
+        raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    _check_per_frame(name, ids, lead)
+
+
+def check_reward(name: str, reward: Tensor, lead: torch.Size) -> None:
+    """Checks that ``reward`` is a real ``[*B, T, *F]`` for ``lead = [*B, T]``."""
+    if reward.is_complex():
+        raise TypeError(f"{name} must be floating point, integer or bool, got {reward.dtype}")
+    if reward.shape[: len(lead)] != lead:
+        raise ValueError(f"{name} must have shape [*B, T, *F] with [*B, T] = {list(lead)}, got {list(reward.shape)}")
+
+
+def is_per_frame(value: Tensor, lead: torch.Size) -> bool:
+    return value.shape == lead or value.shape == (*lead, 1)
+
+
+def _check_per_frame(name: str, value: Tensor, lead: torch.Size, otherwise: str = "") -> None:
+    if not is_per_frame(value, lead):
+        raise ValueError(
+            f"{name} must have shape [*B, T] = {list(lead)} or [*B, T, 1] = {[*lead, 1]}{otherwise}, "
+            f"got {list(value.shape)}"
+        )
