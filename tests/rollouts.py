@@ -56,22 +56,29 @@ def extend(transform: Transform, rollout: TensorDictBase, cuts: Sequence[int]) -
     return torch.cat(parts, -1) if parts else None
 
 
-def window_ends(done: Tensor, n_steps: int, mask: Tensor | None = None) -> Tensor:
+def boundaries(done: Tensor, mask: Tensor | None = None, traj: Tensor | None = None) -> Tensor:
+    """Whether each frame of ``[*B, S]`` is a boundary, by looking at one frame after the other."""
+    frames = done.shape[-1]
+    flags = done, torch.ones_like(done) if mask is None else mask, torch.zeros_like(done) if traj is None else traj
+    result = []
+    for ends, valid, ids in zip(*(flag.reshape(-1, max(frames, 1)).tolist() for flag in flags), strict=True):
+        for t in range(frames):
+            last = t == frames - 1
+            result.append(ends[t] or not valid[t] or (not last and (not valid[t + 1] or ids[t] != ids[t + 1])))
+    return torch.tensor(result, dtype=torch.bool).view(done.shape)
+
+
+def window_ends(done: Tensor, n_steps: int, mask: Tensor | None = None, traj: Tensor | None = None) -> Tensor:
     """``e(t)`` of every frame of ``[*B, S]``, by looking at one frame after the other."""
     frames = done.shape[-1]
-    rows = done.flatten(0, -2).tolist() if done.ndim > 1 else [done.tolist()]
-    valid = torch.ones_like(done) if mask is None else mask
-    valid = valid.flatten(0, -2).tolist() if done.ndim > 1 else [valid.tolist()]
-    ends = []
-    for row_done, row_valid in zip(rows, valid, strict=True):
-        row = []
+    result = []
+    for row in boundaries(done, mask, traj).reshape(-1, max(frames, 1)).tolist():
         for t in range(frames):
             end = t
-            while end < min(t + n_steps, frames) - 1 and not row_done[end] and row_valid[end] and row_valid[end + 1]:
+            while end < min(t + n_steps, frames) - 1 and not row[end]:
                 end += 1
-            row.append(end)
-        ends.append(row)
-    return torch.tensor(ends, dtype=torch.int64).view(done.shape)
+            result.append(end)
+    return torch.tensor(result, dtype=torch.int64).view(done.shape)
 
 
 def window_sums(reward: Tensor, ends: Tensor, gamma: float) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,8 @@ BAD_DATA = {
     "done of another shape": (
         with_leaf(("next", "done"), lambda done: done.expand(2, 10, 4)),
         ValueError,
-        r"done .* must have shape \[\*B, T\] = \[2, 10\] or \[\*B, T, 1\] = \[2, 10, 1\] or, per agent, that of a reward, got \[2, 10, 4\]",
+        r"done .* must have shape \[\*B, T\] = \[2, 10\] or \[\*B, T, 1\] = \[2, 10, 1\] or, per agent, that of a "
+        r"reward, got \[2, 10, 4\]",
     ),
     "mask not bool": (
         lambda data: data.clone().set("mask", torch.ones(2, 10)),

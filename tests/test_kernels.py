@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import kernels
 from hypothesis import given, settings
-from rollouts import assert_returns, window_ends, window_sums
+from hypothesis import strategies as st
+from rollouts import assert_returns, boundaries, window_ends, window_sums
 from test_properties import check_functions, check_transform, frame_bytes, streams, take
 
 from multistep_triton import gather_future, n_step_return
@@ -66,20 +67,17 @@ def check(carry, data, n_steps, hold=True):
     time_dim = data["done"].ndim - 1
     out = emitted_and_held(data, carry, n_steps, hold=hold)
     stream = {key: torch.cat((carry[key], leaf), time_dim) if carry else leaf for key, leaf in data.items()}
-    done, mask = stream["done"], stream.get("mask")
+    done, mask, traj = stream["done"], stream.get("mask"), stream.get("traj")
     known = done.shape[-1]
     emitted = max(known - n_steps, 0) if hold else known
-    ends = window_ends(done, n_steps, mask)
+    ends = window_ends(done, n_steps, mask, traj)
 
     def head(leaf):
         return leaf.narrow(time_dim, 0, emitted)
 
     assert torch.equal(out.steps, head(ends - torch.arange(known) + 1))
     assert torch.equal(out.discount, (torch.tensor(GAMMA, dtype=torch.float64) ** out.steps).float())
-    boundary = done.clone()
-    if mask is not None:
-        boundary |= ~mask
-        boundary[..., :-1] |= ~mask[..., 1:]
+    boundary = boundaries(done, mask, traj)
     boundary[..., known - 1 :] |= not hold
     assert torch.equal(out.nonterminal, ~head(boundary))
     for key, leaf in stream.items():
@@ -94,7 +92,8 @@ def check(carry, data, n_steps, hold=True):
     return out
 
 
-def rollout(batch, frames, *, p=0.2, seed=0, mask=False):
+def rollout(batch, frames, *, p=0.2, seed=0, mask=False, traj=None):
+    """Random leaves; ``traj`` is the dtype of trajectory ids of which one in five differs from the one before."""
     shape = (*batch, frames)
     data = {
         "done": flags(shape, p, seed),
@@ -102,13 +101,18 @@ def rollout(batch, frames, *, p=0.2, seed=0, mask=False):
         "value": random_bytes((*shape, 3), torch.float32, seed),
         "copied": random_bytes((*shape, 2), torch.int16, seed),
     }
-    return {**data, "mask": flags(shape, 0.8, seed + 1)} if mask else data
+    if mask:
+        data["mask"] = flags(shape, 0.8, seed + 1)
+    if traj is not None:
+        ids = flags(shape, 0.2, seed + 2).cumsum(-1)
+        data["traj"] = torch.where(ids % 3 == 1, min(torch.iinfo(traj).max, 2**63 - 1) - ids, ids).to(traj)
+    return data
 
 
-@given(streams())
+@given(streams(), st.sampled_from(["start", "end"]))
 @settings(max_examples=30)
-def test_transform_is_the_loop_however_the_stream_is_cut(stream):
-    check_transform(stream)
+def test_transform_is_the_loop_however_the_stream_is_cut(stream, done_at):
+    check_transform(stream, done_at)
 
 
 @given(streams())
@@ -146,6 +150,25 @@ def test_carry_of_every_length_and_n_below_equal_to_and_above_it(frames, n_steps
 @pytest.mark.parametrize("frames", [0, 1, 6, 7, 300])
 def test_nothing_held_back(frames, n_steps):
     check(rollout((2,), 4, seed=1) if frames % 2 else None, rollout((2,), frames, p=0.01), n_steps, hold=False)
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("n_steps", [1, 3, UNROLLED_STEPS + 1])
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_trajectory_ids(dtype, mask, n_steps):
+    data, carry = (rollout((2,), frames, p=0.05, mask=mask, traj=dtype) for frames in (40, 4))
+    check(carry, data, n_steps)
+
+
+def test_trajectory_ids_that_differ_in_one_bit():
+    data = rollout((64,), 2, p=0)
+    data["traj"] = torch.zeros(64, 2, dtype=torch.int64)
+    data["traj"][:, 1] = 2 ** torch.arange(64)
+    out = check(None, data, 2, hold=False)
+    assert (out.steps == 1).all()
 
 
 PATTERNS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from rollouts import assert_returns, extend, make_rollout, window_ends
+from rollouts import assert_returns, boundaries, extend, make_rollout, window_ends
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -54,6 +54,8 @@ def streams(draw):
         data["next"]["done"] = data["next"]["done"].unsqueeze(-1)
     if draw(st.booleans()):
         data["mask"] = torch.tensor(draw(flags), dtype=torch.bool).view(shape)
+    if draw(st.booleans()):
+        data["traj"] = torch.tensor(draw(flags), dtype=draw(st.sampled_from([torch.int64, torch.uint8]))).view(shape)
     rollout = TensorDict(data, shape).apply(lambda leaf: lay_out(leaf, layout, len(batch)))
     return rollout, cuts, draw(st.integers(1, 14)), draw(st.sampled_from([0.0, 0.5, 0.99, 1.0]))
 
@@ -70,11 +72,13 @@ def frame_bytes(value: Tensor) -> Tensor:
     return value.contiguous().view(torch.uint8) if value.numel() else value
 
 
-def check_transform(stream):
+def check_transform(stream, done_at="start"):
     rollout, cuts, n_steps, gamma = stream
     before = rollout.clone()
     frames = rollout.shape[-1]
-    out = extend(MultiStepTransform(n_steps, gamma), rollout, cuts)
+    traj = rollout.get("traj")
+    transform = MultiStepTransform(n_steps, gamma, done_at=done_at, traj_key=None if traj is None else "traj")
+    out = extend(transform, rollout, cuts)
     assert (rollout == before).all()
     emitted = frames - n_steps
     if emitted <= 0:
@@ -84,7 +88,7 @@ def check_transform(stream):
     lead = rollout.batch_size
     done = rollout["next", "done"].reshape(lead)
     mask = rollout.get("mask")
-    ends = window_ends(done, n_steps, mask)
+    ends = window_ends(done, n_steps, mask, traj)
     assert out.batch_size == (*lead[:-1], emitted)
 
     def head(leaf: Tensor) -> Tensor:
@@ -95,15 +99,15 @@ def check_transform(stream):
     assert torch.equal(frame_bytes(out["next", "value"]), frame_bytes(head(take(rollout["next", "value"], ends))))
     assert torch.equal(frame_bytes(out["value"]), frame_bytes(head(rollout["value"])))
     assert torch.equal(out["next", "reward_orig"], head(reward))
-    assert torch.equal(out["next", "done"], head(rollout["next", "done"]))
+    if done_at == "end":
+        assert torch.equal(out["next", "done_orig"], head(rollout["next", "done"]))
+        assert torch.equal(out["next", "done"], head(take(rollout["next", "done"], ends)))
+    else:
+        assert torch.equal(out["next", "done"], head(rollout["next", "done"]))
     steps = head(ends) - torch.arange(emitted) + 1
     assert torch.equal(out["steps_to_next_obs"], steps)
     assert torch.equal(out["gamma"], (torch.tensor(gamma, dtype=torch.float64) ** steps).float())
-    boundary = done.clone()
-    if mask is not None:
-        boundary |= ~mask
-        boundary[..., :-1] |= ~mask[..., 1:]
-    assert torch.equal(out["nonterminal"], ~head(boundary))
+    assert torch.equal(out["nonterminal"], ~head(boundaries(done, mask, traj)))
 
 
 def check_functions(stream):
@@ -123,9 +127,9 @@ def check_functions(stream):
     assert torch.equal(frame_bytes(gathered), frame_bytes(take(rollout["next", "value"], ends)))
 
 
-@given(streams())
-def test_transform_is_the_loop_however_the_stream_is_cut(stream):
-    check_transform(stream)
+@given(streams(), st.sampled_from(["start", "end"]))
+def test_transform_is_the_loop_however_the_stream_is_cut(stream, done_at):
+    check_transform(stream, done_at)
 
 
 @given(streams())

@@ -1,0 +1,213 @@
+"""Targets that bootstrap: with torchrl's own value estimators and losses, and beside stable-baselines3."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from rollouts import make_rollout
+from stable_baselines3.common.buffers import NStepReplayBuffer
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
+from torchrl.modules import DistributionalQValueActor, QValueActor
+from torchrl.objectives import DistributionalDQNLoss, DQNLoss, HardUpdate
+from torchrl.objectives.value import TD0Estimator
+
+from multistep_triton import MultiStepTransform
+
+GAMMA = 0.9
+
+
+class Constant(torch.nn.Module):
+    """A value of 100 for everything."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.features = features
+
+    def forward(self, observation):
+        return torch.full((*observation.shape[: observation.ndim - 1], self.features), 100.0)
+
+
+def td0_targets(
+    data, *, reward="reward", done="done", terminated="terminated", observation="observation", value="value"
+):
+    network = TensorDictModule(Constant(1), in_keys=[observation], out_keys=[value])
+    estimator = TD0Estimator(gamma=GAMMA, value_network=network)
+    estimator.set_keys(reward=reward, done=done, terminated=terminated, value=value)
+    return estimator.value_estimate(data)
+
+
+def row(count, *, terminated=(), truncated=()):
+    ends = {
+        name: torch.tensor([t in frames for t in range(count)]).unsqueeze(-1)
+        for name, frames in (("terminated", terminated), ("truncated", truncated))
+    }
+    return TensorDict(
+        {
+            "observation": torch.zeros(count, 3),
+            "next": {
+                "observation": torch.zeros(count, 3),
+                "reward": torch.ones(count, 1),
+                "done": ends["terminated"] | ends["truncated"],
+                **ends,
+            },
+        },
+        [count],
+    )
+
+
+def stored(transform, data):
+    """What a replay buffer holds after it was extended with ``data``."""
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000, ndim=data.ndim), transform=transform)
+    buffer.extend(data)
+    return buffer[:]
+
+
+@pytest.mark.parametrize("match", [False, True])
+def test_td0_target_before_a_termination(match):
+    data = row(12, terminated=[4])
+    ours = stored(MultiStepTransform(3, GAMMA, done_at="end", match_reward_shape=match), data)
+    # 1 + .9 + .81, 1 + .9, 1: nothing is left to bootstrap from; before and after, 2.71 + .729 * 100
+    targets = torch.tensor([75.61, 75.61, 2.71, 1.9, 1.0, 75.61, 75.61, 75.61, 75.61])
+    torch.testing.assert_close(td0_targets(ours).flatten(), targets)
+    theirs = stored(TorchRLMultiStepTransform(3, GAMMA), data)
+    torch.testing.assert_close(td0_targets(theirs).flatten()[2:5], torch.tensor([75.61, 82.9, 1.0]))
+    start = stored(MultiStepTransform(3, GAMMA), data)
+    torch.testing.assert_close(td0_targets(start), td0_targets(theirs))
+
+
+def test_td0_target_before_a_truncation_bootstraps():
+    ours = stored(MultiStepTransform(3, GAMMA, done_at="end"), row(12, truncated=[4]))
+    # 1 + .9 + .81 + .729 * 100, 1 + .9 + .81 * 100, 1 + .9 * 100
+    targets = torch.tensor([75.61, 75.61, 75.61, 82.9, 91.0, 75.61, 75.61, 75.61, 75.61])
+    torch.testing.assert_close(td0_targets(ours).flatten(), targets)
+    assert ours["next", "truncated"].flatten().tolist() == [False, False, True, True, True, *[False] * 4]
+
+
+def test_dqn_target_before_a_termination():
+    network = TensorDictModule(Constant(2), in_keys=["observation"], out_keys=["action_value"])
+    actor = QValueActor(network, spec=None, action_space="categorical")
+    loss = DQNLoss(actor, action_space="categorical", delay_value=False)
+    loss.make_value_estimator(gamma=GAMMA)
+    data = row(12, terminated=[4]).set("action", torch.zeros(12, dtype=torch.int64))
+    ours = stored(MultiStepTransform(3, GAMMA, done_at="end"), data)
+    loss(ours)
+    targets = torch.tensor([75.61, 75.61, 2.71, 1.9, 1.0, 75.61, 75.61, 75.61, 75.61])
+    torch.testing.assert_close(ours["td_error"].flatten(), (targets - 100) ** 2)
+
+
+def distributional_loss(atoms=11, actions=2):
+    network = torch.nn.Sequential(torch.nn.Linear(3, atoms * actions), torch.nn.Unflatten(-1, (atoms, actions)))
+    support = torch.linspace(-10, 10, atoms)
+    module = TensorDictModule(network, in_keys=["observation"], out_keys=["action_value"])
+    actor = DistributionalQValueActor(module, spec=None, support=support, action_space="categorical")
+    loss = DistributionalDQNLoss(actor, gamma=GAMMA, delay_value=True)
+    HardUpdate(loss, value_network_update_interval=1)
+    return loss
+
+
+@pytest.mark.parametrize("frames", [11, 30], ids=["as many frames as atoms", "more"])
+def test_distributional_dqn_runs_and_is_right(frames):
+    data = make_rollout((), frames + 3)
+    data["action"] = data["action"] % 2
+    ours = stored(MultiStepTransform(3, GAMMA, match_reward_shape=True), data)
+    assert ours.batch_size == (frames,)
+    loss = distributional_loss()
+    value = loss(ours)["loss"]
+    assert value.isfinite()
+    # beside itself, a frame can only have its own discount
+    each = [loss(torch.stack([frame, frame]))["loss"] for frame in ours]
+    torch.testing.assert_close(value, torch.stack(each).mean())
+    theirs = stored(TorchRLMultiStepTransform(3, GAMMA), data)
+    if frames == 11:
+        # the discount of another frame for every atom, and no error
+        assert not torch.isclose(loss(theirs)["loss"], value)
+    else:
+        with pytest.raises(RuntimeError, match="must match the size"):
+            loss(theirs)
+
+
+def agents_rollout(batch, frames, count):
+    data = make_rollout((*batch, count), frames).auto_batch_size_(len(batch) + 2)
+    group = data.select("observation", "next").transpose(-1, -2).clone()
+    group.batch_size = (*batch, frames)
+    shared = make_rollout(batch, frames, seed=1)["next"].select("done", "terminated", "truncated")
+    return TensorDict(
+        {
+            "agents": {"observation": group["observation"]},
+            "next": {
+                "agents": {"observation": group["next", "observation"], "reward": group["next", "reward"]},
+                **shared.to_dict(),
+            },
+        },
+        (*batch, frames),
+    )
+
+
+AGENT_KEYS = {"observation": ("agents", "observation"), "reward": ("agents", "reward"), "value": ("agents", "value")}
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_td0_with_rewards_of_agents_runs_and_is_right(batch):
+    data = agents_rollout(batch, 20, 4)
+    assert data["next", "agents", "reward"].shape == (*batch, 20, 4, 1)
+    keys = {"reward_keys": [("agents", "reward")]}
+    for name in ("done", "terminated"):
+        data["next", "agents", name] = data["next", name].unsqueeze(-1).expand(*batch, 20, 4, 1).clone()
+    done = {"done": ("agents", "done"), "terminated": ("agents", "terminated")}
+    dones = ["done", "terminated", "truncated", *done.values()]
+    ours = stored(MultiStepTransform(3, GAMMA, **keys, done_keys=dones, done_at="end", match_reward_shape=True), data)
+    reward, ends = ours["next", "agents", "reward"], ours["next", "terminated"].unsqueeze(-1)
+    discount = ours["gamma"]
+    assert discount.shape == reward.shape
+    expected = reward + torch.where(ends, 0, discount * 100)
+    torch.testing.assert_close(td0_targets(ours, **AGENT_KEYS, **done), expected)
+    theirs = stored(TorchRLMultiStepTransform(3, GAMMA, **keys, done_keys=dones), data)
+    with pytest.raises(RuntimeError, match=r"shape .* is invalid"):
+        td0_targets(theirs, **AGENT_KEYS, **done)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n_steps", [1, 3, 7])
+def test_stable_baselines3_agrees(n_steps, seed):
+    frames, envs = 120, 3
+    rollout = make_rollout((envs,), frames, seed=seed)
+    # both at once is a termination to torchrl, and a timeout to stable-baselines3
+    rollout["next", "truncated"] &= ~rollout["next", "terminated"]
+    transform = MultiStepTransform(n_steps, GAMMA, done_at="end")
+    ours = torch.cat([transform.inv(part) for part in rollout.split(40, 1)] + [transform.flush()], 1)
+    assert ours.batch_size == (envs, frames)
+    for env in range(envs):
+        peer = NStepReplayBuffer(
+            frames + 1,
+            spaces.Box(-np.inf, np.inf, (3,)),
+            spaces.Discrete(5),
+            device="cpu",
+            n_envs=1,
+            n_steps=n_steps,
+            gamma=GAMMA,
+        )
+        for frame in rollout[env]:
+            following = frame["next"]
+            peer.add(
+                frame["observation"].numpy(),
+                following["observation"].numpy(),
+                frame["action"].numpy(),
+                following["reward"].numpy(),
+                following["done"].numpy(),
+                [{"TimeLimit.truncated": following["truncated"].item()}],
+            )
+        samples, mine = peer._get_samples(np.arange(frames)), ours[env]
+        eps = torch.finfo(torch.float32).eps
+        # both sum in float32, in different orders
+        magnitude = n_steps * rollout["next", "reward"].abs().max()
+        assert ((samples.rewards - mine["next", "reward"]).abs() <= 3 * n_steps * eps * magnitude).all()
+        assert torch.equal(samples.next_observations, mine["next", "observation"])
+        assert torch.equal(samples.observations, mine["observation"])
+        assert torch.equal(samples.actions.flatten(), mine["action"])
+        assert torch.equal(samples.dones.bool(), mine["next", "terminated"])
+        # stable-baselines3 rounds gamma to float32 before it raises it
+        steps = mine["steps_to_next_obs"].unsqueeze(-1)
+        assert ((samples.discounts - mine["gamma"].unsqueeze(-1)).abs() <= (steps + 1) * eps).all()
