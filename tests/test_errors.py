@@ -13,7 +13,7 @@ from torchrl.envs import SerialEnv, TransformedEnv
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
 from torchrl.testing.mocking_classes import CountingEnv
 
-from multistep_triton import MultiStepTransform, gather_future, n_step_return, reference
+from multistep_triton import MultiStep, MultiStepTransform, gather_future, n_step_return, reference
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "3", None])
@@ -66,6 +66,88 @@ def test_keys(name, value):
         value = [value]
     with pytest.raises(TypeError, match=rf"{name} must be a .*key.*, got .*7|got \(\)"):
         MultiStepTransform(3, 0.9, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"done_at": "middle"}, ValueError, "done_at must be one of 'start', 'end', got 'middle'"),
+        ({"done_at": None}, ValueError, "done_at must be one of 'start', 'end', got None"),
+        ({"traj_key": 7}, TypeError, "traj_key must be a key, a string or a tuple of strings, got 7"),
+        ({"match_reward_shape": 1}, TypeError, "match_reward_shape must be True or False, got 1"),
+    ],
+)
+@pytest.mark.parametrize("make", [MultiStepTransform, MultiStep], ids=["transform", "postproc"])
+def test_other_arguments(make, arguments, error, message):
+    with pytest.raises(error, match=message):
+        make(n_steps=3, gamma=0.9, **arguments)
+    made = make(n_steps=3, gamma=0.9)
+    (name, value), kept = *arguments.items(), getattr(made, *arguments)
+    with pytest.raises(error, match=message):
+        setattr(made, name, value)
+    assert getattr(made, name) == kept
+
+
+IDS = torch.zeros(2, 10, dtype=torch.int64)
+BAD_ROLES = {
+    "no ids": ({"traj_key": "ids"}, {}, KeyError, r"a tensor at \('ids',\), got the entries"),
+    "ids that are no integers": (
+        {"traj_key": "ids"},
+        {"ids": IDS.float()},
+        TypeError,
+        r"trajectory ids \('ids',\), named by traj_key, must be integers, got torch.float32",
+    ),
+    "ids of another shape": (
+        {"traj_key": ("collector", "ids")},
+        {("collector", "ids"): IDS.unsqueeze(-1).expand(2, 10, 3)},
+        ValueError,
+        r"trajectory ids .* must have shape \[\*B, T\] = \[2, 10\] or .* = \[2, 10, 1\], got \[2, 10, 3\]",
+    ),
+    "a done at the end that is no tensor": (
+        {"done_at": "end", "done_keys": ["why"]},
+        {("next", "why"): "fell"},
+        TypeError,
+        r"\('next', 'why'\), named by done_keys, must be a tensor, got a non-tensor",
+    ),
+    "a name that is written": (
+        {"done_at": "end", "done_keys": ["done_orig"]},
+        {},
+        ValueError,
+        r"no key may name an entry that is written besides, got \('next', 'done_orig'\)",
+    ),
+    "a done per agent that is not bool": (
+        {"done_key": "dones", "reward_keys": ["rewards"]},
+        {("next", "dones"): torch.zeros(2, 10, 4, 1), ("next", "rewards"): torch.zeros(2, 10, 4, 1)},
+        TypeError,
+        r"done \('next', 'dones'\) must be bool, got torch.float32",
+    ),
+    "a done per agent and rewards per team": (
+        {"done_key": "dones"},
+        {("next", "dones"): torch.zeros(2, 10, 4, 1, dtype=torch.bool)},
+        ValueError,
+        r"done .* or, per agent, that of a reward, got \[2, 10, 4, 1\]",
+    ),
+    "a first reward that is of no agent": (
+        {"done_key": "dones", "reward_keys": ["reward", "rewards"], "match_reward_shape": True},
+        {("next", "dones"): torch.zeros(2, 10, 4, 1, dtype=torch.bool), ("next", "rewards"): torch.zeros(2, 10, 4, 1)},
+        ValueError,
+        r"match_reward_shape must be False where done is per agent and .* \[2, 10, 1\] and windows \[2, 10, 4\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROLES)
+def test_bad_roles_leave_the_carry_as_it_was(kind):
+    arguments, entries, error, message = BAD_ROLES[kind]
+    transform, first = MultiStepTransform(3, 0.9), make_rollout((2,), 10)
+    first.update(entries)
+    transform.inv(first)
+    before = transform._buffer
+    for name, value in arguments.items():
+        setattr(transform, name, value)
+    with pytest.raises(error, match=message):
+        transform.inv(first)
+    assert (transform._buffer == before).all()
 
 
 def test_a_single_frame_cannot_emit_several():
