@@ -181,17 +181,20 @@ def plan_gather(value: tuple[Any, ...], steps: tuple[Any, ...]) -> Plan:
 def _merged(lead: Sequence[int], leaves: Iterable[Leaf]) -> tuple[list[int], list[int]]:
     """The dimensions of ``lead = *B`` that are left when those that make one in every leaf are merged; their sizes.
 
-    The last of the dimensions that are merged stands for all. Without a batch, there is one element of it.
+    The last of the dimensions that are merged stands for all; those of size 1 are left out. Without a batch, there is
+    one element of it.
     """
-    leaves, dims, sizes = list(leaves), [], [1]
+    leaves, dims, sizes = list(leaves), [], []
     for dim, size in enumerate(lead):
-        sizes[-1] *= size
-        if dim + 1 == len(lead) or not all(
-            size == 1 or leaf.strides[dim] == lead[dim + 1] * leaf.strides[dim + 1] for leaf in leaves
-        ):
+        if size == 1:
+            continue
+        if dims and all(leaf.strides[dims[-1]] == size * leaf.strides[dim] for leaf in leaves):
+            dims[-1] = dim
+            sizes[-1] *= size
+        else:
             dims.append(dim)
-            sizes.append(1)
-    return dims, sizes[: max(len(dims), 1)]
+            sizes.append(size)
+    return dims, sizes or [1]
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -267,6 +267,17 @@ def test_any_strides(layout, dtype):
     check(carry, data, 2)
 
 
+@pytest.mark.parametrize("batch", [(2, 1, 3), (1, 2, 3), (2, 3, 1), (1, 1), (2, 1, 1, 2)], ids=str)
+@pytest.mark.parametrize("time", range(3))
+def test_batch_dimensions_of_one(batch, time):
+    # in memory, time lies before some of the batch dimensions
+    data = {
+        key: leaf.movedim(len(batch), time).contiguous().movedim(time, len(batch))
+        for key, leaf in rollout(batch, 5).items()
+    }
+    check(rollout(batch, 2, seed=1), data, 2)
+
+
 def test_views_whose_bytes_are_not_their_values():
     data = rollout((2,), 6)
     complex_leaf = random_bytes((2, 6, 3), torch.int16).float().view(2, 6, 3)

@@ -14,13 +14,15 @@ pytestmark = pytest.mark.usefixtures("read")
 
 REWARD_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.uint8, torch.bool]
 VALUE_DTYPES = [torch.bool, torch.uint8, torch.int16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
-LAYOUTS = ["contiguous", "time-major", "strided"]
+LAYOUTS = ["contiguous", "time-major", "time inside", "strided"]
 
 
 def lay_out(tensor: Tensor, layout: str, time_dim: int) -> Tensor:
     """The same values, laid out in memory in another way."""
     if layout == "time-major":
         return tensor.movedim(time_dim, 0).contiguous().movedim(0, time_dim)
+    if layout == "time inside":
+        return tensor.movedim(time_dim, time_dim // 2).contiguous().movedim(time_dim // 2, time_dim)
     if layout == "strided":
         return tensor.repeat_interleave(2, time_dim)[(slice(None),) * time_dim + (slice(None, None, 2),)]
     return tensor

@@ -1,0 +1,104 @@
+"""A done flag for every agent: each agent's stream is what it would be alone."""
+
+import pytest
+import torch
+from rollouts import extend, make_rollout
+from tensordict import TensorDict
+from test_memory import addresses, storages
+
+from multistep_triton import MultiStep, MultiStepTransform
+
+pytestmark = pytest.mark.usefixtures("path")
+
+FRAMES = 14
+KEYS = {
+    "reward_keys": [("agents", "reward")],
+    "done_key": ("agents", "done"),
+    "done_keys": [("agents", "done"), ("agents", "terminated"), "done"],
+}
+
+
+def rollout_of_agents(batch, agents, unsqueezed=True):
+    """Rollouts ``[*batch, *agents, T]`` of single agents, and the same as one ``[*batch, T]`` of all."""
+    alone = make_rollout((*batch, *agents), FRAMES)
+    shared = make_rollout(batch, FRAMES, seed=1)
+    shared["mask"] = torch.rand(*batch, FRAMES) < 0.9
+    shared["traj"] = (torch.rand(*batch, FRAMES) < 0.1).cumsum(-1)
+    for key in ("mask", "traj"):
+        leaf = shared[key][(..., *[None] * len(agents), slice(None))]
+        alone[key] = leaf.expand(*batch, *agents, FRAMES).clone()
+
+    def together(leaf):
+        return leaf.movedim(len(batch) + len(agents), len(batch)).contiguous()
+
+    group = {key: together(alone["next", key]) for key in ("observation", "reward", "done", "terminated")}
+    if not unsqueezed:
+        group = {key: leaf if key == "observation" else leaf.squeeze(-1) for key, leaf in group.items()}
+    data = shared.clone()
+    del data["next", "reward"]
+    data["agents"] = TensorDict({"observation": together(alone["observation"])}, [*batch, FRAMES])
+    data["next", "agents"] = TensorDict(group, [*batch, FRAMES])
+    return alone, data
+
+
+@pytest.mark.parametrize(
+    ("batch", "agents", "unsqueezed", "cuts", "n_steps"),
+    [
+        ((), (3,), True, [5, 1, 0, 8], 3),
+        ((2,), (3,), False, [14], 1),
+        ((2,), (1,), True, [7, 7], 2),
+        ((2, 1), (2, 2), True, [12, 2], 3),
+        ((2,), (2,), False, [12, 2], 9),
+    ],
+)
+def test_every_agent_is_as_if_alone(batch, agents, unsqueezed, cuts, n_steps):
+    alone, data = rollout_of_agents(batch, agents, unsqueezed)
+    marks = {"traj_key": "traj", "done_at": "end"}
+    out = extend(MultiStepTransform(n_steps, 0.9, **KEYS, **marks), data, cuts)
+    expected = extend(MultiStepTransform(n_steps, 0.9, **marks), alone, cuts)
+
+    def assert_agents(ours, of_each):
+        together = of_each.movedim(len(batch) + len(agents), len(batch))
+        assert torch.equal(ours.reshape(together.shape), together)
+
+    for key in ("observation", "reward", "reward_orig", "done", "terminated", "done_orig", "terminated_orig"):
+        assert_agents(out["next", "agents", key], expected["next", key])
+    for key in ("steps_to_next_obs", "gamma", "nonterminal"):
+        assert out[key].shape == out["next", "agents", "done"].shape
+        assert_agents(out[key], expected[key])
+    assert torch.equal(out["agents", "observation"], data["agents", "observation"].narrow(len(batch), 0, out.shape[-1]))
+    # what is no agent's: as if any agent's done were that of all
+    rest = data.exclude(("next", "agents"), "agents")
+    rest["next", "reward"] = torch.zeros(*batch, FRAMES)
+    rest["next", "any"] = data["next", "agents", "done"].flatten(len(batch) + 1).any(-1)
+    dones = ["done", "any"]
+    expected = extend(MultiStepTransform(n_steps, 0.9, done_key="any", done_keys=dones, **marks), rest, cuts)
+    for key in ("observation", "done", "done_orig", "terminated"):
+        assert torch.equal(out["next", key], expected["next", key]), key
+    assert torch.equal(out["observation"], expected["observation"])
+
+
+def test_memory_of_agents_is_compact_and_their_own():
+    _, data = rollout_of_agents((2,), (3,))
+    transform = MultiStepTransform(3, 0.9, **KEYS, traj_key="traj", match_reward_shape=True)
+    outs = []
+    for part in data.split(5, 1):
+        part = part.clone()
+        before = part.clone()
+        outs.append(transform.inv(part))
+        carry = transform._carry.leaves.values()
+        assert all(leaf.untyped_storage().nbytes() == leaf.nbytes for leaf in carry)
+        assert not addresses(carry) & storages(part, *outs)
+        assert not storages(part) & storages(*outs)
+        assert (part == before).all()
+    outs.append(transform.flush())
+    assert torch.equal(torch.cat(outs, 1)["observation"], data["observation"])
+
+
+def test_a_postproc_of_agents():
+    alone, data = rollout_of_agents((2,), (3,))
+    out = MultiStep(0.9, 3, **KEYS, mask_key="mask", traj_key="traj", match_reward_shape=True)(data)
+    expected = MultiStep(0.9, 3, mask_key="mask", traj_key="traj")(alone)
+    assert torch.equal(out["next", "agents", "reward"], expected["next", "reward"].movedim(2, 1))
+    assert torch.equal(out["steps_to_next_obs"].squeeze(-1), expected["steps_to_next_obs"].movedim(2, 1))
+    assert out["observation"] is data["observation"]
