@@ -32,7 +32,8 @@ TIME_MAJOR_FRAMES = 8
 WIDEST = 16
 # Up to this n every step is unrolled, so that all loads of a window are on their way at once; n is compiled into the
 # kernel, and rows are copied in the same launch. With more steps it would need more than 96 registers (with a mask,
-# 128): any larger n runs one kernel with a loop, and a second launch for the rows.
+# 128): any larger n runs one kernel with a loop, and a second launch for the rows. With trajectory ids, of which each
+# takes two registers, that is so above half of it.
 UNROLLED_STEPS = 8
 
 
@@ -143,7 +144,7 @@ def plan_extend(
     jobs = [_Job(job.programs * len(group), job.constants) for (job, _), group in alike.items()]
 
     ends = mask_key is not None, _NO_IDS if traj_key is None else ELEMENTS[described[traj_key].dtype]
-    if n_steps <= UNROLLED_STEPS:
+    if n_steps <= (UNROLLED_STEPS if traj_key is None else UNROLLED_STEPS // 2):
         launches = [_launch(windows, rewards, jobs, n_steps, ends)]
     else:
         launches = [_launch(windows, rewards, [], 0, ends), _launch([], [], jobs, 0, read=True)]
@@ -184,7 +185,9 @@ def _merged(lead: Sequence[int], leaves: Iterable[Leaf]) -> tuple[list[int], lis
     The last of the dimensions that are merged stands for all; those of size 1 are left out. Without a batch, there is
     one element of it.
     """
-    leaves, dims, sizes = list(leaves), [], []
+    leaves = list(leaves)
+    dims: list[int] = []
+    sizes: list[int] = []
     for dim, size in enumerate(lead):
         if size == 1:
             continue

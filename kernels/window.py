@@ -75,9 +75,10 @@ def window(
                 ENDS, TYPE, ITEM_BYTES, D, RUN,
             )  # fmt: skip
     else:
-        i = tl.cdiv(n, STEPS_PER_TURN) * STEPS_PER_TURN
+        turn: tl.constexpr = STEPS_PER_TURN if ENDS[1] < 0 else STEPS_PER_TURN // 2
+        i = tl.cdiv(n, turn) * turn
         while i > 0:
-            for _ in tl.static_range(STEPS_PER_TURN):
+            for _ in tl.static_range(turn):
                 i -= 1
                 steps, returns, valid, traj = step_back(
                     steps, returns, valid, traj, i, tile, stream, flags, reward, item, n, gamma,

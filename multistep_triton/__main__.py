@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from multistep_triton.backends import BACKENDS, check_backend, resolve_backend
-from multistep_triton.functional import check_gamma, check_positive_int
+from multistep_triton.checks import check_gamma, check_positive_int
 
 MAX_SEED = 2**32 - 1
 DEMO_REQUIREMENTS = ("gymnasium", "tqdm")

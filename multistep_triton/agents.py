@@ -78,6 +78,8 @@ def n_step_extend_agents(
     return Extension(
         {**frames.leaves, **back(agents.leaves)},
         {**frames.returns, **back(agents.returns)},
-        *(window.movedim(after, time_dim) for window in (agents.steps, agents.discount, agents.nonterminal)),
+        agents.steps.movedim(after, time_dim),
+        agents.discount.movedim(after, time_dim),
+        agents.nonterminal.movedim(after, time_dim),
         {**frames.carry, **back(agents.carry)},
     )

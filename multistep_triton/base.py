@@ -6,6 +6,7 @@ Owns what is written where; no maths. May import ``roles``, ``frames``, ``functi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -163,29 +164,30 @@ class MultiStepBase:
             self._done_at,
         )
 
-    def _read(self, tensordict: TensorDictBase) -> Frames:
-        return Frames.read(tensordict, without=self._roles.written)
-
-    def _n_step(self, data: Frames, carry: Frames | None, *, hold: bool) -> tuple[TensorDict, Frames | None]:
+    def _n_step(
+        self, data: TensorDictBase | Frames, carry: Frames | None, *, hold: bool
+    ) -> tuple[TensorDict, Frames | None]:
         """The frames of ``carry`` and ``data`` whose windows are known, and those that are held back.
 
         Without ``hold`` windows are cut at the last frame, all frames come out, and with no carry either an entry
         that does not change is the data's own.
         """
         roles = self._roles
-        agents = check_entries(data, roles)
+        frames = data if isinstance(data, Frames) else Frames.read(data, without=roles.written)
+        agents = check_entries(frames, roles)
         if carry is not None:
-            data.follow(carry)
-        time_dim, leaves = len(data.batch_size) - 1, data.leaves
-        saved = {path: kept for path, kept in roles.saved.items() if path in leaves}
-
-        def with_saved(leaves: dict[KeyPath, Tensor]) -> dict[KeyPath, Tensor]:
-            return {**leaves, **{kept: leaves[path] for path, kept in saved.items()}} if saved else leaves
-
-        arguments = {
+            frames.follow(carry)
+        time_dim, leaves, before = len(frames.batch_size) - 1, frames.leaves, None if carry is None else carry.leaves
+        gathered = frozenset([path for path in leaves if path[0] == "next" and path not in roles.kept])
+        # A done key that is gathered is one leaf more, which is not.
+        saved = {kept: path for path, kept in roles.saved.items() if path in leaves}
+        if saved:
+            leaves = {**leaves, **{kept: leaves[path] for kept, path in saved.items()}}
+            before = before and {**before, **{kept: before[path] for kept, path in saved.items()}}
+        arguments: dict[str, Any] = {
             "time_dim": time_dim,
             "reward_keys": roles.rewards,
-            "gathered_keys": frozenset([path for path in leaves if path[0] == "next" and path not in roles.kept]),
+            "gathered_keys": gathered,
             "done_key": roles.done,
             "mask_key": roles.mask if roles.mask in leaves else None,
             "traj_key": roles.traj,
@@ -194,21 +196,22 @@ class MultiStepBase:
             "hold": hold,
             "backend": self._backend,
         }
-        before, leaves = None if carry is None else with_saved(carry.leaves), with_saved(leaves)
         if agents:
-            keys = agent_paths(leaves, roles, data.batch_size, agents)
+            keys = agent_paths(leaves, roles, frames.batch_size, agents)
             extension = n_step_extend_agents(before, leaves, agent_dims=len(agents), agent_keys=keys, **arguments)
         else:
             extension = n_step_extend(before, leaves, **arguments)
 
-        batch = data.batch_size[:-1]
-        emitted = data.build(
+        batch = frames.batch_size[:-1]
+        emitted = frames.build(
             self._output_leaves(extension, roles, agents), torch.Size((*batch, extension.steps.shape[time_dim]))
         )
         held = extension.carry[roles.done].shape[time_dim] if hold else 0
         if not held:
             return emitted, None
-        return emitted, data.hold({path: extension.carry[path] for path in data.leaves}, torch.Size((*batch, held)))
+        for kept in saved:
+            del extension.carry[kept]
+        return emitted, frames.hold(extension.carry, torch.Size((*batch, held)))
 
     def _output_leaves(self, extension: Extension, roles: Roles, agents: torch.Size) -> dict[KeyPath, Tensor]:
         leaves = extension.leaves

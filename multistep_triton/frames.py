@@ -69,10 +69,13 @@ class Frames:
         return frames
 
     def _find_kinds(self) -> Frames:
-        ndim = len(self.batch_size)
-        self.kinds = {path: (leaf.dtype, leaf.shape[ndim:], leaf.device) for path, leaf in self.leaves.items()}
-        for path in self.objects:
-            self.kinds[path] = ("non-tensor", self.kinds[path][1], None)
+        ndim, objects = len(self.batch_size), self.objects
+        self.kinds = {
+            path: ("non-tensor", leaf.shape[ndim:], None)
+            if path in objects
+            else (leaf.dtype, leaf.shape[ndim:], leaf.device)
+            for path, leaf in self.leaves.items()
+        }
         return self
 
     def _read(

@@ -79,4 +79,4 @@ class MultiStep(MultiStepBase, nn.Module):
         if not isinstance(tensordict, TensorDictBase) or not tensordict.ndim:
             got = f"batch size {list(tensordict.batch_size)}" if hasattr(tensordict, "batch_size") else tensordict
             raise ValueError(f"data must be a TensorDict of batch size [*B, T], got {got}")
-        return self._n_step(self._read(tensordict), None, hold=False)[0]
+        return self._n_step(tensordict, None, hold=False)[0]

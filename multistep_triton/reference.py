@@ -51,6 +51,9 @@ def n_step_extend_reference(
     def join(key: Hashable) -> Tensor:
         return torch.cat((carry[key], data[key]), time_dim)
 
+    def joined_flag(key: Hashable | None) -> Tensor | None:
+        return None if key is None else join(key).view(*lead, known)
+
     def cut(key: Hashable) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         if emitted < carried:
             older, newer = carry[key].split_with_sizes((emitted, carried - emitted), time_dim)
@@ -59,8 +62,8 @@ def n_step_extend_reference(
         return (carry[key], older), (newer,)
 
     # Windows read rewards and flags as one stream; these are joined, wider leaves only where all is small.
-    done, mask, traj = (None if key is None else join(key).view(*lead, known) for key in (done_key, mask_key, traj_key))
-    inside = ~_boundaries(done, mask, traj)
+    done = join(done_key).view(*lead, known)
+    inside = ~_boundaries(done, joined_flag(mask_key), joined_flag(traj_key))
     beyond = 0 if hold else n_steps - 1
     if not hold:
         inside[..., max(known - 1, 0) :] = False

@@ -29,6 +29,8 @@ class Roles(NamedTuple):
     mask: KeyPath
     traj: KeyPath | None
     rewards: tuple[KeyPath, ...]
+    needed: tuple[KeyPath, ...]
+    """Entries that must be there."""
     saved: dict[KeyPath, KeyPath]
     """Where done keys are gathered: the entry that keeps the flag as it came, by the done key."""
     kept: frozenset[KeyPath]
@@ -62,7 +64,8 @@ def find_roles(
     if taken := sorted(written & {mask, traj, *rewards, *dones} - {None}):
         raise ValueError(f"no key may name an entry that is written besides, got {', '.join(map(str, taken))}")
     kept = frozenset((*rewards, *(saved.values() if done_at == "end" else dones)))
-    return Roles(done, mask, traj, rewards, saved, kept, frozenset(written))
+    needed = (done, *rewards) if traj is None else (done, *rewards, traj)
+    return Roles(done, mask, traj, rewards, needed, saved, kept, frozenset(written))
 
 
 def original(path: KeyPath) -> KeyPath:
@@ -82,12 +85,12 @@ def check_entries(data: Frames, roles: Roles) -> torch.Size:
         ValueError: one has the wrong shape.
     """
     lead, leaves = data.batch_size, data.leaves
-    for path in (roles.done, *roles.rewards, *([] if roles.traj is None else [roles.traj])):
+    for path in roles.needed:
         if path not in leaves or path in data.objects:
             raise KeyError(f"data must hold a tensor at {path}, got the entries {list(leaves)}")
-    for key, paths in (("mask_key", (roles.mask,)), ("done_keys", roles.saved)):
-        if objects := [path for path in paths if path in data.objects]:
-            raise TypeError(f"{objects[0]}, named by {key}, must be a tensor, got a non-tensor")
+    if objects := [path for path in data.objects if path == roles.mask or path in roles.saved]:
+        named = "mask_key" if objects[0] == roles.mask else "done_keys"
+        raise TypeError(f"{objects[0]}, named by {named}, must be a tensor, got a non-tensor")
     for path in roles.rewards:
         check_reward(f"reward {path}", leaves[path], lead)
     if roles.mask in leaves:

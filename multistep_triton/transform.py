@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -31,19 +31,30 @@ class MultiStepTransform(MultiStepBase, Transform):
         steps(t) = e(t) - t + 1, \\quad reward'(t) = \\sum_{i=0}^{steps(t)-1} \\gamma^i reward(t + i), \\quad
         next'(t) = next(e(t))
 
-    A boundary is a frame that is done, or, with a mask in the data, invalid or followed by an invalid frame.
+    A boundary is a frame that is done; with a mask in the data, one that is invalid or followed by an invalid frame;
+    with ``traj_key``, one that is followed by a frame of another trajectory.
 
     The data of a call has batch shape ``[*B, T]``, time last; a frame with batch shape ``[]`` counts as ``T = 1``.
     A call emits the ``c + T - n`` oldest of the ``c`` frames carried over from the calls before and the ``T`` new
     ones, and holds back the last ``n``; with nothing to emit it returns None and the buffer stores nothing. What is
-    emitted does not depend on how the stream is cut into calls.
+    emitted does not depend on how the stream is cut into calls. :meth:`flush` returns what is held back,
+    :meth:`flush_into` stores it.
 
     Written at the root: ``steps_to_next_obs`` (int64), ``gamma`` (float32, ``gamma ** steps``) and ``nonterminal``
     (bool, False at a boundary), each ``[*B, E]``. Under ``"next"``: every reward key holds the n-step return,
     ``<reward_key>_orig`` the reward as it came and, with exactly one reward key, ``original_reward`` is the same
-    tensor; done keys stay as they came; every other entry is the one of frame ``e(t)``, bit for bit. The other root
-    entries stay those of frame ``t``. The result lies on the data's device, in memory of its own, and the input is
-    not modified.
+    tensor; done keys stay as they came, or with ``done_at="end"`` are those of frame ``e(t)``, beside
+    ``<done_key>_orig``; every other entry is the one of frame ``e(t)``, bit for bit. The other root entries stay those
+    of frame ``t``. The result lies on the data's device, in memory of its own, and the input is not modified.
+
+    With one done flag per agent, ``[*B, T, *A]`` or ``[*B, T, *A, 1]``, and a reward of the same shape, every agent has
+    its own windows: those of rewards of that shape, and of entries ``[*B, T, *A, ...]`` that lie beside the done flag
+    or below; windows of other entries end where that of any agent ends. ``steps_to_next_obs``, ``gamma`` and
+    ``nonterminal`` then have the done flag's shape.
+
+    The frames held back are a copy, follow ``.to(device)``, and are part of ``state_dict()``, with ``n_steps`` and
+    ``gamma``, of pickles and of deep copies: a run that is resumed from one of these stores what an unbroken one
+    would. Calls from several threads take turns.
 
     Args:
         n_steps: frames in a full window, an int >= 1; can be set at any time, which loses and repeats no frame.
@@ -52,16 +63,24 @@ class MultiStepTransform(MultiStepBase, Transform):
     Keyword Args:
         reward_keys: rewards under ``"next"``, ``[*B, T, *F]``, floating point, integer or bool. Defaults to
             ``["reward"]``.
-        done_key: the done flag under ``"next"`` that ends trajectories, bool ``[*B, T]`` or ``[*B, T, 1]``. Defaults
-            to ``"done"``.
-        done_keys: entries under ``"next"`` that stay as they came. Defaults to ``["done", "truncated",
-            "terminated"]``; ``done_key`` is one of them in any case.
+        done_key: the done flag under ``"next"`` that ends trajectories, bool ``[*B, T]``, ``[*B, T, 1]`` or, per
+            agent, of a reward's shape. Defaults to ``"done"``.
+        done_keys: done flags under ``"next"``, of which ``done_at`` speaks. Defaults to ``["done", "truncated",
+            "terminated"]``; ``done_key`` is one of them in any case; those that are not in the data are ignored.
         mask_key: root entry, bool ``[*B, T]`` or ``[*B, T, 1]``, False where a frame is padding; ignored if it is
             not in the data. An invalid frame's window is itself. Defaults to ``"mask"``.
         backend: ``"auto"``, ``"reference"`` or ``"triton"``.
+        done_at: ``"start"``, torchrl's rule, leaves the done keys those of frame ``t``: the last ``n - 1`` frames
+            before a termination then bootstrap from where the episode ended. With ``"end"`` they are those of frame
+            ``e(t)``, which is what a bootstrapped target needs. Defaults to ``"start"``.
+        traj_key: root entry of trajectory ids, integers ``[*B, T]`` or ``[*B, T, 1]``, such as ``("collector",
+            "traj_ids")``; a change is a boundary. Defaults to None.
+        match_reward_shape: whether ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` have the shape of the first
+            reward, repeated along its features, which torchrl's distributional DQN loss and its value estimators with
+            rewards per agent need. Defaults to False.
 
     Raises:
-        KeyError: the done key or a reward key is missing from the data.
+        KeyError: the done key, a reward key or the trajectory ids are missing from the data.
         TypeError: the data, a flag or a reward is of the wrong kind.
         ValueError: a number, a shape or a key breaks its rule, or the data does not continue the carry. After any
             error the carry is as it was.
@@ -72,7 +91,9 @@ class MultiStepTransform(MultiStepBase, Transform):
         rewards are promoted to ``torch.get_default_dtype()``; ``nonterminal`` is also right for ``n_steps=1``; a mask
         ends windows; rewards narrower than float32 are accumulated in float32; several reward keys keep their
         originals apart; a ``done_key`` outside ``done_keys`` is not gathered; the carry is a copy, without the
-        autograd graph.
+        autograd graph, and is saved and loaded.
+
+        Source: R. S. Sutton, Learning to predict by the methods of temporal differences, Machine Learning 3, 1988.
 
     Example:
         >>> import torch
@@ -122,7 +143,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         if not isinstance(tensordict, TensorDictBase):
             raise TypeError(f"data must be a TensorDict of batch size [*B, T], got {type(tensordict).__name__}")
         single = not tensordict.ndim
-        data = self._read(tensordict.unsqueeze(-1) if single else tensordict)
+        data = tensordict.unsqueeze(-1) if single else tensordict
         with self._lock:
             emitted, held = self._n_step(data, self._carry, hold=True)
             count = emitted.batch_size[-1]
@@ -190,7 +211,7 @@ class MultiStepTransform(MultiStepBase, Transform):
                 # The same buffer, but for its transforms; another thread may be extending the one with them.
                 bare = object.__new__(type(replay_buffer))
                 bare.__dict__.update(replay_buffer.__dict__, _transform=None)
-                return bare.extend(data)
+                return cast(Tensor, bare.extend(data))
             except BaseException:
                 self._carry = before
                 raise
@@ -228,7 +249,7 @@ class MultiStepTransform(MultiStepBase, Transform):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the lock, which every process and every copy has of its own."""
-        state = super().__getstate__()
+        state: dict[str, Any] = super().__getstate__()
         del state["_lock"]
         return state
 

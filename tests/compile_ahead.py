@@ -45,9 +45,10 @@ def extend(n_steps: int, observation: torch.Tensor, **entries: torch.Tensor) -> 
         data["observation"] = observation
     for key, value in entries.items():
         (rollout["next"] if key.startswith("reward") else rollout)[key] = value
+    traj_key = "traj" if "traj" in entries else None
 
     def run() -> None:
-        transform = MultiStepTransform(n_steps, 0.99, backend="triton")
+        transform = MultiStepTransform(n_steps, 0.99, backend="triton", traj_key=traj_key)
         for _ in range(2):
             transform.inv(rollout)
 
@@ -56,6 +57,7 @@ def extend(n_steps: int, observation: torch.Tensor, **entries: torch.Tensor) -> 
 
 SHAPE = (2, 3, 40)
 FEW, MANY = 3, UNROLLED_STEPS + 1
+MASK, TRAJ = torch.ones(SHAPE, dtype=torch.bool), torch.zeros(SHAPE, dtype=torch.int64)
 CASES = {
     "n=1, f32[20]": Case(extend(1, torch.zeros(*SHAPE, 20)), widest=16),
     "n=3, f32[20]": Case(extend(FEW, torch.zeros(*SHAPE, 20)), widest=16),
@@ -66,18 +68,25 @@ CASES = {
     "n=3, time-major": Case(extend(FEW, torch.zeros(40, 2, 3, 20).movedim(0, 2)), widest=16),
     "n=3, features exchanged": Case(extend(FEW, torch.zeros(*SHAPE, 8, 20).transpose(-1, -2)), widest=8),
     "n=3, environments exchanged": Case(extend(FEW, torch.zeros(3, 2, 40, 20).transpose(0, 1)), widest=16),
-    "n=3, mask": Case(extend(FEW, torch.zeros(*SHAPE, 20), mask=torch.ones(SHAPE, dtype=torch.bool)), widest=16),
+    "n=3, mask": Case(extend(FEW, torch.zeros(*SHAPE, 20), mask=MASK), widest=16),
+    "n=3, trajectory ids": Case(extend(FEW, torch.zeros(*SHAPE, 20), traj=TRAJ), widest=16),
+    "n=3, mask, trajectory ids": Case(extend(FEW, torch.zeros(*SHAPE, 20), mask=MASK, traj=TRAJ), widest=16),
     "n=3, reward f64[3]": Case(extend(FEW, torch.zeros(*SHAPE, 20), reward=torch.zeros(*SHAPE, 3).double()), widest=16),
     "n=3, reward bf16": Case(extend(FEW, torch.zeros(*SHAPE, 20), reward=torch.zeros(*SHAPE, 1).bfloat16()), widest=16),
     "n=3, reward i64": Case(extend(FEW, torch.zeros(*SHAPE, 20), reward=torch.zeros(*SHAPE, 1).long()), widest=16),
     "n at most unrolled, f32[20]": Case(extend(UNROLLED_STEPS, torch.zeros(*SHAPE, 20)), widest=16),
     "n at most unrolled, f32[17]": Case(extend(UNROLLED_STEPS, torch.zeros(*SHAPE, 17)), widest=8),
     "n at most unrolled, mask": Case(
-        extend(UNROLLED_STEPS, torch.zeros(*SHAPE, 20), mask=torch.ones(SHAPE, dtype=torch.bool)),
-        widest=16,
-        registers=128,
+        extend(UNROLLED_STEPS, torch.zeros(*SHAPE, 20), mask=MASK), widest=16, registers=128
+    ),
+    "n at most unrolled, ids": Case(extend(UNROLLED_STEPS // 2, torch.zeros(*SHAPE, 20), traj=TRAJ), widest=16),
+    "n at most unrolled, mask, ids": Case(
+        extend(UNROLLED_STEPS // 2, torch.zeros(*SHAPE, 20), mask=MASK, traj=TRAJ), widest=16, registers=128
     ),
     "n in a loop, f32[20]": Case(extend(MANY, torch.zeros(*SHAPE, 20)), widest=16),
+    "n in a loop, mask, ids": Case(
+        extend(MANY, torch.zeros(*SHAPE, 20), mask=MASK, traj=TRAJ), widest=16, registers=128
+    ),
     "n in a loop, f32[17]": Case(extend(MANY, torch.zeros(*SHAPE, 17)), widest=8),
     "n_step_return": Case(
         lambda: n_step_return(

@@ -65,6 +65,19 @@ def wider():
     rollout["observation"] = torch.zeros(2, 16, 5)
     extend(rollout=rollout)
 
+def marked(n_steps=3, dtype=torch.int64, mask=True, frames=16):
+    rollout = make_rollout((2,), frames)
+    rollout["traj"] = torch.zeros(2, frames, dtype=dtype)
+    if mask:
+        rollout["mask"] = torch.ones(2, frames, dtype=torch.bool)
+    extend(n_steps, rollout, traj_key="traj")
+
+def of_agents():
+    rollout = make_rollout((2,), 16)
+    for key in ("done", "reward"):
+        rollout["next", key] = rollout["next", key].unsqueeze(-1).expand(2, 16, 4, 1)
+    extend(rollout=rollout)
+
 def time_major(frames=16):
     extend(rollout=make_rollout((frames,), 2).contiguous().transpose(0, 1))
 
@@ -84,6 +97,11 @@ print(json.dumps({
     "width of a leaf": variants(wider),
     "time-major": variants(time_major),
     "time-major, frames": [variants(lambda: time_major(each)) for each in (1, 7, 32)],
+    "mask and trajectory ids": variants(marked),
+    "their frames": [variants(lambda: marked(frames=each)) for each in (1, 17, 64)],
+    "their dtype, no mask": [variants(lambda: marked(dtype=torch.int32)), variants(lambda: marked(mask=False))],
+    "n with ids in a loop": [variants(lambda: marked(each)) for each in (UNROLLED_STEPS // 2 + 1, 7, 8, 30)],
+    "done per agent": variants(of_agents),
     "nothing held back": variants(lambda: MultiStep(0.9, 3, backend="triton")(make_rollout((2,), 16))),
 }))
 """)
@@ -103,6 +121,11 @@ print(json.dumps({
         "width of a leaf": 1,
         "time-major": 1,
         "time-major, frames": [0, 0, 0],
+        "mask and trajectory ids": 1,
+        "their frames": [0, 0, 0],
+        "their dtype, no mask": [1, 1],
+        "n with ids in a loop": [2, 0, 0, 0],
+        "done per agent": 2,
         "nothing held back": 1,
     }
 
