@@ -123,37 +123,38 @@ def test_flush_into_a_list_storage_and_a_priority():
     assert torch.equal(torch.stack(buffer[:])["observation"], rollout["observation"])
 
 
-class Add(Transform):
-    """Adds to the observation on extend, and remembers how many frames it saw."""
+class Change(Transform):
+    """Changes the observation on extend, and remembers how many frames it saw."""
 
-    def __init__(self, amount):
+    def __init__(self, change):
         super().__init__()
-        self.amount, self.seen = amount, 0
+        self.change, self.seen = change, 0
 
     def _inv_call(self, tensordict):
         if tensordict is None:
             return None
         self.seen += tensordict.batch_size[-1]
-        return tensordict.set("observation", tensordict["observation"] + self.amount)
+        return tensordict.set("observation", self.change(tensordict["observation"]))
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_flush_into_applies_every_other_transform_once(nested):
     rollout = make_rollout((2,), 12)
-    transform, before, after = MultiStepTransform(3, 0.9), Add(1.0), Add(10.0)
-    parts = [after, Compose(transform, before)] if nested else [after, transform, before]
+    transform = MultiStepTransform(3, 0.9)
+    before, after, last = (Change(change) for change in (lambda x: x + 1, lambda x: x * 2, lambda x: x + 10))
+    parts = [last, Compose(after), Compose(transform, before)] if nested else [last, after, transform, before]
     buffer = ReplayBuffer(storage=LazyTensorStorage(100, ndim=2), transform=Compose(*parts))
     buffer.extend(rollout)
     transform.flush_into(buffer)
-    assert torch.equal(buffer[:]["observation"], rollout["observation"] + 1 + 10)
-    assert (before.seen, after.seen) == (12, 12)
+    assert torch.equal(buffer[:]["observation"], (rollout["observation"] + 1) * 2 + 10)
+    assert (before.seen, after.seen, last.seen) == (12, 12, 12)
     assert transform._carry is None
 
 
 def test_flush_into_a_buffer_of_other_transforms_applies_them_all():
     rollout = make_rollout((2,), 12)
     transform = MultiStepTransform(3, 0.9)
-    buffer = ReplayBuffer(storage=LazyTensorStorage(100, ndim=2), transform=Add(10.0))
+    buffer = ReplayBuffer(storage=LazyTensorStorage(100, ndim=2), transform=Change(lambda x: x + 10))
     buffer.extend(transform.inv(rollout))
     transform.flush_into(buffer)
     assert torch.equal(buffer[:]["observation"], rollout["observation"] + 10)
@@ -171,11 +172,13 @@ def test_flush_into_a_buffer_that_fails_keeps_the_frames(monkeypatch, where):
         raise OSError("disk full")
 
     rollout = make_rollout((2,), 12)
-    transform, other = MultiStepTransform(3, 0.9), Add(1.0)
-    buffer = ReplayBuffer(storage=LazyTensorStorage(100, ndim=2), transform=Compose(other, transform))
+    # what has been changed in place was a copy
+    transform, other = MultiStepTransform(3, 0.9), Change(lambda x: x.add_(1))
+    last = Change(lambda x: x)
+    buffer = ReplayBuffer(storage=LazyTensorStorage(100, ndim=2), transform=Compose(last, other, transform))
     buffer.extend(rollout)
     with monkeypatch.context() as patch:
-        patch.setattr(*((other, "_inv_call") if where == "a transform" else (buffer.storage, "set")), fail)
+        patch.setattr(*((last, "_inv_call") if where == "a transform" else (buffer.storage, "set")), fail)
         with pytest.raises(OSError, match="disk full"):
             transform.flush_into(buffer)
     assert torch.equal(transform.flush()["observation"], rollout["observation"][:, 9:])
