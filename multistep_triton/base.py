@@ -173,12 +173,14 @@ class MultiStepBase:
         that does not change is the data's own.
         """
         roles = self._roles
+        if self._match_reward_shape and not roles.rewards:
+            raise ValueError("match_reward_shape must be False where reward_keys is empty, got True")
         frames = data if isinstance(data, Frames) else Frames.read(data, without=roles.written)
         agents = check_entries(frames, roles)
         if carry is not None:
             frames.follow(carry)
         time_dim, leaves, before = len(frames.batch_size) - 1, frames.leaves, None if carry is None else carry.leaves
-        gathered = frozenset([path for path in leaves if path[0] == "next" and path not in roles.kept])
+        gathered = frozenset([path for path in leaves if roles.is_gathered(path)])
         # A done key that is gathered is one leaf more, which is not.
         saved = {kept: path for path, kept in roles.saved.items() if path in leaves}
         if saved:

@@ -7,6 +7,7 @@ tensorclasses, non-tensor entries) and no maths. May import tensordict and torch
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -155,7 +156,13 @@ class Frames:
         return Frames(self.batch_size, leaves, nodes, self.objects)._find_kinds()
 
     def state(self) -> dict[str, Any]:
-        """These frames in tensors, plain containers and the objects they hold, which ``torch.load`` reads if it may."""
+        """These frames in tensors and plain containers, which ``torch.load`` reads with ``weights_only=True``.
+
+        Raises:
+            TypeError: a non-tensor entry holds anything else.
+        """
+        for path, objects in self.objects.items():
+            _check_loadable(path, objects)
         nodes = {
             path: {
                 "tensorclass": None if node.kind is None else [node.kind.__module__, node.kind.__qualname__],
@@ -165,7 +172,8 @@ class Frames:
             }
             for path, node in self.nodes.items()
         }
-        return {"batch_size": list(self.batch_size), "leaves": self.leaves, "objects": self.objects, "nodes": nodes}
+        objects = {path: list(objects) for path, objects in self.objects.items()}
+        return {"batch_size": list(self.batch_size), "leaves": self.leaves, "objects": objects, "nodes": nodes}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Frames:
@@ -175,7 +183,7 @@ class Frames:
             ValueError: it is none, or a tensorclass in it has not been imported.
         """
         try:
-            leaves = dict(state["leaves"])
+            batch_size, leaves, objects = torch.Size(state["batch_size"]), dict(state["leaves"]), dict(state["objects"])
             device = next((leaf.device for leaf in leaves.values()), None)
             nodes = {
                 path: Node(
@@ -186,9 +194,14 @@ class Frames:
                 )
                 for path, node in state["nodes"].items()
             }
-            return cls(torch.Size(state["batch_size"]), leaves, nodes, dict(state["objects"]))._find_kinds()
+            whole = all(
+                leaf.shape[: len(batch_size)] == batch_size and path[:-1] in nodes for path, leaf in leaves.items()
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the state of frames held back must be one that was saved, got {state!r:.200}") from error
+        if not whole or not leaves.keys() >= objects.keys() or not leaves:
+            raise ValueError(f"the state of frames held back must be whole, got {state!r:.200}")
+        return cls(batch_size, leaves, nodes, objects)._find_kinds()
 
     def build(self, leaves: Mapping[KeyPath, Tensor], batch_size: torch.Size) -> TensorDict:
         """A tensordict ``[*B, E]`` of this structure; ``leaves`` may hold more entries than were read."""
@@ -209,7 +222,7 @@ class Frames:
         objects = self.objects[path]
         if len(objects) == 1 or not indices.numel():
             return NonTensorData(objects[0] if objects else None, batch_size=indices.shape)
-        stacked = NonTensorStack(*(NonTensorData(objects[index]) for index in indices.view(-1).tolist()))
+        stacked = NonTensorStack(*(NonTensorData(objects[index]) for index in indices.reshape(-1).tolist()))
         return stacked.view(indices.shape)
 
 
@@ -218,6 +231,20 @@ def _describe(kind: tuple[Any, ...] | None) -> str:
         return "absent"
     dtype, shape, device = kind
     return f"{dtype} {list(shape)}" if device is None else f"{dtype} {list(shape)} on {device}"
+
+
+def _check_loadable(path: KeyPath, objects: list[Any]) -> None:
+    file = io.BytesIO()
+    try:
+        torch.save(objects, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:
+        kinds = ", ".join(sorted({type(each).__name__ for each in objects}))
+        raise TypeError(
+            f"non-tensor entry {path} must hold what torch.load reads with weights_only=True to be part of a state, "
+            f"got {kinds}: allow it with torch.serialization.add_safe_globals, or flush before"
+        ) from error
 
 
 def _find_tensorclass(module: str, name: str) -> type:

@@ -38,6 +38,16 @@ class Roles(NamedTuple):
     written: frozenset[KeyPath]
     """Entries that are written, and not read where they are there already."""
 
+    def in_group(self, path: KeyPath) -> bool:
+        """Whether an entry lies beside the done flag or below."""
+        return path[: len(self.done) - 1] == self.done[:-1]
+
+    def is_gathered(self, path: KeyPath) -> bool:
+        """Whether an entry is read at the end of the window; a done key may name a whole group that is not."""
+        if path[0] != "next" or path in self.kept:
+            return False
+        return len(path) == 2 or not any(path[:names] in self.kept for names in range(2, len(path)))
+
 
 @functools.lru_cache(maxsize=256)
 def find_roles(
@@ -98,8 +108,9 @@ def check_entries(data: Frames, roles: Roles) -> torch.Size:
     if roles.traj is not None:
         check_ids(f"trajectory ids {roles.traj}, named by traj_key,", leaves[roles.traj], lead)
     done = leaves[roles.done]
-    if is_per_frame(done, lead) or all(done.shape != leaves[path].shape for path in roles.rewards):
-        check_flag(f"done {roles.done}", done, lead, " or, per agent, that of a reward")
+    of_group = [leaves[path].shape for path in roles.rewards if roles.in_group(path)]
+    if is_per_frame(done, lead) or done.shape not in of_group:
+        check_flag(f"done {roles.done}", done, lead, " or, per agent, that of a reward beside it")
         return torch.Size()
     agents = done.shape[len(lead) :]
     check_flag(f"done {roles.done}", done, done.shape)
@@ -109,16 +120,10 @@ def check_entries(data: Frames, roles: Roles) -> torch.Size:
 def agent_paths(leaves: Mapping[KeyPath, Tensor], roles: Roles, lead: torch.Size, agents: torch.Size) -> list[KeyPath]:
     """The entries whose windows are those of their agent.
 
-    They have the agents' dimensions, ``[*B, T, *A, ...]``, and lie under "next" beside the done flag or below, or are
-    rewards of its shape.
+    They have the agents' dimensions, ``[*B, T, *A, ...]``, and lie under "next" beside the done flag or below.
     """
-    group, dims, done = roles.done[:-1], (*lead, *agents), leaves[roles.done].shape
-    return [
-        path
-        for path, leaf in leaves.items()
-        if (path[: len(group)] == group and leaf.shape[: len(dims)] == dims)
-        or (path in roles.rewards and leaf.shape == done)
-    ]
+    dims = (*lead, *agents)
+    return [path for path, leaf in leaves.items() if roles.in_group(path) and leaf.shape[: len(dims)] == dims]
 
 
 def _path(*keys: NestedKey) -> KeyPath:

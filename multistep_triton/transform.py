@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -47,17 +47,19 @@ class MultiStepTransform(MultiStepBase, Transform):
     ``<done_key>_orig``; every other entry is the one of frame ``e(t)``, bit for bit. The other root entries stay those
     of frame ``t``. The result lies on the data's device, in memory of its own, and the input is not modified.
 
-    With one done flag per agent, ``[*B, T, *A]`` or ``[*B, T, *A, 1]``, and a reward of the same shape, every agent has
-    its own windows: those of rewards of that shape, and of entries ``[*B, T, *A, ...]`` that lie beside the done flag
-    or below; windows of other entries end where that of any agent ends. ``steps_to_next_obs``, ``gamma`` and
-    ``nonterminal`` then have the done flag's shape.
+    With one done flag per agent, ``[*B, T, *A]`` or ``[*B, T, *A, 1]``, and a reward of the same shape beside it or
+    below, every agent has its own windows: those of all entries ``[*B, T, *A, ...]`` there. Windows of other entries
+    end where that of any agent ends. ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` then have the done flag's
+    shape.
 
     The frames held back are a copy, follow ``.to(device)``, and are part of ``state_dict()``, with ``n_steps`` and
     ``gamma``, of pickles and of deep copies: a run that is resumed from one of these stores what an unbroken one
-    would. Calls from several threads take turns.
+    would. Calls from several threads take turns; as a buffer calls its transforms outside the lock under which it stores,
+    save it and flush into it while no other thread is extending it.
 
     Args:
-        n_steps: frames in a full window, an int >= 1; can be set at any time, which loses and repeats no frame.
+        n_steps: frames in a full window, an int >= 1; can be set at any time, which loses and repeats no frame. After
+            making it smaller, extend with a batch before ``ReplayBuffer.add``, which can store one frame only.
         gamma: discount per step, a finite number in [0, 1]; can be set at any time.
 
     Keyword Args:
@@ -192,13 +194,18 @@ class MultiStepTransform(MultiStepBase, Transform):
 
         Raises:
             TypeError: not a replay buffer.
-            Exception: whatever the buffer raises; the frames are still held back then.
+            ValueError: the buffer has an n-step transform, and not this one.
+            Exception: whatever the buffer raises when it stores; the frames are still held back then.
         """
         if not isinstance(replay_buffer, ReplayBuffer):
             raise TypeError(f"replay_buffer must be a torchrl ReplayBuffer, got {type(replay_buffer).__name__}")
         transforms = _flat(replay_buffer.transform)
         if self in transforms:
             transforms = transforms[: transforms.index(self)]
+        elif others := [
+            each for each in transforms if isinstance(each, MultiStepTransform | _TorchRLMultiStepTransform)
+        ]:
+            raise ValueError(f"replay_buffer must hold this transform or none of its kind, got {others[0]}")
         # The buffer's lock first, as in its load_state_dict.
         with replay_buffer._replay_lock, self._lock:
             before = self._carry
@@ -208,16 +215,22 @@ class MultiStepTransform(MultiStepBase, Transform):
                     data = None if data is None else transform.inv(data)
                 if data is None:
                     return torch.zeros((0, replay_buffer.storage.ndim), dtype=torch.long)
-                # The same buffer, but for its transforms; another thread may be extending the one with them.
-                bare = object.__new__(type(replay_buffer))
-                bare.__dict__.update(replay_buffer.__dict__, _transform=None)
-                return cast(Tensor, bare.extend(data))
+                # What the buffer's extend calls after its transforms.
+                indices: Tensor = replay_buffer._extend(data)
             except BaseException:
                 self._carry = before
                 raise
+        priority_key = getattr(replay_buffer, "priority_key", None)
+        if priority_key is not None and (priority := data.get(priority_key, None)) is not None:
+            replay_buffer.update_priority(indices, priority)
+        return indices
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What :meth:`state_dict` holds: the frames held back, ``n_steps`` and ``gamma``, as of now."""
+        """What :meth:`state_dict` holds: the frames held back, ``n_steps`` and ``gamma``, as of now.
+
+        Raises:
+            TypeError: a non-tensor entry holds what ``torch.load`` would not read.
+        """
         with self._lock:
             carry = None if self._carry is None else self._carry.map(Tensor.clone).state()
             return {"n_steps": self._n_steps, "gamma": float(self._gamma), "carry": carry}
@@ -231,11 +244,19 @@ class MultiStepTransform(MultiStepBase, Transform):
         with self._lock:
             self._n_steps, self._gamma, self._carry = n_steps, gamma, carry
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        # torchrl's class saves nothing: a run that is resumed from its checkpoint holds nothing back.
-        nothing = {"n_steps": self._n_steps, "gamma": self._gamma, "carry": None}
-        state_dict.setdefault(f"{prefix}_extra_state", nothing)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *arguments: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *arguments)
+        # A state of torchrl's class has no entry; one that holds back nothing may resume from it.
+        if self._carry is None and (key := f"{prefix}_extra_state") in missing_keys:
+            missing_keys.remove(key)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiStepTransform:
         """Moves the frames held back to another device; their dtypes are the data's, whatever that of a module."""

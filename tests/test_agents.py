@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rollouts import extend, make_rollout
-from tensordict import TensorDict
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from test_memory import addresses, storages
 
 from multistep_triton import MultiStep, MultiStepTransform
@@ -102,3 +102,34 @@ def test_a_postproc_of_agents():
     assert torch.equal(out["next", "agents", "reward"], expected["next", "reward"].movedim(2, 1))
     assert torch.equal(out["steps_to_next_obs"].squeeze(-1), expected["steps_to_next_obs"].movedim(2, 1))
     assert out["observation"] is data["observation"]
+
+
+def test_another_group_ends_with_any_agent_of_the_first():
+    def group(done):
+        done = torch.tensor(done).t().unsqueeze(-1)
+        number = torch.arange(1, 7).view(6, 1, 1).expand(6, 2, 1)
+        return {"done": done, "reward": torch.ones(6, 2, 1), "observation": number}
+
+    red = group([[False, True, False, False, False, False], [False] * 6])
+    blue = group([[False] * 6] * 2)
+    data = TensorDict({"next": {"red": red, "blue": blue}}, [6])
+    rewards = [("red", "reward"), ("blue", "reward")]
+    dones = [("red", "done"), ("blue", "done")]
+    out = MultiStepTransform(3, 1.0, reward_keys=rewards, done_key=("red", "done"), done_keys=dones).inv(data)["next"]
+    assert out["red", "reward"].squeeze(-1).tolist() == [[2, 3], [1, 3], [3, 3]]
+    # what a reward sums up ends where the observation comes from
+    assert out["blue", "reward"].squeeze(-1).tolist() == [[2, 2], [1, 1], [3, 3]]
+    assert out["blue", "observation"].squeeze(-1).tolist() == [[2, 2], [2, 2], [5, 5]]
+
+
+def test_non_tensors_of_agents():
+    _, data = rollout_of_agents((2,), (3,))
+    data["next", "agents"].batch_size = (2, FRAMES, 3)
+    names = NonTensorStack(*(NonTensorData(str(i)) for i in range(2 * FRAMES * 3))).view(2, FRAMES, 3)
+    data["next", "agents"].set("name", names)
+    out = MultiStepTransform(3, 0.9, **KEYS).inv(data)
+    ends = torch.arange(FRAMES - 3).view(-1, 1) + out["steps_to_next_obs"].squeeze(-1) - 1
+    numbers = (torch.arange(2).view(2, 1, 1) * FRAMES + ends) * 3 + torch.arange(3)
+    assert out["next", "agents"].get("name").tolist() == [
+        [[str(i) for i in row] for row in env] for env in numbers.tolist()
+    ]

@@ -125,7 +125,22 @@ BAD_ROLES = {
         {"done_key": "dones"},
         {("next", "dones"): torch.zeros(2, 10, 4, 1, dtype=torch.bool)},
         ValueError,
-        r"done .* or, per agent, that of a reward, got \[2, 10, 4, 1\]",
+        r"done .* or, per agent, that of a reward beside it, got \[2, 10, 4, 1\]",
+    ),
+    "a done per agent and rewards of another group": (
+        {"done_key": ("red", "done"), "reward_keys": [("blue", "reward")]},
+        {
+            ("next", "red", "done"): torch.zeros(2, 10, 4, 1, dtype=torch.bool),
+            ("next", "blue", "reward"): torch.zeros(2, 10, 4, 1),
+        },
+        ValueError,
+        r"done .* or, per agent, that of a reward beside it, got \[2, 10, 4, 1\]",
+    ),
+    "no reward to match": (
+        {"reward_keys": [], "match_reward_shape": True},
+        {},
+        ValueError,
+        "match_reward_shape must be False where reward_keys is empty, got True",
     ),
     "a first reward that is of no agent": (
         {"done_key": "dones", "reward_keys": ["reward", "rewards"], "match_reward_shape": True},
@@ -186,7 +201,7 @@ BAD_DATA = {
         with_leaf(("next", "done"), lambda done: done.expand(2, 10, 4)),
         ValueError,
         r"done .* must have shape \[\*B, T\] = \[2, 10\] or \[\*B, T, 1\] = \[2, 10, 1\] or, per agent, that of a "
-        r"reward, got \[2, 10, 4\]",
+        r"reward beside it, got \[2, 10, 4\]",
     ),
     "mask not bool": (
         lambda data: data.clone().set("mask", torch.ones(2, 10)),

@@ -1,5 +1,7 @@
 """Frames held back come out in the end, once."""
 
+import copy
+
 import pytest
 import torch
 from rollouts import frames, make_rollout, window_ends
@@ -158,6 +160,37 @@ def test_flush_into_a_buffer_of_other_transforms_applies_them_all():
     buffer.extend(transform.inv(rollout))
     transform.flush_into(buffer)
     assert torch.equal(buffer[:]["observation"], rollout["observation"] + 10)
+
+
+def test_flush_into_a_buffer_with_another_n_step_transform():
+    transform = MultiStepTransform(3, 0.9)
+    buffer = ReplayBuffer(storage=LazyTensorStorage(100, ndim=2), transform=transform)
+    buffer.extend(make_rollout((2,), 12))
+    with pytest.raises(ValueError, match="replay_buffer must hold this transform or none of its kind, got MultiStep"):
+        transform.flush_into(copy.deepcopy(buffer))
+    assert len(transform.flush_into(buffer)) == 6
+
+
+def test_flush_into_one_frame_of_each_environment():
+    # where extend raises after it has stored, in torchrl 0.14.1
+    rollout = make_rollout((2,), 6)
+    transform = MultiStepTransform(1, 0.9)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100, ndim=2), transform=transform)
+    buffer.extend(rollout)
+    assert len(transform.flush_into(buffer)) == 2
+    assert torch.equal(buffer[:]["observation"], rollout["observation"])
+
+
+def test_flush_into_updates_priorities_as_extend_does(monkeypatch):
+    rollout = make_rollout((), 6)
+    rollout["td_error"] = torch.arange(6.0)
+    transform = MultiStepTransform(2, 0.9)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), transform=transform)
+    updates = []
+    monkeypatch.setattr(buffer, "update_priority", lambda *update: updates.append([each.tolist() for each in update]))
+    buffer.extend(rollout)
+    transform.flush_into(buffer)
+    assert updates == [[[0, 1, 2, 3], [0, 1, 2, 3]], [[4, 5], [4, 5]]]
 
 
 def test_flush_into_what_is_no_buffer():

@@ -334,3 +334,11 @@ def test_several_rewards_of_agents_and_of_all_with_one_done():
     assert out["next", "agents", "reward"][..., 0].tolist() == [[2.0, 20.0], [2.0, 40.0]]
     assert out["next", "reward"].tolist() == [2.0, 2.0]
     assert out["next", "agents", "cost"].tolist() == [[[4.5, 7.5]] * 2, [[3.0, 5.0], [4.5, 7.5]]]
+
+
+def test_a_done_key_that_names_a_group():
+    rollout = frames([1.0] * 5, [F] * 5)
+    rollout["next", "flags"] = {"late": torch.arange(5), "deep": {"er": torch.arange(5)}}
+    out = MultiStepTransform(2, 0.5, done_keys=["flags"]).inv(rollout)["next"]
+    assert out["flags", "late"].tolist() == out["flags", "deep", "er"].tolist() == [0, 1, 2]
+    assert out["observation"].tolist() == [2, 3, 4]

@@ -6,13 +6,14 @@ import io
 import pickle
 import tempfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollouts import make_rollout
-from tensordict import NonTensorStack, TensorDict, tensorclass
+from tensordict import NonTensorData, NonTensorStack, TensorDict, tensorclass
 from test_memory import addresses
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 from torchrl.envs.transforms import Compose, DoubleToFloat
@@ -236,22 +237,65 @@ def test_a_tensorclass_that_is_not_there():
 
 
 def test_a_checkpoint_of_torchrls_class_is_one_without_frames():
-    transform = make_transform()
-    transform.inv(make_data(10))
-    transform.load_state_dict(TorchRLMultiStepTransform(N_STEPS, 0.9).state_dict())
-    assert transform.flush() is None
+    theirs = ReplayBuffer(
+        storage=LazyTensorStorage(500, ndim=2),
+        transform=Compose(TorchRLMultiStepTransform(N_STEPS, 0.9), DoubleToFloat()),
+    )
+    data = make_data(10)
+    theirs.extend(data)
     buffer = make_buffer()
-    buffer.extend(make_data(10))
-    buffer.transform.load_state_dict(Compose(TorchRLMultiStepTransform(N_STEPS, 0.9), DoubleToFloat()).state_dict())
+    buffer.load_state_dict(theirs.state_dict())
+    assert len(buffer) == 2 * 7
     assert buffer.transform[0].flush() is None
 
 
+@pytest.mark.parametrize("state", [{}, {"weight": torch.zeros(1)}], ids=["nothing", "another's"])
+def test_a_state_without_the_entry_leaves_the_frames(state):
+    transform = make_transform()
+    data = make_data(10)
+    transform.inv(data)
+    with pytest.raises(RuntimeError, match=r"key.* in state_dict"):
+        transform.load_state_dict(state)
+    assert torch.equal(transform.flush()["observation"], data["observation"][:, 7:])
+
+
+def test_objects_that_a_state_cannot_hold():
+    data = make_rollout((), 6)
+    data["info"] = NonTensorData(np.float64(1), batch_size=[6])
+    transform = make_transform()
+    transform.inv(data)
+    with pytest.raises(TypeError, match=r"entry \('info',\) must hold what torch.load reads .*, got float64: allow it"):
+        transform.state_dict()
+    pickled = pickle.loads(pickle.dumps(transform)).flush()
+    globals_ = [(np._core.multiarray.scalar, "numpy._core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
+    with torch.serialization.safe_globals(globals_):
+        resumed = load_transform(transform).flush()
+    for out in (pickled, resumed):
+        assert out["info"] == 1
+        assert torch.equal(out["observation"], data["observation"][3:])
+
+
+CARRY = {
+    "batch_size": [2],
+    "leaves": {("action",): torch.zeros(2)},
+    "objects": {},
+    "nodes": {(): {"tensorclass": None, "tail": [], "names": None, "on_device": False}},
+}
 BAD_STATES = {
     "no dict": (3, "the state must be one of a MultiStepTransform, got 3"),
     "another's": ({"weight": 1}, r"the state must be one of a MultiStepTransform, got \{'weight': 1\}"),
     "n_steps": ({"n_steps": 0, "gamma": 0.9, "carry": None}, "n_steps must be an int >= 1, got 0"),
     "gamma": ({"n_steps": 3, "gamma": 2.0, "carry": None}, r"gamma must be a finite number in \[0, 1\], got 2.0"),
     "frames": ({"n_steps": 3, "gamma": 0.9, "carry": {"leaves": {}}}, "state of frames held back must be one that was"),
+    **{
+        kind: ({"n_steps": 3, "gamma": 0.9, "carry": {**CARRY, **change}}, "state of frames held back must be whole")
+        for kind, change in {
+            "no leaves": {"leaves": {}},
+            "no nodes": {"nodes": {}},
+            "another batch size": {"batch_size": [3]},
+            "objects of no leaf": {"objects": {("name",): ["a"]}},
+        }.items()
+    },
 }
 
 
