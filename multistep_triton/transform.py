@@ -54,8 +54,8 @@ class MultiStepTransform(MultiStepBase, Transform):
 
     The frames held back are a copy, follow ``.to(device)``, and are part of ``state_dict()``, with ``n_steps`` and
     ``gamma``, of pickles and of deep copies: a run that is resumed from one of these stores what an unbroken one
-    would. Calls from several threads take turns; as a buffer calls its transforms outside the lock under which it stores,
-    save it and flush into it while no other thread is extending it.
+    would. Calls from several threads take turns; as a buffer calls its transforms outside the lock under which it
+    stores, save it and flush into it while no other thread is extending it.
 
     Args:
         n_steps: frames in a full window, an int >= 1; can be set at any time, which loses and repeats no frame. After
