@@ -172,8 +172,8 @@ class Frames:
             }
             for path, node in self.nodes.items()
         }
-        objects = {path: list(objects) for path, objects in self.objects.items()}
-        return {"batch_size": list(self.batch_size), "leaves": self.leaves, "objects": objects, "nodes": nodes}
+        copies = {path: list(objects) for path, objects in self.objects.items()}
+        return {"batch_size": list(self.batch_size), "leaves": self.leaves, "objects": copies, "nodes": nodes}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Frames:
