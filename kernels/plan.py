@@ -32,11 +32,12 @@ TIME_MAJOR_FRAMES = 8
 WIDEST = 16
 # Up to this n every step is unrolled, so that all loads of a window are on their way at once; n is compiled into the
 # kernel, and rows are copied in the same launch. With more steps it would need more than 96 registers (with a mask,
-# 128): any larger n runs one kernel with a loop, and a second launch for the rows. With trajectory ids, of which each
-# takes two registers, that is so above half of it.
+# 128): any larger n runs one kernel with a loop, and a second launch for the rows.
 UNROLLED_STEPS = 8
+# The same where there are trajectory ids, each of which takes two registers.
+UNROLLED_STEPS_WITH_IDS = UNROLLED_STEPS // 2
 
-
+# Stands for the type of trajectory ids where there are none.
 _NO_IDS = -1
 
 # What a kernel needs to find the rows of a leaf besides addresses: strides and outer sizes, coded.
@@ -144,7 +145,7 @@ def plan_extend(
     jobs = [_Job(job.programs * len(group), job.constants) for (job, _), group in alike.items()]
 
     ends = mask_key is not None, _NO_IDS if traj_key is None else ELEMENTS[described[traj_key].dtype]
-    if n_steps <= (UNROLLED_STEPS if traj_key is None else UNROLLED_STEPS // 2):
+    if n_steps <= (UNROLLED_STEPS if traj_key is None else UNROLLED_STEPS_WITH_IDS):
         launches = [_launch(windows, rewards, jobs, n_steps, ends)]
     else:
         launches = [_launch(windows, rewards, [], 0, ends), _launch([], [], jobs, 0, read=True)]

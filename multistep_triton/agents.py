@@ -6,7 +6,7 @@ computes windows knows rows and no agents. May import ``functional``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -57,13 +57,14 @@ def n_step_extend_agents(
         rest = {key: leaf for key, leaf in leaves.items() if key not in agent_keys}
         return {**rest, done_key: leaves[done_key].flatten(time_dim + 1).any(-1)}
 
-    def extend(view: Any, dim: int, keys: Collection[Hashable]) -> Extension:
+    def extend(view: Callable[[Mapping[Any, Tensor]], dict[Any, Tensor]], dim: int) -> Extension:
+        leaves = view(data)
         return n_step_extend(
             None if carry is None else view(carry),
-            view(data),
+            leaves,
             time_dim=dim,
-            reward_keys=[key for key in reward_keys if key in keys],
-            gathered_keys=[key for key in gathered_keys if key in keys],
+            reward_keys=[key for key in reward_keys if key in leaves],
+            gathered_keys=[key for key in gathered_keys if key in leaves],
             done_key=done_key,
             mask_key=mask_key,
             traj_key=traj_key,
@@ -73,8 +74,8 @@ def n_step_extend_agents(
     def back(leaves: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
         return {key: leaf.movedim(after, time_dim) for key, leaf in leaves.items() if key not in marks}
 
-    frames = extend(of_frames, time_dim, [key for key in data if key not in agent_keys])
-    agents = extend(of_agents, after, agent_keys)
+    frames = extend(of_frames, time_dim)
+    agents = extend(of_agents, after)
     return Extension(
         {**frames.leaves, **back(agents.leaves)},
         {**frames.returns, **back(agents.returns)},

@@ -66,8 +66,7 @@ class Frames:
         frames._read(data, (), len(data.batch_size), without, non_tensors)
         for path, value in non_tensors.items():
             frames._read_objects(value, path)
-        frames._find_kinds()
-        return frames
+        return frames._find_kinds()
 
     def _find_kinds(self) -> Frames:
         ndim, objects = len(self.batch_size), self.objects
@@ -154,6 +153,10 @@ class Frames:
         device = next((leaf.device for leaf in leaves.values()), None)
         nodes = {path: node._replace(device=node.device and device) for path, node in self.nodes.items()}
         return Frames(self.batch_size, leaves, nodes, self.objects)._find_kinds()
+
+    def clone(self) -> Frames:
+        """These frames in memory of their own."""
+        return self.map(Tensor.clone)
 
     def state(self) -> dict[str, Any]:
         """These frames in tensors and plain containers, which ``torch.load`` reads with ``weights_only=True``.

@@ -108,13 +108,14 @@ def check_entries(data: Frames, roles: Roles) -> torch.Size:
     if roles.traj is not None:
         check_ids(f"trajectory ids {roles.traj}, named by traj_key,", leaves[roles.traj], lead)
     done = leaves[roles.done]
-    of_group = [leaves[path].shape for path in roles.rewards if roles.in_group(path)]
-    if is_per_frame(done, lead) or done.shape not in of_group:
-        check_flag(f"done {roles.done}", done, lead, " or, per agent, that of a reward beside it")
-        return torch.Size()
-    agents = done.shape[len(lead) :]
-    check_flag(f"done {roles.done}", done, done.shape)
-    return agents[:-1] if len(agents) > 1 and agents[-1] == 1 else agents
+    if not is_per_frame(done, lead) and done.shape in [
+        leaves[path].shape for path in filter(roles.in_group, roles.rewards)
+    ]:
+        check_flag(f"done {roles.done}", done, done.shape)
+        agents = done.shape[len(lead) :]
+        return agents[:-1] if len(agents) > 1 and agents[-1] == 1 else agents
+    check_flag(f"done {roles.done}", done, lead, " or, per agent, that of a reward beside it")
+    return torch.Size()
 
 
 def agent_paths(leaves: Mapping[KeyPath, Tensor], roles: Roles, lead: torch.Size, agents: torch.Size) -> list[KeyPath]:

@@ -177,7 +177,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         with self._lock:
             if self._carry is None:
                 return None
-            emitted, self._carry = self._n_step(self._carry.map(Tensor.clone), None, hold=False)
+            emitted, self._carry = self._n_step(self._carry.clone(), None, hold=False)
         return emitted
 
     def flush_into(self, replay_buffer: ReplayBuffer) -> Tensor:
@@ -232,7 +232,7 @@ class MultiStepTransform(MultiStepBase, Transform):
             TypeError: a non-tensor entry holds what ``torch.load`` would not read.
         """
         with self._lock:
-            carry = None if self._carry is None else self._carry.map(Tensor.clone).state()
+            carry = None if self._carry is None else self._carry.clone().state()
             return {"n_steps": self._n_steps, "gamma": float(self._gamma), "carry": carry}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -240,7 +240,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         if not isinstance(state, dict) or state.keys() != {"n_steps", "gamma", "carry"}:
             raise ValueError(f"the state must be one of a MultiStepTransform, got {state!r:.200}")
         n_steps, gamma = check_positive_int("n_steps", state["n_steps"]), check_gamma(state["gamma"])
-        carry = None if state["carry"] is None else Frames.from_state(state["carry"]).map(Tensor.clone)
+        carry = None if state["carry"] is None else Frames.from_state(state["carry"]).clone()
         with self._lock:
             self._n_steps, self._gamma, self._carry = n_steps, gamma, carry
 
@@ -282,7 +282,7 @@ class MultiStepTransform(MultiStepBase, Transform):
     def _buffer(self) -> TensorDict | None:
         """A copy of the frames held back, under the name of torchrl's attribute."""
         carry = self._carry
-        return None if carry is None else carry.build(carry.map(Tensor.clone).leaves, carry.batch_size)
+        return None if carry is None else carry.build(carry.clone().leaves, carry.batch_size)
 
 
 def _flat(transform: Transform) -> list[Transform]:

@@ -24,7 +24,7 @@ from rollouts import make_rollout
 
 from multistep_triton import MultiStepTransform, gather_future, n_step_return
 from multistep_triton.kernels.extend import _n_step_extend_kernel
-from multistep_triton.kernels.plan import UNROLLED_STEPS
+from multistep_triton.kernels.plan import UNROLLED_STEPS, UNROLLED_STEPS_WITH_IDS
 
 # With 96 registers, five programs of 128 threads share a multiprocessor, and 40 kB of rows are on their way.
 REGISTERS = 96
@@ -79,9 +79,9 @@ CASES = {
     "n at most unrolled, mask": Case(
         extend(UNROLLED_STEPS, torch.zeros(*SHAPE, 20), mask=MASK), widest=16, registers=128
     ),
-    "n at most unrolled, ids": Case(extend(UNROLLED_STEPS // 2, torch.zeros(*SHAPE, 20), traj=TRAJ), widest=16),
+    "n at most unrolled, ids": Case(extend(UNROLLED_STEPS_WITH_IDS, torch.zeros(*SHAPE, 20), traj=TRAJ), widest=16),
     "n at most unrolled, mask, ids": Case(
-        extend(UNROLLED_STEPS // 2, torch.zeros(*SHAPE, 20), mask=MASK, traj=TRAJ), widest=16, registers=128
+        extend(UNROLLED_STEPS_WITH_IDS, torch.zeros(*SHAPE, 20), mask=MASK, traj=TRAJ), widest=16, registers=128
     ),
     "n in a loop, f32[20]": Case(extend(MANY, torch.zeros(*SHAPE, 20)), widest=16),
     "n in a loop, mask, ids": Case(

@@ -1,5 +1,6 @@
 """Settings for every test, made before anything imports Triton, and the paths that a result can come by."""
 
+import gc
 import os
 
 import torch
@@ -39,6 +40,20 @@ def poisoned(allocate):
         return tensor
 
     return empty
+
+
+@contextmanager
+def no_collection():
+    """No garbage is collected on its own.
+
+    Buffers hold semaphores, whose tracker cannot be called from a collection that begins while it is at work.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextmanager

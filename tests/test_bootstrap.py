@@ -14,6 +14,7 @@ from torchrl.objectives.value import TD0Estimator
 from multistep_triton import MultiStepTransform
 
 GAMMA = 0.9
+ATOMS = 11
 
 
 class Constant(torch.nn.Module):
@@ -95,9 +96,9 @@ def test_dqn_target_before_a_termination():
     torch.testing.assert_close(ours["td_error"].flatten(), (targets - 100) ** 2)
 
 
-def distributional_loss(atoms=11, actions=2):
-    network = torch.nn.Sequential(torch.nn.Linear(3, atoms * actions), torch.nn.Unflatten(-1, (atoms, actions)))
-    support = torch.linspace(-10, 10, atoms)
+def distributional_loss(actions=2):
+    network = torch.nn.Sequential(torch.nn.Linear(3, ATOMS * actions), torch.nn.Unflatten(-1, (ATOMS, actions)))
+    support = torch.linspace(-10, 10, ATOMS)
     module = TensorDictModule(network, in_keys=["observation"], out_keys=["action_value"])
     actor = DistributionalQValueActor(module, spec=None, support=support, action_space="categorical")
     loss = DistributionalDQNLoss(actor, gamma=GAMMA, delay_value=True)
@@ -105,7 +106,14 @@ def distributional_loss(atoms=11, actions=2):
     return loss
 
 
-@pytest.mark.parametrize("frames", [11, 30], ids=["as many frames as atoms", "more"])
+def assert_every_frame_has_its_own_discount(loss, data):
+    """The loss of all is the mean of each one's: among its like, a frame can only have its own discount."""
+    whole = loss(data)["loss"]
+    each = [loss(torch.stack([frame] * ATOMS))["loss"] for frame in data]
+    torch.testing.assert_close(whole, torch.stack(each).mean())
+
+
+@pytest.mark.parametrize("frames", [ATOMS, 30], ids=["as many frames as atoms", "more"])
 def test_distributional_dqn_runs_and_is_right(frames):
     data = make_rollout((), frames + 3)
     data["action"] = data["action"] % 2
@@ -114,11 +122,9 @@ def test_distributional_dqn_runs_and_is_right(frames):
     loss = distributional_loss()
     value = loss(ours)["loss"]
     assert value.isfinite()
-    # beside itself, a frame can only have its own discount
-    each = [loss(torch.stack([frame, frame]))["loss"] for frame in ours]
-    torch.testing.assert_close(value, torch.stack(each).mean())
+    assert_every_frame_has_its_own_discount(loss, ours)
     theirs = stored(TorchRLMultiStepTransform(3, GAMMA), data)
-    if frames == 11:
+    if frames == ATOMS:
         # the discount of another frame for every atom, and no error
         assert not torch.isclose(loss(theirs)["loss"], value)
     else:

@@ -16,7 +16,7 @@ driver = stub_driver.install("sm_90")
 import torch
 from rollouts import make_rollout
 from multistep_triton import MultiStep, MultiStepTransform, gather_future, n_step_return
-from multistep_triton.kernels.plan import UNROLLED_STEPS
+from multistep_triton.kernels.plan import UNROLLED_STEPS, UNROLLED_STEPS_WITH_IDS
 
 def variants(call):
     "How many kernels a call compiled."
@@ -100,7 +100,7 @@ print(json.dumps({
     "mask and trajectory ids": variants(marked),
     "their frames": [variants(lambda: marked(frames=each)) for each in (1, 17, 64)],
     "their dtype, no mask": [variants(lambda: marked(dtype=torch.int32)), variants(lambda: marked(mask=False))],
-    "n with ids in a loop": [variants(lambda: marked(each)) for each in (UNROLLED_STEPS // 2 + 1, 7, 8, 30)],
+    "n with ids in a loop": [variants(lambda: marked(each)) for each in (UNROLLED_STEPS_WITH_IDS + 1, 7, 8, 30)],
     "done per agent": variants(of_agents),
     "nothing held back": variants(lambda: MultiStep(0.9, 3, backend="triton")(make_rollout((2,), 16))),
 }))

@@ -15,7 +15,15 @@ from multistep_triton import gather_future, n_step_return
 from multistep_triton.functional import n_step_extend
 from multistep_triton.kernels import plan
 from multistep_triton.kernels.extend import launch_gather_future
-from multistep_triton.kernels.plan import TILE, TILE_FRAMES, TIME_MAJOR_FRAMES, UNROLLED_STEPS, WIDEST, Leaf
+from multistep_triton.kernels.plan import (
+    TILE,
+    TILE_FRAMES,
+    TIME_MAJOR_FRAMES,
+    UNROLLED_STEPS,
+    UNROLLED_STEPS_WITH_IDS,
+    WIDEST,
+    Leaf,
+)
 
 GAMMA = 0.97
 DTYPES = [
@@ -155,7 +163,7 @@ def test_nothing_held_back(frames, n_steps):
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
 
 
-@pytest.mark.parametrize("n_steps", [1, UNROLLED_STEPS // 2, UNROLLED_STEPS // 2 + 1, UNROLLED_STEPS + 1])
+@pytest.mark.parametrize("n_steps", [1, UNROLLED_STEPS_WITH_IDS, UNROLLED_STEPS_WITH_IDS + 1, UNROLLED_STEPS + 1])
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_trajectory_ids(dtype, mask, n_steps):

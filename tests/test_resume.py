@@ -1,7 +1,6 @@
 """A run that is interrupted and resumed stores what an unbroken one stores, to the byte."""
 
 import copy
-import gc
 import io
 import pickle
 import tempfile
@@ -9,7 +8,7 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from conftest import kernels
+from conftest import kernels, no_collection
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollouts import make_rollout
@@ -135,13 +134,8 @@ def test_a_transform_that_is_resumed(schedule, way):
 def test_a_buffer_that_is_resumed(schedule, way, storage):
     calls, point = schedule
     data = make_data(sum(frames for frames, _ in calls) + 10)
-    # buffers hold semaphores, whose tracker cannot be called from a collection that begins while it is at work
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         check_buffer(calls, point, way, storage, data)
-    finally:
-        gc.enable()
 
 
 def check_buffer(calls, point, way, storage, data):

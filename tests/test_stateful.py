@@ -3,11 +3,11 @@
 Some 500 steps, and more than 10,000 with ``HYPOTHESIS_PROFILE=nightly``.
 """
 
-import gc
 from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import no_collection
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -120,15 +120,14 @@ def to_transitions(out):
 class Stream(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        # buffers hold semaphores, whose tracker cannot be called from a collection that begins while it is at work
-        gc.collect()
-        gc.disable()
+        self.guard = no_collection()
+        self.guard.__enter__()
         self.transform, self.model, self.count = MultiStepTransform(3, GAMMA), Model(), 0
         self.buffer = ReplayBuffer(storage=LazyTensorStorage(1000, ndim=2))
         self.seen = []
 
     def teardown(self):
-        gc.enable()
+        self.guard.__exit__(None, None, None)
 
     def frames(self, drawn):
         rows = [[Frame(self.count + t, *frame[env]) for t, frame in enumerate(drawn)] for env in range(ENVS)]

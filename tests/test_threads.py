@@ -67,14 +67,20 @@ def stream_of(worker):
     )
 
 
-def assert_whole(data):
+def assert_consecutive(data):
     """Every window is one of consecutive frames of one worker, and its sum is theirs."""
-    number, steps, worker = data["number"], data["steps_to_next_obs"], data["worker"]
-    assert torch.equal(data["next", "worker"], worker)
+    number, steps, reward = data["number"], data["steps_to_next_obs"], data["next", "reward"]
+    assert torch.equal(data["next", "worker"], data["worker"])
     assert torch.equal(data["next", "number"], number + steps)
-    assert (number // 11 == (number + steps - 1) // 11).all()
     expected = sum(torch.where(i < steps, GAMMA**i * (number + i), 0.0) for i in range(N_STEPS))
-    assert torch.equal(data["next", "reward"], expected.to(data["next", "reward"].dtype))
+    assert torch.equal(reward.view_as(number), expected.to(reward.dtype))
+
+
+def assert_whole(data):
+    """Windows are of consecutive frames, and of one episode of 11."""
+    assert_consecutive(data)
+    number, steps = data["number"], data["steps_to_next_obs"]
+    assert (number // 11 == (number + steps - 1) // 11).all()
     assert torch.equal(data["gamma"], GAMMA ** steps.float())
 
 
@@ -176,14 +182,10 @@ def test_a_collector_writes_while_a_learner_samples():
         seen = 0
         while buffer.write_count < 3000 and time.monotonic() < deadline:
             data = buffer.sample()
-            number, steps = data["number"], data["steps_to_next_obs"]
-            assert torch.equal(data["next", "worker"], data["worker"])
-            assert torch.equal(data["next", "number"], number + steps)
-            expected = sum(torch.where(i < steps, GAMMA**i * (number + i), 0.0) for i in range(N_STEPS))
-            assert torch.equal(data["next", "reward"].squeeze(-1), expected)
+            assert_consecutive(data)
             ends = data["next", "number"] == 5 + data["worker"] % 4
             assert torch.equal(data["next", "terminated"].squeeze(-1), ends)
-            assert (ends | (steps == N_STEPS)).all()
+            assert (ends | (data["steps_to_next_obs"] == N_STEPS)).all()
             seen += 1
     finally:
         collector.async_shutdown(timeout=30)
