@@ -8,9 +8,10 @@ from pathlib import Path as _Path
 from multistep_triton.functional import NStepReturn, gather_future, n_step_return
 from multistep_triton.postproc import MultiStep
 from multistep_triton.transform import MultiStepTransform
+from multistep_triton.verify import EquivalenceError
 
 __version__ = "0.1.0"
-__all__ = ["MultiStep", "MultiStepTransform", "NStepReturn", "gather_future", "n_step_return"]
+__all__ = ["EquivalenceError", "MultiStep", "MultiStepTransform", "NStepReturn", "gather_future", "n_step_return"]
 
 # In a checkout the subpackage ``kernels`` lies beside this folder, in an installation inside it.
 _here = _Path(__file__).parent

@@ -1,21 +1,36 @@
 """Backends: which one runs, and why another cannot.
 
-The one place that looks for Triton, and only when a backend other than the reference is in question.
+The one place that looks for Triton, and only when a backend other than the reference is in question. The logger
+``multistep_triton`` is told once what runs and why; a fallback on an accelerator is a warning.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from multistep_triton.checks import check_choice
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "triton", "verify")
 BACKEND_VARIABLE = "MULTISTEP_TRITON_BACKEND"
+
+_logger = logging.getLogger("multistep_triton")
+
+
+class Choice(NamedTuple):
+    """A backend that runs, and why it is that one."""
+
+    backend: str
+    """``"reference"``, ``"triton"`` or ``"verify"``."""
+    why: str
+    level: int = logging.INFO
+    """How loudly to say so."""
 
 
 def check_backend(value: str, name: str = "backend") -> str:
@@ -23,26 +38,42 @@ def check_backend(value: str, name: str = "backend") -> str:
 
 
 def resolve_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[Tensor] = ()) -> str:
-    """The backend that runs on ``tensors``, of which ``rewards`` are summed: ``"reference"`` or ``"triton"``.
+    """The backend that :func:`choose_backend` chooses; the logger is told when it is a new one."""
+    choice = choose_backend(backend, tensors, rewards)
+    _tell(choice)
+    return choice.backend
+
+
+def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[Tensor] = ()) -> Choice:
+    """The backend that runs on ``tensors``, of which ``rewards`` are summed.
 
     ``"auto"``, if the environment variable does not say otherwise, is Triton for tensors on an accelerator where
     Triton can run, else the reference.
 
     Raises:
         ValueError: the name, or the one in the environment variable, is none of ``BACKENDS``.
-        RuntimeError: ``"triton"`` cannot run.
+        RuntimeError: ``"triton"``, which ``"verify"`` needs as well, cannot run.
     """
     check_backend(backend)
-    if backend == "auto":
-        backend = check_backend(os.environ.get(BACKEND_VARIABLE) or "auto", f"environment variable {BACKEND_VARIABLE}")
-    if backend == "reference" or (backend == "auto" and all(tensor.is_cpu for tensor in tensors)):
-        return "reference"
+    why = f"backend={backend!r} asks for it"
+    if backend == "auto" and (variable := os.environ.get(BACKEND_VARIABLE)):
+        backend = check_backend(variable, f"environment variable {BACKEND_VARIABLE}")
+        why = f"the environment variable {BACKEND_VARIABLE} asks for it"
+    if backend == "reference":
+        return Choice(backend, why)
+    if backend == "auto" and all(tensor.is_cpu for tensor in tensors):
+        return Choice("reference", "the tensors are on the CPU, where it is the fast one")
     obstacle = _obstacle(tensors, rewards)
     if obstacle is None:
-        return "triton"
+        return Choice("triton", "the tensors are where Triton runs") if backend == "auto" else Choice(backend, why)
     if backend == "auto":
-        return "reference"
-    raise RuntimeError(f"backend 'triton' cannot run: {obstacle}, or use backend='reference'")
+        return Choice("reference", f"the kernels cannot run: {obstacle}", logging.WARNING)
+    raise RuntimeError(f"backend {backend!r} cannot run: {obstacle}, or use backend='reference'")
+
+
+@functools.cache
+def _tell(choice: Choice) -> None:
+    _logger.log(choice.level, "backend %r runs: %s", choice.backend, choice.why)
 
 
 def _obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str | None:

@@ -1,6 +1,6 @@
 """The demo: the example of torchrl's MultiStepTransform, stored by ours and by torchrl's, and compared.
 
-Owns the environment, the two buffers and the comparison. May import the package, torchrl, gymnasium and tqdm.
+Owns the environment and the two buffers. May import the package, torchrl, gymnasium and tqdm.
 """
 
 from __future__ import annotations
@@ -20,13 +20,10 @@ from torchrl.envs.transforms import Transform
 from tqdm import tqdm
 
 from multistep_triton import MultiStepTransform
+from multistep_triton.parity import INEXACT_KEYS, find_difference, leaf_keys, ulps
 
 ENVIRONMENTS = 2
 ENVIRONMENT = "CartPole-v1"
-
-# Ours alone: the name that torchrl documents; torchrl writes only the other one.
-DOCUMENTED_REWARD, WRITTEN_REWARD = ("next", "reward_orig"), ("next", "original_reward")
-INEXACT_KEYS: tuple[NestedKey, ...] = (("next", "reward"), "gamma")
 
 
 def run(
@@ -61,11 +58,14 @@ def run(
             return 1
         if len(our_rows):
             our_frames, their_frames = ours.storage[our_rows], theirs.storage[their_rows]
-            difference = _compare(our_frames, their_frames, stored, n_steps)
-            if difference is not None:
-                print(f"different: {difference}")
+            if difference := find_difference(our_frames, their_frames, n_steps):
+                frame, environment = difference.frame or (0, 0)
+                print(
+                    f"different: {difference.what}, frame {stored + frame} of environment {environment}: "
+                    f"{difference.values}"
+                )
                 return 1
-            keys = _leaf_keys(our_frames)
+            keys = leaf_keys(our_frames)
             stored += len(our_rows)
     if stored != chunks * frames_per_chunk - n_steps:
         print(f"different: stored {stored} frames of each environment, not {chunks * frames_per_chunk - n_steps}")
@@ -79,7 +79,7 @@ def run(
     inexact = len(INEXACT_KEYS)
     print(
         f"compared with torchrl {torchrl.__version__}: {ENVIRONMENTS * stored} frames, {len(keys)} keys each "
-        f"({len(keys) - inexact} exactly, {inexact} within {_ulps(n_steps)} float32 ulps): all equal"
+        f"({len(keys) - inexact} exactly, {inexact} within {ulps(n_steps)} float32 ulps): all equal"
     )
     return 0
 
@@ -108,46 +108,3 @@ def _extend(buffer: ReplayBuffer, rollout: TensorDictBase) -> Tensor:
     """Extends the buffer; returns the rows that were written, one per time step, in the order of time."""
     indices: Tensor = buffer.extend(rollout.clone())
     return indices[::ENVIRONMENTS, 0]
-
-
-def _leaf_keys(frames: TensorDictBase) -> list[NestedKey]:
-    return list(frames.keys(include_nested=True, leaves_only=True))
-
-
-def _compare(ours: TensorDictBase, theirs: TensorDictBase, first: int, n_steps: int) -> str | None:
-    """The first difference between frames ``[E, ENVIRONMENTS]`` that the stream's frame ``first`` begins."""
-    our_keys, their_keys = set(_leaf_keys(ours)), set(_leaf_keys(theirs))
-    if our_keys != their_keys | {DOCUMENTED_REWARD}:
-        return f"stored keys {sorted(map(str, our_keys))}, torchrl's {sorted(map(str, their_keys))}"
-    for key in _leaf_keys(ours):
-        got: Tensor = ours.get(key)
-        expected: Tensor = theirs.get(WRITTEN_REWARD if key == DOCUMENTED_REWARD else key)
-        if key == "nonterminal" and n_steps == 1:
-            expected = ~theirs.get(("next", "done")).squeeze(-1)
-        if got.shape != expected.shape or got.dtype != expected.dtype:
-            return f"key {key}: {got.dtype} {list(got.shape)}, torchrl's {expected.dtype} {list(expected.shape)}"
-        different = ~_close(got, expected, n_steps) if key in INEXACT_KEYS else got != expected
-        different = different.flatten(2).any(-1) if different.ndim > 2 else different
-        if different.any():
-            at = frame, environment = tuple(different.nonzero()[0].tolist())
-            return (
-                f"key {key}, frame {first + frame} of environment {environment}: {got[at].tolist()}, "
-                f"torchrl's {expected[at].tolist()}"
-            )
-    return None
-
-
-def _close(got: Tensor, expected: Tensor, n_steps: int) -> Tensor:
-    eps, tiny = torch.finfo(expected.dtype).eps, torch.finfo(expected.dtype).tiny
-    # Below the smallest normal number an ulp is not relative any more: a small gamma's high powers underflow.
-    return (got - expected).abs() <= _ulps(n_steps) * eps * expected.abs() + tiny
-
-
-def _ulps(n_steps: int) -> int:
-    """How far apart two right answers can be, in float32 ulps, taking an ulp as eps times the value."""
-    # A rounding is half an ulp, and CartPole's rewards are not negative, so that nothing cancels. In the nested sum
-    # gamma is rounded once and used up to n - 1 times, each time with a product and a sum: 3 (n - 1) roundings.
-    # torchrl's convolution rounds each power, each product and n - 1 sums: n + 1. Together 4 n - 2 roundings, 2 n - 1
-    # ulps. The discount is less: ours is rounded once; torchrl's, gamma rounded and raised to the n-th power, n times
-    # and the power itself, which is good to 2 ulps: n / 2 + 2.5 ulps.
-    return 2 * n_steps + 2

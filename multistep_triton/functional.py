@@ -1,19 +1,19 @@
 """Functions on tensors: validate the arguments, dispatch to the backend.
 
 ``n_step_extend`` is the seam between the transform and its implementations: the leaves of carry and data in, the
-leaves out and the new carry back, by whichever backend. May import ``checks``, ``backends``, ``reference`` and, inside
-the branch that runs them, the kernels.
+leaves out and the new carry back, by whichever backend. May import ``checks``, ``backends``, ``reference``, ``verify``
+and, inside the branch that runs them, the kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from multistep_triton import reference
+from multistep_triton import reference, verify
 from multistep_triton.backends import resolve_backend
 from multistep_triton.checks import check_flag, check_gamma, check_positive_int, check_reward
 
@@ -72,7 +72,7 @@ def n_step_return(
         gamma: discount per step, a finite number in [0, 1].
         n_steps: frames in a full window, an int >= 1.
         mask: ``[*B, T]`` or ``[*B, T, 1]``, bool; False marks padding, which no other frame's window reads.
-        backend: ``"auto"``, ``"reference"`` or ``"triton"``.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``.
 
     Returns:
         :class:`NStepReturn` on the reward's device, new memory.
@@ -80,7 +80,8 @@ def n_step_return(
     Raises:
         TypeError: an argument that must be a tensor of a certain kind is not.
         ValueError: a shape, device or number breaks its rule.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the backend asked for cannot run; :class:`EquivalenceError`, one of these, if ``"verify"`` finds a
+            difference.
 
     Source: R. S. Sutton, Learning to predict by the methods of temporal differences, Machine Learning 3, 1988.
 
@@ -126,7 +127,7 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
             waits for the device; the kernels do not wait there, and cut a window at the end of its row.
 
     Keyword Args:
-        backend: ``"auto"``, ``"reference"`` or ``"triton"``.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``.
 
     Returns:
         Tensor: ``[*B, T, *F]``, the value's dtype and device, new contiguous memory.
@@ -134,7 +135,8 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
     Raises:
         TypeError: ``steps`` is not int64.
         ValueError: a shape, device or window breaks its rule.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the backend asked for cannot run; :class:`EquivalenceError`, one of these, if ``"verify"`` finds a
+            difference.
 
     Example:
         >>> import torch
@@ -149,12 +151,16 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
             f"steps must be [*B, T] and value [*B, T, ...] with the same [*B, T], "
             f"got steps {list(steps.shape)} and value {list(value.shape)}"
         )
-    gather = reference.gather_future_reference
-    if resolve_backend(backend, (value, steps)) == "triton":
-        from multistep_triton.kernels.extend import launch_gather_future as gather
-    if steps.is_cpu or gather is reference.gather_future_reference:
+    chosen = resolve_backend(backend, (value, steps))
+    if steps.is_cpu or chosen != "triton":
         _check_steps(steps)
-    return gather(value, steps)
+    if chosen == "reference":
+        return reference.gather_future_reference(value, steps)
+    if chosen == "verify":
+        return verify.gather_future_verified(value, steps)
+    from multistep_triton.kernels.extend import launch_gather_future
+
+    return launch_gather_future(value, steps)
 
 
 def n_step_extend(
@@ -192,9 +198,12 @@ def n_step_extend(
     Returns:
         :class:`Extension`, in new memory but for that case; neither ``carry`` nor ``data`` is modified.
     """
-    extend = reference.n_step_extend_reference
-    if resolve_backend(backend, data.values(), [data[key] for key in reward_keys]) == "triton":
+    extend: Callable[..., tuple[Any, ...]] = reference.n_step_extend_reference
+    chosen = resolve_backend(backend, data.values(), [data[key] for key in reward_keys])
+    if chosen == "triton":
         from multistep_triton.kernels.extend import launch_n_step_extend as extend
+    elif chosen == "verify":
+        extend = verify.n_step_extend_verified
     return Extension(
         *extend(
             carry,

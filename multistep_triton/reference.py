@@ -19,6 +19,9 @@ Leaves = dict[Hashable, Tensor]
 # Up to this many bytes, joining carry and data costs less than the calls it takes to read them where they lie.
 _JOIN_BYTES = 1 << 16
 
+# torch selects no single elements of these; their bits are those of the signed ones.
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 def gather_future_reference(value: Tensor, steps: Tensor) -> Tensor:
     """Computes :func:`multistep_triton.gather_future`; ``steps`` is int64 ``[*B, T]``."""
@@ -169,6 +172,8 @@ def _end_rows(ahead: Tensor, length: int, offset: int) -> Tensor:
 
 def _take(value: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Rows of ``value`` ``[*B, T, *F]``, counted over ``[*B, T]``, as a new tensor of ``[*shape, *F]``."""
+    if signed := _SIGNED.get(value.dtype):
+        return _take(value.view(signed), rows, shape).view(value.dtype)
     time_dim = len(shape) - 1
     return value.flatten(0, time_dim).index_select(0, rows).view(*shape, *value.shape[time_dim + 1 :])
 

@@ -9,7 +9,7 @@ import torch
 from conftest import kernels
 from rollouts import make_rollout
 
-from multistep_triton import MultiStepTransform, gather_future, n_step_return, reference
+from multistep_triton import MultiStepTransform, backends, gather_future, n_step_return, reference
 from multistep_triton.backends import BACKENDS, resolve_backend
 
 ON_CPU = torch.ones(2, 5)
@@ -107,6 +107,74 @@ def test_the_environment_overrides_auto_and_nothing_else(monkeypatch):
 def test_an_unknown_backend_is_refused_with_the_valid_ones(backend):
     with pytest.raises(ValueError, match=rf"must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"):
         n_step_return(ON_CPU, ON_CPU > 1, gamma=0.9, n_steps=2, backend=backend)
+
+
+SCRIPT = """
+import logging
+logging.basicConfig(level=logging.INFO, format="%(name)s %(levelname)s %(message)s")
+import torch
+from tensordict import TensorDict
+from multistep_triton import MultiStepTransform, n_step_return
+data = TensorDict({"next": {"reward": torch.ones(2, 9, 1), "done": torch.zeros(2, 9, 1, dtype=torch.bool)}}, [2, 9])
+transform = MultiStepTransform(2, 1.0)
+for _ in range(3):
+    out = transform.inv(data)
+n_step_return(torch.ones(3), torch.zeros(3, dtype=torch.bool), gamma=1.0, n_steps=2)
+print(out["next", "reward"].sum().item())
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({}, "backend 'reference' runs: the tensors are on the CPU, where it is the fast one"),
+        (
+            {"MULTISTEP_TRITON_BACKEND": "reference"},
+            "backend 'reference' runs: the environment variable MULTISTEP_TRITON_BACKEND asks for it",
+        ),
+        (
+            {"MULTISTEP_TRITON_BACKEND": "verify", "TRITON_INTERPRET": "1"},
+            "backend 'verify' runs: the environment variable MULTISTEP_TRITON_BACKEND asks for it",
+        ),
+    ],
+    ids=["auto", "reference", "verify"],
+)
+def test_an_unchanged_script_is_told_once_what_runs_and_why(environment, told):
+    done = run(SCRIPT, **{"TRITON_INTERPRET": None, "MULTISTEP_TRITON_BACKEND": None, **environment})
+    assert done.stdout == "36.0\n"
+    assert [line for line in done.stderr.splitlines() if "multistep_triton" in line] == [
+        f"multistep_triton INFO {told}"
+    ]
+
+
+def test_an_unchanged_script_is_verified_where_the_environment_asks_for_it():
+    fault = """
+from multistep_triton.kernels import extend
+launch = extend.launch_n_step_extend
+def fault(carry, data, **options):
+    out = launch(carry, data, **options)
+    out[2][1, 3] += 1
+    return out
+extend.launch_n_step_extend = fault
+"""
+    done = run(fault + SCRIPT, MULTISTEP_TRITON_BACKEND="verify", TRITON_INTERPRET="1")
+    assert "EquivalenceError: the kernels and the reference differ at steps, frame (1, 3): 3 and 2" in done.stderr
+
+
+def test_verify_is_refused_where_the_kernels_cannot_run():
+    done = run(SCRIPT, MULTISTEP_TRITON_BACKEND="verify", TRITON_INTERPRET=None, CUDA_VISIBLE_DEVICES="")
+    assert "RuntimeError: backend 'verify' cannot run: Triton finds no GPU" in done.stderr
+    assert "set TRITON_INTERPRET=1 before Python starts, or use backend='reference'" in done.stderr
+
+
+def test_a_fallback_on_an_accelerator_is_a_warning(caplog):
+    tensors = [torch.ones(2, device="meta")]
+    backends._tell.cache_clear()
+    for _ in range(2):
+        assert resolve_backend("auto", tensors) == "reference"
+    (record,) = [record for record in caplog.records if record.name == "multistep_triton"]
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("backend 'reference' runs: the kernels cannot run: a tensor is on meta, and")
 
 
 def no_reference(monkeypatch):

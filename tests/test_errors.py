@@ -49,7 +49,7 @@ def test_gamma(value, error):
 
 
 def test_backend():
-    message = r"backend must be one of 'auto', 'reference', 'triton', got 'cuda'"
+    message = r"backend must be one of 'auto', 'reference', 'triton', 'verify', got 'cuda'"
     with pytest.raises(ValueError, match=message):
         MultiStepTransform(3, 0.9, backend="cuda")
     transform = MultiStepTransform(3, 0.9)

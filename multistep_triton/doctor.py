@@ -1,0 +1,162 @@
+"""The doctor: what is installed, what runs here and why, and whether it computes the same.
+
+May import ``backends``, ``streams``, ``windows`` and tqdm.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from tqdm import tqdm
+
+from multistep_triton import __version__
+from multistep_triton.backends import BACKEND_VARIABLE, BACKENDS, choose_backend
+from multistep_triton.streams import Result, run_kernels, run_torchrl
+from multistep_triton.windows import layout
+
+PACKAGES = ("torch", "triton", "torchrl", "tensordict")
+VARIABLES = (BACKEND_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+CPU = torch.device("cpu")
+
+
+def run(*, streams: int, seed: int, as_json: bool) -> int:
+    """Prints the report.
+
+    Args:
+        streams: random streams in every comparison.
+        seed: of the first stream; the others follow.
+        as_json: print one JSON object instead of tables.
+
+    Returns:
+        0 if what could be compared is equal, and ``auto`` can run on every device; else 1.
+    """
+    devices = [CPU, *_accelerators()]
+    versions = {"python": platform.python_version(), "multistep_triton": __version__}
+    versions.update({name: _version(name) for name in PACKAGES})
+    report: dict[str, Any] = {
+        "versions": versions,
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "backends": [_backend(device, name) for device in devices for name in BACKENDS],
+    }
+    if not as_json:
+        print("Versions\n" + layout(["package", "version"], [[*each] for each in versions.items()]))
+        for name, value in report["environment"].items():
+            print(f"  {name}={value}")
+        print("\nBackends")
+        rows = [[each["device"], each["backend"], each["runs"] or "-", each["why"]] for each in report["backends"]]
+        print(layout(["device", "backend", "runs", "why"], rows) + "\n", flush=True)
+    seeds = range(seed, seed + streams)
+    report["equivalence"] = [_compare(seeds, *comparison) for comparison in _comparisons(devices)]
+    report["ok"] = all(each["result"] != "different" for each in report["equivalence"]) and all(
+        each["runs"] for each in report["backends"] if each["backend"] == "auto"
+    )
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return 0 if report["ok"] else 1
+    print("Equivalence")
+    columns = ["compared", "device", "result", "streams", "frames", "seconds"]
+    found = report["equivalence"]
+    print(layout([*columns, ""], [[*(str(each[name]) for name in columns), each["why"]] for each in found]))
+    for each in found:
+        if each["difference"]:
+            print(f"\n{each['compared']}, {each['device']}: {each['difference']}")
+    print("\nall that was compared is equal" if report["ok"] else "\nNOT equal, or auto cannot run: see above")
+    return 0 if report["ok"] else 1
+
+
+def _accelerators() -> list[torch.device]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return []
+    return [torch.device(accelerator.type, index) for index in range(torch.accelerator.device_count())]
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _backend(device: torch.device, backend: str) -> dict[str, str | None]:
+    """What runs on a device if ``backend`` is asked for, and why, or why nothing does."""
+    try:
+        runs, why = choose_backend(backend, [torch.empty(0, device=device)])[:2]
+    except (RuntimeError, ValueError) as error:
+        return {"device": _describe(device), "backend": backend, "runs": None, "why": str(error)}
+    return {"device": _describe(device), "backend": backend, "runs": runs, "why": why}
+
+
+def _comparisons(devices: list[torch.device]) -> Iterator[tuple[Any, ...]]:
+    """What is compared, where, by which function of a seed, and a context that yields the ``map`` to call it with."""
+    for device in devices[1:]:
+        yield "kernels, compiled, with reference", device, run_kernels, nullcontext(map)
+    yield "kernels, interpreted, with reference", CPU, run_kernels, _interpreter()
+    for device in devices:
+        yield "reference with torchrl", device, run_torchrl, nullcontext(map)
+
+
+@contextmanager
+def _interpreter() -> Iterator[Callable[..., Iterable[Any]]]:
+    """A ``map`` into processes with Triton's interpreter, which must be chosen before Triton is imported."""
+    with (
+        patch.dict(os.environ, TRITON_INTERPRET="1"),
+        ProcessPoolExecutor(
+            min(4, os.cpu_count() or 1),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=torch.set_num_threads,
+            initargs=(1,),
+        ) as pool,
+    ):
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _compare(
+    seeds: range,
+    what: str,
+    device: torch.device,
+    run_stream: Callable[..., Result],
+    context: AbstractContextManager[Callable[..., Iterable[Any]]],
+) -> dict[str, Any]:
+    """Runs streams until one differs."""
+    row: dict[str, Any] = {"compared": what, "device": _describe(device), "result": "equal", "streams": 0, "frames": 0}
+    row |= {"why": "", "difference": None}
+    begin = time.perf_counter()
+    with context as mapped, tqdm(total=len(seeds), desc=what, unit="stream", leave=False, disable=None) as bar:
+        try:
+            (verify,) = mapped(partial(_backend, device), ["verify"])
+            if run_stream is run_kernels and not verify["runs"]:
+                return {**row, "result": "skipped", "seconds": 0.0, "why": verify["why"]}
+            for result in mapped(partial(run_stream, device=device), seeds):
+                bar.update()
+                row["streams"] += 1
+                row["frames"] += result.frames
+                row["difference"] = result.difference
+                if result.difference:
+                    break
+        except BrokenProcessPool as error:  # kernels that are wrong can end a process
+            row["difference"] = f"after {row['streams']} streams: {error}"
+    row["seconds"] = round(time.perf_counter() - begin, 1)
+    return {**row, "result": "different" if row["difference"] else "equal"}

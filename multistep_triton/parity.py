@@ -1,0 +1,78 @@
+"""Ours beside torchrl's: n-step transitions of both, compared key by key. May import ``verify``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from multistep_triton.verify import different_bits
+
+# Ours alone: the name that torchrl documents; torchrl writes only the other one.
+DOCUMENTED_REWARD, WRITTEN_REWARD = ("next", "reward_orig"), ("next", "original_reward")
+INEXACT_KEYS: tuple[NestedKey, ...] = (("next", "reward"), "gamma")
+
+
+class Difference(NamedTuple):
+    """What differs first."""
+
+    what: str
+    frame: tuple[int, ...] | None
+    """Index of the frame; None if keys, shapes or dtypes differ."""
+    values: str
+
+
+def leaf_keys(frames: TensorDictBase) -> list[NestedKey]:
+    """The keys of all tensors."""
+    return list(frames.keys(include_nested=True, leaves_only=True))
+
+
+def find_difference(ours: TensorDictBase, theirs: TensorDictBase, n_steps: int) -> Difference | None:
+    """Compares the same frames of our transform and of torchrl's; rewards must not be negative.
+
+    Args:
+        ours, theirs: n-step transitions with one reward key, the same batch size.
+        n_steps: frames in a full window.
+
+    Returns:
+        What differs first, None if nothing does: all exactly, but for the returns and discounts, within
+        :func:`ulps`.
+    """
+    our_keys, their_keys = set(leaf_keys(ours)), set(leaf_keys(theirs))
+    if our_keys != their_keys | {DOCUMENTED_REWARD}:
+        return Difference("keys", None, f"{sorted(map(str, our_keys))}, torchrl's {sorted(map(str, their_keys))}")
+    if ours.batch_size != theirs.batch_size:
+        return Difference("batch size", None, f"{list(ours.batch_size)}, torchrl's {list(theirs.batch_size)}")
+    for key in leaf_keys(ours):
+        got: Tensor = ours.get(key)
+        expected: Tensor = theirs.get(WRITTEN_REWARD if key == DOCUMENTED_REWARD else key)
+        if key == "nonterminal" and n_steps == 1:
+            # torchrl's is False everywhere.
+            expected = ~theirs.get(("next", "done")).squeeze(-1)
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            values = f"{got.dtype} {list(got.shape)}, torchrl's {expected.dtype} {list(expected.shape)}"
+            return Difference(f"key {key}", None, values)
+        different = ~_close(got, expected, n_steps) if key in INEXACT_KEYS else different_bits(got, expected)
+        different = different[..., None].flatten(ours.ndim).any(-1)
+        if different.any():
+            frame = tuple(different.nonzero()[0].tolist())
+            return Difference(f"key {key}", frame, f"{got[frame].tolist()}, torchrl's {expected[frame].tolist()}")
+    return None
+
+
+def ulps(n_steps: int) -> int:
+    """How far apart two right answers can be, in float32 ulps, taking an ulp as eps times the value."""
+    # A rounding is half an ulp, and rewards are not negative, so that nothing cancels. In the nested sum gamma is
+    # rounded once and used up to n - 1 times, each time with a product and a sum: 3 (n - 1) roundings. torchrl's
+    # convolution rounds each power, each product and n - 1 sums: n + 1. Together 4 n - 2 roundings, 2 n - 1 ulps. The
+    # discount is less: ours is rounded once; torchrl's, gamma rounded and raised to the n-th power, n times and the
+    # power itself, which is good to 2 ulps: n / 2 + 2.5 ulps.
+    return 2 * n_steps + 2
+
+
+def _close(got: Tensor, expected: Tensor, n_steps: int) -> Tensor:
+    eps, tiny = torch.finfo(expected.dtype).eps, torch.finfo(expected.dtype).tiny
+    # Below the smallest normal number an ulp is not relative any more: a small gamma's high powers underflow.
+    return (got - expected).abs() <= ulps(n_steps) * eps * expected.abs() + tiny

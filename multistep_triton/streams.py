@@ -1,0 +1,184 @@
+"""Random streams: on the kernels beside the reference, and on the reference beside torchrl.
+
+May import the package and torchrl.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import NestedKey, TensorDict
+from torch import Tensor
+from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
+
+from multistep_triton.parity import find_difference
+from multistep_triton.transform import MultiStepTransform
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What kernels are compiled for; all else in a stream is random."""
+
+    n_steps: int
+    observation: tuple[int, ...] = (3,)
+    dtype: torch.dtype = torch.float32
+    """That of observations."""
+    rewards: tuple[torch.dtype, ...] = (torch.float32,)
+    features: tuple[int, ...] = (1,)
+    """The trailing shape of rewards."""
+    agents: int = 0
+    """How many have a done flag each; 0 for one flag for all."""
+    mask: bool = False
+    traj: torch.dtype | None = None
+    time_major: bool = False
+    done_at: str = "start"
+    match_reward_shape: bool = False
+
+
+TORCHRL_KINDS = (
+    Kind(3),
+    Kind(1, observation=(17,)),
+    Kind(8, observation=(4,)),
+    Kind(2, observation=(4, 5, 6), dtype=torch.uint8),
+    Kind(20),
+)
+KINDS = (
+    *TORCHRL_KINDS,
+    Kind(5, rewards=(torch.float64,), features=()),
+    Kind(3, rewards=(torch.float16, torch.bfloat16, torch.int64), features=(2,)),
+    Kind(2, observation=(4, 5, 6), dtype=torch.uint8, time_major=True),
+    Kind(3, observation=(64,), dtype=torch.bfloat16, time_major=True),
+    Kind(4, mask=True),
+    Kind(12, mask=True, features=()),
+    Kind(3, traj=torch.int64),
+    Kind(9, traj=torch.int32, mask=True, time_major=True),
+    Kind(3, agents=3),
+    Kind(10, agents=2, mask=True, done_at="end"),
+    Kind(3, done_at="end", match_reward_shape=True),
+)
+
+
+class Result(NamedTuple):
+    """What came of one stream."""
+
+    frames: int
+    """That were compared."""
+    difference: str | None = None
+    """What differs; None if nothing does."""
+
+
+class Stream:
+    """Rollouts ``[*B, T]`` that follow one another, the same ones on every machine for a seed."""
+
+    def __init__(self, seed: int, kinds: tuple[Kind, ...], *, torchrl: bool = False) -> None:
+        chance = random.Random(seed)
+        self.kind = kinds[seed % len(kinds)]
+        self.batch = chance.choice([(), (1,), (5,), (2, 3), (40,)])
+        self.cuts = [chance.choice([1, 2, 9, chance.randint(3, 30)]) for _ in range(chance.randint(1, 4))]
+        self.gamma = chance.choice([0.0, 0.5, 0.99, 1.0, chance.random()])
+        self.p_done = chance.choice([0.0, 0.1, 0.5])
+        self.torchrl = torchrl
+        """Whether rewards are what torchrl sums right: finite and, so that it can be compared closely, not negative."""
+        self._generator = torch.Generator().manual_seed(seed)
+        self._name = ("agents",) if self.kind.agents else ()
+
+    def transform(self, backend: str) -> MultiStepTransform:
+        """A transform of this stream's kind."""
+        kind = self.kind
+        done_keys: list[NestedKey] = [(*self._name, "done"), (*self._name, "terminated")]
+        return MultiStepTransform(
+            kind.n_steps,
+            self.gamma,
+            reward_keys=[(*self._name, f"reward{i or ''}") for i in range(len(kind.rewards))],
+            done_key=done_keys[0],
+            done_keys=done_keys,
+            backend=backend,
+            done_at=kind.done_at,
+            traj_key="traj_ids" if kind.traj else None,
+            match_reward_shape=kind.match_reward_shape,
+        )
+
+    def rollouts(self, device: torch.device) -> Iterator[TensorDict]:
+        """The rollouts, one for each call."""
+        kind, agents = self.kind, (self.kind.agents,) if self.kind.agents else ()
+        for frames in self.cuts:
+            shape = (*self.batch, frames)
+            done = self._flags((*shape, *agents, 1), self.p_done)
+            root: dict[NestedKey, Any] = {"observation": self._values((*shape, *kind.observation), kind.dtype)}
+            future: dict[NestedKey, Any] = {"observation": self._values((*shape, *kind.observation), kind.dtype)}
+            future[(*self._name, "done")] = done
+            future[(*self._name, "terminated")] = done & self._flags(done.shape, 0.5)
+            for i, dtype in enumerate(kind.rewards):
+                future[(*self._name, f"reward{i or ''}")] = self._rewards((*shape, *agents, *kind.features), dtype)
+            if agents:
+                future["agents", "observation"] = self._values((*shape, *agents, 2), kind.dtype)
+            if kind.mask:
+                root["mask"] = self._flags(shape, 0.9)
+            if kind.traj:
+                root["traj_ids"] = self._flags(shape, 0.15).cumsum(-1).to(kind.traj)
+            yield self._laid_out({**root, "next": future}, shape).to(device)
+
+    def _laid_out(self, entries: dict[NestedKey, Any], shape: tuple[int, ...]) -> TensorDict:
+        data = TensorDict(batch_size=shape)
+        for key, value in entries.items():
+            data[key] = TensorDict(batch_size=shape).update(value) if isinstance(value, dict) else value
+        time = len(shape) - 1
+        if self.kind.time_major:
+            data = data.apply(lambda leaf: leaf.movedim(time, 0).contiguous().movedim(0, time))
+        return data
+
+    def _flags(self, shape: tuple[int, ...], p: float) -> Tensor:
+        return torch.rand(shape, generator=self._generator) < p
+
+    def _values(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Any bits."""
+        count = torch.Size(shape).numel() * dtype.itemsize
+        return torch.randint(256, (count,), dtype=torch.uint8, generator=self._generator).view(dtype).view(shape)
+
+    def _rewards(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        rewards = torch.randn(shape, generator=self._generator)
+        if self.torchrl:
+            return rewards.abs()
+        if dtype.is_floating_point:
+            return rewards.where(self._flags(shape, 0.98), torch.nan).to(dtype)
+        return (rewards * 10).to(dtype)
+
+
+def run_kernels(seed: int, device: torch.device) -> Result:
+    """Stream ``seed`` on the kernels and the reference."""
+    stream = Stream(seed, KINDS)
+    transform = stream.transform("verify")
+    frames = 0
+    try:
+        for rollout in stream.rollouts(device):
+            out = transform.inv(rollout)
+            frames += 0 if out is None else out.numel()
+        out = transform.flush()
+        return Result(frames + (0 if out is None else out.numel()))
+    except Exception as error:  # kernels that are wrong can fail in any way
+        return Result(frames, f"stream {seed}, {stream.kind}: {error}")
+
+
+def run_torchrl(seed: int, device: torch.device) -> Result:
+    """Stream ``seed`` on the reference and on torchrl's transform."""
+    stream = Stream(seed, TORCHRL_KINDS, torchrl=True)
+    ours = stream.transform("reference")
+    theirs = TorchRLMultiStepTransform(
+        ours.n_steps, ours.gamma, reward_keys=ours.reward_keys, done_key=ours.done_key, done_keys=ours.done_keys
+    )
+    frames = 0
+    for call, rollout in enumerate(stream.rollouts(device)):
+        got, expected = ours.inv(rollout), theirs.inv(rollout)
+        if got is None and expected is None:
+            continue
+        where = f"stream {seed}, {stream.kind}, call {call}"
+        if got is None or expected is None:
+            return Result(frames, f"{where}: {'torchrl' if got is None else 'the reference'} alone returned frames")
+        if difference := find_difference(got, expected, ours.n_steps):
+            return Result(frames, f"{where}, {difference.what}, frame {difference.frame}: {difference.values}")
+        frames += got.numel()
+    return Result(frames)

@@ -1,0 +1,291 @@
+"""The backend ``verify``: the kernels and the reference on every call, and what is said where they differ.
+
+Owns the comparison and its tolerance. May import ``reference``, ``windows`` and, where they run, the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from multistep_triton import reference
+from multistep_triton.windows import Row, number
+
+COPIED = "what is copied is equal, bit for bit"
+
+
+class EquivalenceError(RuntimeError):
+    """The kernels and the reference differ.
+
+    The message names the entry, the first frame that differs, both values and the tolerance, and shows the rewards,
+    flags and steps of the frame's window. After it the frames held back are those before the call.
+
+    Attributes:
+        key: the leaf's key, or ``"steps_to_next_obs"``, ``"nonterminal"`` or ``"gamma"``, the discount.
+        what: which tensor of that key: the n-step return of a reward, the leaf itself, or the leaf held back.
+        frame: indices ``(*b, t)`` of the first frame that differs, in that tensor.
+        kernels, reference: the two values of the first element that differs there.
+        tolerance: how far apart they may be; 0 where they must be equal.
+    """
+
+    def __init__(self, message: str, **attributes: Any) -> None:
+        super().__init__(message)
+        self.key: Hashable = None
+        self.what = ""
+        self.frame: tuple[int, ...] = ()
+        self.kernels: Any = None
+        self.reference: Any = None
+        self.tolerance = 0.0
+        self.__dict__.update(attributes)
+
+
+class _Output(NamedTuple):
+    """One tensor ``[*B, E, *F]`` that both computed."""
+
+    key: Hashable
+    what: str
+    got: Tensor
+    expected: Tensor
+    source: str
+    """Where the tolerance comes from."""
+    tolerance: Tensor | None = None
+    """Of the expected's shape; None where the bits must be equal."""
+    exact: Tensor | None = None
+    """What both round, in float64; None where nothing is rounded."""
+    first: int = 0
+    """Where its first frame lies in the stream of carry and data."""
+
+
+def n_step_extend_verified(
+    carry: Mapping[Any, Tensor] | None, data: Mapping[Any, Tensor], **arguments: Any
+) -> tuple[Any, ...]:
+    """Computes :func:`multistep_triton.functional.n_step_extend` twice.
+
+    Returns:
+        What the kernels computed.
+
+    Raises:
+        EquivalenceError: it is not what the reference computed.
+    """
+    from multistep_triton.kernels import extend
+
+    expected = reference.n_step_extend_reference(carry, data, **arguments)
+    got = extend.launch_n_step_extend(carry, data, **arguments)
+    call = _Call(carry, data, got[2], expected[2], **arguments)
+    _check(call.outputs(got, expected), expected[2].ndim, call.window)
+    return got
+
+
+def gather_future_verified(value: Tensor, steps: Tensor) -> Tensor:
+    """Computes :func:`multistep_triton.gather_future` twice; returns and raises alike."""
+    from multistep_triton.kernels import extend
+
+    expected = reference.gather_future_reference(value, steps)
+    got = extend.launch_gather_future(value, steps)
+
+    def window(output: _Output, frame: tuple[int, ...], item: int) -> str:
+        return f"  its window ends at t = {frame[-1] + int(steps[frame]) - 1}, as steps is {int(steps[frame])} there"
+
+    _check([_Output("value", "value at the end of the window", got, expected, COPIED)], steps.ndim, window)
+    return got
+
+
+class _Call:
+    """The arguments of one call and the steps that came of it; its stream is the frames of carry and data."""
+
+    def __init__(
+        self,
+        carry: Mapping[Any, Tensor] | None,
+        data: Mapping[Any, Tensor],
+        got_steps: Tensor,
+        steps: Tensor,
+        *,
+        time_dim: int,
+        reward_keys: Collection[Hashable],
+        gathered_keys: Collection[Hashable],
+        done_key: Hashable,
+        mask_key: Hashable | None,
+        traj_key: Hashable | None,
+        n_steps: int,
+        gamma: float,
+        hold: bool,
+    ) -> None:
+        self.carry, self.data, self.got_steps, self.steps = carry, data, got_steps, steps
+        self.time_dim, self.n_steps, self.gamma = time_dim, n_steps, gamma
+        self.reward_keys, self.gathered_keys = reward_keys, gathered_keys
+        self.done_key, self.mask_key, self.traj_key = done_key, mask_key, traj_key
+        self.carried = carry[done_key].shape[time_dim] if carry else 0
+
+    def stream(self, key: Hashable) -> Tensor:
+        leaf = self.data[key]
+        return torch.cat((self.carry[key], leaf), self.time_dim) if self.carry else leaf
+
+    def outputs(self, got: Sequence[Any], expected: Sequence[Any]) -> Iterator[_Output]:
+        """What both computed; what explains the rest comes first."""
+        steps, discount, nonterminal = expected[2:5]
+        yield _Output("steps_to_next_obs", "steps", got[2], steps, "frames are counted")
+        yield _Output("nonterminal", "nonterminal", got[4], nonterminal, "flags are flags")
+        ulp = torch.finfo(discount.dtype).eps * discount + torch.finfo(discount.dtype).tiny
+        exact = self.gamma ** steps.double()
+        yield _Output("gamma", "discount", got[3], discount, "one ulp, as both round the power once", ulp, exact)
+        for key, sums in _pairs(got[1], expected[1]):
+            exact, bound = float64_returns(self.stream(key), steps, self.gamma, sums[1].dtype)
+            source = "twice the error against float64 that the reference's sum of these rewards may have"
+            yield _Output(key, f"the n-step return of {key}", *sums, source, 2 * bound, exact)
+        for key, leaves in _pairs(got[0], expected[0]):
+            end = " at the end of the window" if key in self.gathered_keys else ""
+            yield _Output(key, f"{key}{end}", *leaves, COPIED)
+        for key, leaves in _pairs(got[5], expected[5]):
+            yield _Output(key, f"{key} of the frames held back", *leaves, COPIED, first=steps.shape[-1])
+
+    def window(self, output: _Output, frame: tuple[int, ...], item: int) -> str:
+        """The window of a frame ``(*b, t)`` of an output, and the frame after it, as a table."""
+        at, begin = frame[:-1], frame[-1] + output.first
+        marks = [None if key is None else self.stream(key)[at] for key in (self.mask_key, self.traj_key)]
+        row = Row.read(self.stream(self.done_key)[at], *marks)
+        steps, got_steps = self.steps[at].tolist(), self.got_steps[at].tolist()
+        notes: dict[int, list[str]] = {begin: ["this frame"]}
+        last = begin
+        if begin < len(steps):
+            end, got_end = begin + steps[begin] - 1, begin + got_steps[begin] - 1
+            # What the kernels counted may be anything.
+            last = min(max(end, got_end, begin), begin + self.n_steps)
+            notes.setdefault(end, []).append(f"the reference ends it: {row.why(begin, end, self.n_steps)}")
+            if got_end != end:
+                notes.setdefault(got_end, []).append("the kernels end it")
+
+        columns: dict[str, Callable[[int], str]] = {
+            "frame": lambda t: f"held back [{t}]" if t < self.carried else f"data [{t - self.carried}]"
+        }
+        for key in self.reward_keys:
+            rewards = _items(self.stream(key)[at], 1)
+            of = item if key == output.key and item < rewards.shape[1] else 0
+            columns[f"{key}" if rewards.shape[1] == 1 else f"{key} [{of}]"] = partial(_cell, rewards, of)
+        columns["steps (reference)"] = lambda t: str(steps[t]) if t < len(steps) else "-"
+        columns["steps (kernels)"] = lambda t: str(got_steps[t]) if t < len(steps) else "-"
+        table = row.table(begin, min(last + 1, len(row.done) - 1), columns, notes)
+        return f"  its window, n_steps = {self.n_steps}, t = 0 the first frame that this call returned:\n{table}"
+
+
+def float64_returns(stream: Tensor, steps: Tensor, gamma: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The n-step returns of ``stream`` ``[*B, S, *F]`` in float64, ``[*B, E, *F]``, and a bound of the error.
+
+    Back from the window's end, ``R = r(t + i) + gamma * R``. In a precision of unit roundoff ``u``, gamma and the
+    product are each off by ``u gamma |R|``, the sum by ``u |r + gamma R|``, and what was off before counts gamma
+    times. What is accumulated is then rounded to ``dtype``.
+
+    Source: running error analysis, N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.3.
+    """
+    time_dim, frames = steps.ndim - 1, steps.shape[-1]
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    unit, tiny = torch.finfo(accumulated).eps / 2, torch.finfo(accumulated).tiny
+    longest = int(steps.max()) if steps.numel() else 0
+    rewards = stream.to(accumulated).double()
+    beyond = rewards.new_zeros((*rewards.shape[:time_dim], longest, *rewards.shape[time_dim + 1 :]))
+    rewards = torch.cat((rewards, beyond), time_dim)
+    lengths = steps[(..., *[None] * (rewards.ndim - steps.ndim))]
+    total = error = torch.zeros_like(rewards.narrow(time_dim, 0, frames))
+    for i in reversed(range(longest)):
+        future = gamma * total
+        here = rewards.narrow(time_dim, i, frames) + future
+        rounded = gamma * error + unit * (2 * future.abs() + here.abs()) + tiny
+        error = torch.where(lengths > i + 1, rounded, 0.0)
+        total = torch.where(lengths > i, here, 0.0)
+    if dtype != accumulated:
+        unit, tiny = torch.finfo(dtype).eps / 2, torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        error = error + unit * (total.abs() + error) + tiny
+    return total, error
+
+
+def _check(outputs: Iterable[_Output], dims: int, window: Callable[[_Output, tuple[int, ...], int], str]) -> None:
+    """Raises the error of the first output that differs; ``dims`` are those of ``[*B, E]``."""
+    found = []
+    for output in outputs:
+        got, expected = output.got, output.expected
+        if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+            raise EquivalenceError(
+                f"the kernels and the reference differ at {output.what}: {got.dtype} {list(got.shape)} and "
+                f"{expected.dtype} {list(expected.shape)}",
+                key=output.key,
+                what=output.what,
+            )
+        different = _different(output, dims)
+        if different.any():
+            found.append((output, different))
+    if not found:
+        return
+    (output, different), *others = found
+    *frame, item = at = tuple(different.nonzero()[0].tolist())
+    got, expected = (_items(tensor, dims)[at] for tensor in (output.got, output.expected))
+    values = [number(got), number(expected)]
+    if values[0] == values[1]:
+        values = [f"{number(each)}, in bytes {_bytes(each).tolist()}" for each in (got, expected)]
+    tolerance = 0.0 if output.tolerance is None else float(_items(output.tolerance, dims)[at])
+    batch = f"batch index {tuple(frame[:-1])}, " if dims > 1 else ""
+    element = f", element {item} of {different.shape[-1]}" if different.shape[-1] > 1 else ""
+    lines = [
+        f"the kernels and the reference differ at {output.what}, frame {tuple(frame)}: {values[0]} and {values[1]}",
+        f"  frame      {batch}t = {frame[-1]}{element}; {_count(different)}",
+        f"  kernels    {values[0]}",
+        f"  reference  {values[1]}",
+        *([] if output.exact is None else [f"  float64    {number(_items(output.exact, dims)[at])}"]),
+        f"  tolerance  {tolerance:.3g}: {output.source}",
+        *(f"  also       {other.what}: {_count(where)}" for other, where in others),
+        window(output, tuple(frame), item),
+    ]
+    raise EquivalenceError(
+        "\n".join(lines),
+        key=output.key,
+        what=output.what,
+        frame=tuple(frame),
+        kernels=got.item(),
+        reference=expected.item(),
+        tolerance=tolerance,
+    )
+
+
+def _different(output: _Output, dims: int) -> Tensor:
+    """Which items differ, ``[*B, E, F]``."""
+    got, expected = _items(output.got, dims), _items(output.expected, dims)
+    if output.tolerance is None:
+        return different_bits(got, expected)
+    one, other = got.double(), expected.double()
+    near = one.isfinite() & other.isfinite() & ((one - other).abs() <= _items(output.tolerance, dims))
+    return ~((one == other) | (one.isnan() & other.isnan()) | near)
+
+
+def different_bits(one: Tensor, other: Tensor) -> Tensor:
+    """Which elements of two tensors of one shape and dtype differ, NaNs by their payloads."""
+    return (_bytes(one) != _bytes(other)).any(-1)
+
+
+def _items(tensor: Tensor, dims: int) -> Tensor:
+    """``[*B, E, *F]``, of which ``dims`` are ``[*B, E]``, as ``[*B, E, F]``."""
+    return tensor[..., None].flatten(dims)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The bytes of every element, in one dimension more."""
+    return tensor[..., None].contiguous().view(torch.uint8)
+
+
+def _count(different: Tensor) -> str:
+    frames = different.any(-1)
+    return f"{int(frames.sum())} of {frames.numel()} frames differ"
+
+
+def _cell(items: Tensor, item: int, t: int) -> str:
+    return number(items[t, item].item())
+
+
+def _pairs(
+    got: Mapping[Any, Tensor], expected: Mapping[Any, Tensor]
+) -> Iterator[tuple[Hashable, tuple[Tensor, Tensor]]]:
+    """What both have under each key; a tensor that is passed through as it is needs no comparison."""
+    if got.keys() != expected.keys():
+        raise EquivalenceError(f"the kernels made the entries {list(got)}, the reference {list(expected)}")
+    return ((key, (got[key], leaf)) for key, leaf in expected.items() if got[key] is not leaf)

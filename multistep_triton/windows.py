@@ -1,0 +1,94 @@
+"""Windows as a person reads them: what ends one, and a table of its frames. May import torch only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+# Tables and sums of more lines or terms than this leave out those in the middle.
+MOST = 24
+# Digits that tell a number from its neighbours, by its bytes.
+_DIGITS = {1: 3, 2: 5, 4: 9, 8: 17}
+_NUMBER = re.compile(r"-|\.{3}|-?inf|nan|-?[0-9.]+(e[+-][0-9]+)?")
+
+
+class Row(NamedTuple):
+    """What decides the windows of one row of frames, one element for each."""
+
+    done: list[bool]
+    valid: list[bool] | None = None
+    """False where a frame is padding; None if there is no mask."""
+    traj: list[int] | None = None
+    """Trajectory ids; None if there are none."""
+
+    @classmethod
+    def read(cls, done: Tensor, mask: Tensor | None, traj: Tensor | None) -> Row:
+        """From tensors of one element per frame."""
+        optional = [None if flag is None else flag.reshape(-1).tolist() for flag in (mask, traj)]
+        return cls(done.reshape(-1).tolist(), *optional)
+
+    def boundary(self, t: int) -> str | None:
+        """Why frame ``t`` is a boundary; None if it is none."""
+        if self.done[t]:
+            return "done"
+        if self.valid is not None and not self.valid[t]:
+            return "padding, by the mask"
+        if t + 1 < len(self.done):
+            if self.valid is not None and not self.valid[t + 1]:
+                return "padding follows, by the mask"
+            if self.traj is not None and self.traj[t] != self.traj[t + 1]:
+                return f"trajectory id changes from {self.traj[t]} to {self.traj[t + 1]}"
+        return None
+
+    def why(self, begin: int, end: int, n_steps: int) -> str:
+        """Why the window that begins at frame ``begin`` ends at ``end``."""
+        if reason := self.boundary(end):
+            return reason
+        if end - begin + 1 == n_steps:
+            return f"full, n_steps = {n_steps}"
+        return "end of data" if end + 1 == len(self.done) else "nothing ends it"
+
+    def table(
+        self, begin: int, last: int, columns: Mapping[str, Callable[[int], str]], notes: Mapping[int, Sequence[str]]
+    ) -> str:
+        """Frames ``begin .. last``: the columns given, the flags, and notes."""
+        flags = {"done": self.done, "mask": self.valid, "trajectory": self.traj}
+        shown = {name: flag for name, flag in flags.items() if flag is not None}
+        return layout(
+            ["t", *columns, *shown, ""],
+            [
+                [
+                    str(t),
+                    *(column(t) for column in columns.values()),
+                    *(str(flag[t]) for flag in shown.values()),
+                    "; ".join(notes.get(t, ())),
+                ]
+                for t in range(begin, last + 1)
+            ],
+        )
+
+
+def number(value: Any, digits: int = 6) -> str:
+    """A scalar: a tensor's with as many digits as tell it from its neighbours, a float's with as many as given."""
+    if isinstance(value, Tensor):
+        value, digits = value.item(), _DIGITS[min(value.dtype.itemsize, 8)]
+    return f"{value:.{digits}g}" if isinstance(value, float | complex) else str(value)
+
+
+def layout(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table as text, indented, columns of numbers to the right."""
+    lines = shortened(lines, ["..."] * len(header))
+    columns = []
+    for name, *cells in zip(header, *lines, strict=True):
+        width = max(map(len, [name, *cells]))
+        align = str.rjust if all(map(_NUMBER.fullmatch, cells)) else str.ljust
+        columns.append([align(cell, width) for cell in (name, *cells)])
+    return "\n".join(f"  {'  '.join(line)}".rstrip() for line in zip(*columns, strict=True))
+
+
+def shortened(items: Sequence[Any], ellipsis: Any) -> list[Any]:
+    """All items, or the first and last ones if there are many."""
+    return [*items] if len(items) <= MOST else [*items[: MOST // 2], ellipsis, *items[-MOST // 2 :]]

@@ -1,0 +1,334 @@
+"""The commands with which one looks for what is wrong: doctor and explain."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from rollouts import frames, make_rollout
+from tensordict import LazyStackedTensorDict, NonTensorData, TensorDict
+
+from multistep_triton import MultiStep, MultiStepTransform, doctor, parity
+from multistep_triton.__main__ import main
+from multistep_triton.explain import find_windows, load_rollout
+from multistep_triton.plot import FRAMES, draw_windows
+from multistep_triton.streams import TORCHRL_KINDS, Result, Stream, run_torchrl
+from multistep_triton.windows import MOST, Row, layout, shortened
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A file with a row of eight frames: frame 3 is done, frame 6 is padding, trajectory 8 begins at frame 5."""
+    data = frames(
+        [1.0, 2, 4, 8, 16, 32, 64, 128],
+        [t == 3 for t in range(8)],
+        mask=torch.arange(8) != 6,
+        collector={"traj_ids": torch.tensor([7, 7, 7, 7, 7, 8, 8, 8])},
+    )
+    data["next", "truncated"] = data["next", "done"].clone()
+    torch.save(torch.stack([data, data.apply(lambda leaf: leaf.clone().zero_())]), tmp_path / "rollout.pt")
+    return tmp_path / "rollout.pt"
+
+
+def explain(capsys, *arguments):
+    assert main(["explain", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    """The one line with which the command line refuses to explain."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert out == ""
+    start = "python -m multistep_triton explain: error: "
+    assert err.startswith(start)
+    assert err.count("\n") == 1
+    return err[len(start) : -1]
+
+
+def test_explain_a_window_that_a_done_ends(saved, capsys):
+    out = explain(capsys, saved, "--env", 0, "--t", 2, "--gamma", 0.5)
+    assert out == (
+        "rollout.pt, env 0: n_steps = 3, gamma = 0.5\n"
+        "window t = 2 .. 3, 2 of 3 frames; ends: done\n"
+        "\n"
+        "  t  next.reward  discount  next.truncated  done   mask\n"
+        "  2            4         1  False           False  True  this frame\n"
+        "  3            8       0.5  True            True   True  the window ends: done\n"
+        "  4           16         -  False           False  True  not in the window\n"
+        "\n"
+        "next.reward = 4 + 0.5 * 8 = 8 (stored as 8)\n"
+        "steps_to_next_obs = 2\n"
+        "gamma = 0.5 ** 2 = 0.25\n"
+        "nonterminal = True\n"
+        "next entries are those of t = 3: next.observation\n"
+        'next.done = False with done_at="start", True with done_at="end"\n'
+        'next.truncated = False with done_at="start", True with done_at="end"\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("t", "n_steps", "options", "expected"),
+    [
+        (0, 3, [], ["window t = 0 .. 2, 3 of 3 frames; ends: full, n_steps = 3", "= 1 + 0.5 * 2 + 0.25 * 4 = 3 "]),
+        (3, 3, [], ["window t = 3 .. 3, 1 of 3 frames; ends: done", "nonterminal = False: t = 3 is done"]),
+        (4, 3, [], ["window t = 4 .. 5, 2 of 3 frames; ends: padding follows, by the mask", "= 16 + 0.5 * 32 = 32 "]),
+        (6, 3, [], ["window t = 6 .. 6, 1 of 3 frames; ends: padding, by the mask", "t = 6 is padding, by the mask"]),
+        (7, 3, [], ["window t = 7 .. 7, 1 of 3 frames; ends: end of data", "t = 7 is the last known frame"]),
+        (4, 3, ["--traj-key", "collector.traj_ids"], ["ends: trajectory id changes from 7 to 8", "= 16 = 16 "]),
+        (4, 3, ["--mask-key", "none"], ["window t = 4 .. 6, 3 of 3 frames", "= 16 + 0.5 * 32 + 0.25 * 64 = 48 "]),
+        (1, 9, ["--done-key", "truncated"], ["window t = 1 .. 3, 3 of 9 frames; ends: done", "next.truncated = False"]),
+    ],
+)
+def test_explain_says_why_a_window_ends(saved, capsys, t, n_steps, options, expected):
+    out = explain(capsys, saved, "--env", 0, "--t", t, "--n-steps", n_steps, "--gamma", 0.5, *options)
+    for text in expected:
+        assert text in out
+
+
+def test_explain_agrees_with_the_transform_on_every_frame():
+    rollout = make_rollout((2, 3), 30, p_done=0.3)
+    out = MultiStep(0.9, 4)(rollout)
+    for env in ((0, 0), (1, 2)):
+        windows = find_windows(rollout, env, None, MultiStep(0.9, 4))
+        assert windows.steps == out["steps_to_next_obs"][env].tolist()
+        assert windows.returns["next.reward"] == out["next", "reward"][env].flatten().tolist()
+        for t in range(30):
+            end = windows.end(t)
+            assert torch.equal(rollout["next", "observation"][env][end], out["next", "observation"][env][t])
+            assert windows.why(t) != "nothing ends it"
+
+
+def test_explain_an_agent_and_several_rewards(tmp_path, capsys):
+    done = torch.zeros(5, 2, 1, dtype=torch.bool)
+    done[2, 1] = True
+    reward = torch.arange(10.0).view(5, 2, 1)
+    agents = TensorDict({"done": done, "reward": reward, "observation": reward}, [5])
+    shared = TensorDict({"agents": agents, "state": torch.zeros(5, 3)}, [5])
+    torch.save(TensorDict({"next": shared}, [5]), tmp_path / "agents.pt")
+    keys = ["--reward-keys", "agents.reward", "--done-key", "agents.done"]
+    out = explain(capsys, tmp_path / "agents.pt", "--t", 1, "--agent", 1, "--gamma", 1, *keys)
+    assert out.startswith("agents.pt, agent 1: n_steps = 3, gamma = 1\nwindow t = 1 .. 2, 2 of 3 frames; ends: done\n")
+    assert "next.agents.reward = 3 + 1 * 5 = 8 (stored as 8)" in out
+    assert "next entries are those of t = 2: next.agents.observation\n" in out
+    assert "window t = 1 .. 3" in explain(capsys, tmp_path / "agents.pt", "--t", 1, "--agent", 0, *keys)
+    assert "agent must be one of those that have a done flag each" in refused(
+        capsys, tmp_path / "agents.pt", "--t", 1, *keys
+    )
+    assert "agent must be an int in 0 .. 1, got 2" in refused(
+        capsys, tmp_path / "agents.pt", "--t", 1, "--agent", 2, *keys
+    )
+
+    both = frames([1.0, 2, 4], [False] * 3)
+    both["next", "cost"] = torch.tensor([[1.0, 10], [2, 20], [3, 30]])
+    torch.save(both, tmp_path / "both.pt")
+    out = explain(capsys, tmp_path / "both.pt", "--t", 1, "--gamma", 1, "--reward-keys", "reward", "cost")
+    assert "next.cost[0] = 2 + 1 * 3 = 5 (stored as 5)" in out
+    assert "next.cost[1] = 20 + 1 * 30 = 50 (stored as 50)" in out
+
+
+def test_explain_reads_what_torch_saves_of_tensordicts(tmp_path):
+    data = frames([1.0, 2], [False, True])
+    kinds = {
+        "plain": data,
+        "locked": data.clone().lock_(),
+        "lazy": LazyStackedTensorDict(data, data.clone()),
+        "non-tensor": data.clone().set("name", NonTensorData("a", batch_size=[2])),
+        "stacked non-tensors": torch.stack([data[0].set("name", "a"), data[1].set("name", "b")]),
+    }
+    for name, each in kinds.items():
+        torch.save(each, tmp_path / name)
+        assert (load_rollout(tmp_path / name)["next", "reward"] == each["next", "reward"]).all(), name
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("import pathlib; pathlib.Path('ran').touch()",)
+
+
+def test_explain_refuses_bad_files_with_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rule = "FILE must be a tensordict saved with torch.save, got "
+    assert refused(capsys, "none.pt", "--t", 0).startswith(f"{rule}none.pt: [Errno 2]")
+    assert refused(capsys, ".", "--t", 0).startswith(f"{rule}.: [Errno 21]")
+    Path("text.pt").write_text("no checkpoint")
+    assert refused(capsys, "text.pt", "--t", 0).startswith(f"{rule}text.pt: ")
+    torch.save(frames([1.0], [False]), "whole.pt")
+    Path("cut.pt").write_bytes(Path("whole.pt").read_bytes()[:700])
+    assert refused(capsys, "cut.pt", "--t", 0).startswith(f"{rule}cut.pt: ")
+    torch.save({"reward": torch.ones(3)}, "dict.pt")
+    assert refused(capsys, "dict.pt", "--t", 0) == f"{rule}dict.pt, a dict"
+    torch.save({"x": Evil()}, "evil.pt")
+    assert refused(capsys, "evil.pt", "--t", 0) == f"{rule}evil.pt, with builtins.exec in it"
+    assert not Path("ran").exists()
+
+
+def test_explain_refuses_bad_indices_and_keys_with_one_line(saved, capsys):
+    assert refused(capsys, saved, "--env", 0, "--t", 8) == "t must be an int in 0 .. 7, got 8"
+    assert refused(capsys, saved, "--env", 0, "--t", -1) == "t must be an int in 0 .. 7, got -1"
+    assert refused(capsys, saved, "--env", 2, "--t", 0) == "env must be an int in 0 .. 1, got 2"
+    assert refused(capsys, saved, "--t", 0) == "env must be one index for each dimension of *B = [2], got []"
+    assert "data must hold a tensor at ('next', 'cost')" in refused(
+        capsys, saved, "--env", 0, "--t", 0, "--reward-keys", "cost"
+    )
+    assert "agent must be left out" in refused(capsys, saved, "--env", 0, "--t", 0, "--agent", 0)
+    assert "is not supported" in refused(capsys, saved, "--env", 0, "--t", 0, "--plot", saved.with_suffix(".xyz"))
+    assert "[Errno 2]" in refused(capsys, saved, "--env", 0, "--t", 0, "--plot", saved.parent / "none" / "a.png")
+    assert "the following arguments are required: --t" in refused(capsys, saved)
+    torch.save(MultiStep(0.9, 2)(frames([1.0, 2], [False, False])), saved)
+    assert "must hold 1-step transitions, got n-step ones, with steps_to_next_obs" in refused(capsys, saved, "--t", 0)
+
+
+def test_the_picture_has_a_bar_for_every_window(saved, capsys):
+    explain(capsys, saved, "--env", 0, "--t", 2, "--plot", saved.with_suffix(".png"))
+    assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+    windows = find_windows(load_rollout(saved), [0], None, MultiStep(0.5, 3, mask_key="mask"))
+    above, below = draw_windows(windows, 2, "title").axes
+    bars = {round(bar.get_x() + 0.4): bar for bar in above.patches if bar.get_height() < 1}
+    assert {t: round(bar.get_width() + 0.2) for t, bar in bars.items()} == dict(enumerate([3, 3, 2, 1, 2, 1, 1, 1]))
+    lanes = [(round(bar.get_y() + 0.33), t, t + bar.get_width()) for t, bar in bars.items()]
+    for one in lanes:
+        for other in lanes:
+            assert one == other or one[0] != other[0] or one[2] < other[1] or other[2] < one[1]
+    dones = {round(line.get_xdata()[0] - 0.5): line.get_linestyle() for line in above.lines}
+    assert dones == {3: "-", 5: ":", 6: ":"}
+    assert [bar.get_height() for bar in below.patches[:8]] == windows.rewards["next.reward"]
+    assert below.lines[0].get_ydata().tolist() == windows.returns["next.reward"]
+
+
+@pytest.mark.parametrize("t", [0, 100, 199])
+def test_the_picture_of_a_long_row_is_around_the_frame(t):
+    windows = find_windows(make_rollout((), 200), [], None, MultiStep(0.9, 5))
+    low, high = draw_windows(windows, t, "title").axes[0].get_xlim()
+    assert low < t < high
+    assert round(high - low) == FRAMES
+
+
+def test_long_tables_and_sums_are_shortened():
+    many = [[str(i), ""] for i in range(100)]
+    assert len(layout(["t", ""], many).splitlines()) == MOST + 2
+    assert shortened(range(MOST), "...") == [*range(MOST)]
+    assert shortened(range(100), "...")[MOST // 2] == "..."
+    assert Row([False, False]).why(0, 0, 3) == "nothing ends it"
+
+
+def doctored(capsys, *arguments):
+    status = main(["doctor", "--json", *arguments])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_the_doctor_reports_what_runs_and_that_it_is_equal(capsys):
+    status, report = doctored(capsys, "--streams", "4")
+    assert status == 0
+    assert report["ok"] is True
+    assert report["versions"].keys() == {"python", "multistep_triton", "torch", "triton", "torchrl", "tensordict"}
+    assert report["versions"]["torch"] == torch.__version__
+    on_cpu = {each["backend"]: each for each in report["backends"] if each["device"].startswith("cpu")}
+    assert on_cpu.keys() == {"auto", "reference", "triton", "verify"}
+    assert on_cpu["auto"]["runs"] == "reference"
+    assert on_cpu["auto"]["why"] == "the tensors are on the CPU, where it is the fast one"
+    compared = {each["compared"]: each for each in report["equivalence"]}
+    assert {"kernels, interpreted, with reference", "reference with torchrl"} <= compared.keys()
+    for each in report["equivalence"]:
+        assert (each["result"], each["streams"], each["difference"]) == ("equal", 4, None)
+        assert each["frames"] > 50
+
+
+def test_the_doctor_as_tables(capsys, monkeypatch):
+    monkeypatch.setattr(
+        doctor,
+        "_comparisons",
+        lambda devices: [("ours with theirs", CPU, lambda seed, device: Result(7), nullcontext(map))],
+    )
+    assert main(["doctor", "--streams", "3"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^  torch +{re.escape(torch.__version__)}$", out, re.MULTILINE)
+    assert re.search(r"^  cpu \(\d threads\) +auto +reference  the tensors are on the CPU", out, re.MULTILINE)
+    assert re.search(r"^  ours with theirs  cpu \(\d threads\)  equal +3 +21  ", out, re.MULTILINE)
+    assert out.endswith("all that was compared is equal\n")
+
+
+def test_the_doctor_finds_a_kernel_that_is_wrong(tmp_path):
+    """End to end: in a copy, the kernels take no notice of a done."""
+    for name in ("multistep_triton", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    window = tmp_path / "kernels" / "window.py"
+    line = "ends = load_flag(flags[0], row, here, live, stream) | "
+    assert line in window.read_text()
+    window.write_text(window.read_text().replace(line, "ends = "))
+    done = subprocess.run(
+        [sys.executable, "-m", "multistep_triton", "doctor", "--streams", "8"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 1, done.stderr
+    assert "kernels, interpreted, with reference" in done.stdout
+    assert "different" in done.stdout
+    assert "the kernels and the reference differ at steps" in done.stdout
+    assert "the reference ends it: done" in done.stdout
+    assert done.stdout.endswith("NOT equal, or auto cannot run: see above\n")
+
+
+def test_the_doctor_where_triton_is_missing(monkeypatch, capsys):
+    """Nothing is wrong: the kernels cannot run, auto takes the reference."""
+    why = "backend 'verify' cannot run: Triton is missing"
+    monkeypatch.setattr(
+        doctor, "_backend", lambda device, name: {"device": "cpu", "backend": name, "runs": name == "auto", "why": why}
+    )
+    monkeypatch.setattr(doctor, "_interpreter", lambda: nullcontext(map))
+    status, report = doctored(capsys, "--streams", "2")
+    assert status == 0
+    assert [(each["result"], each["why"]) for each in report["equivalence"]] == [("skipped", why), ("equal", "")]
+
+
+def test_the_doctor_refuses_a_wrong_variable(monkeypatch, capsys):
+    monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "fast")
+    monkeypatch.setattr(doctor, "_comparisons", lambda devices: [])
+    status, report = doctored(capsys, "--streams", "2")
+    assert status == 1
+    assert report["environment"]["MULTISTEP_TRITON_BACKEND"] == "fast"
+    assert "must be one of" in report["backends"][0]["why"]
+
+
+def test_streams_are_the_same_every_time_and_of_every_kind():
+    one, other = (list(Stream(3, TORCHRL_KINDS).rollouts(CPU)) for _ in range(2))
+    assert all((mine == its).all() for mine, its in zip(one, other, strict=True))
+    assert {Stream(seed, TORCHRL_KINDS).kind for seed in range(len(TORCHRL_KINDS))} == set(TORCHRL_KINDS)
+
+
+@pytest.mark.parametrize("key", [("next", "reward"), "gamma", "steps_to_next_obs", ("next", "observation")])
+def test_a_difference_from_torchrl_is_found(key, monkeypatch):
+    assert run_torchrl(0, CPU).difference is None
+    inverse = MultiStepTransform._inv_call
+
+    def spoiled(self, data):
+        out = inverse(self, data)
+        if out is not None:
+            out[key][..., -1:] += 1
+        return out
+
+    monkeypatch.setattr(MultiStepTransform, "_inv_call", spoiled)
+    assert f"key {key}, frame " in run_torchrl(0, CPU).difference
+
+
+def test_other_keys_shapes_and_batch_sizes_than_torchrls_are_found():
+    ours = MultiStepTransform(2, 0.9).inv(make_rollout((2,), 9))
+    theirs = ours.exclude(parity.DOCUMENTED_REWARD)
+    assert parity.find_difference(ours, theirs, 2) is None
+    assert parity.find_difference(ours, theirs.exclude("action"), 2).what == "keys"
+    assert parity.find_difference(ours, theirs[:1], 2).what == "batch size"
+    assert parity.find_difference(ours, theirs.clone().set("action", ours["action"].int()), 2).what == "key action"

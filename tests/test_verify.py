@@ -1,0 +1,324 @@
+"""The backend ``verify``: no false alarm, and every fault found at its place."""
+
+import pickle
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rollouts import make_rollout, window_ends, window_sums
+
+from multistep_triton import EquivalenceError, MultiStep, MultiStepTransform, gather_future, n_step_return
+from multistep_triton.functional import Extension
+from multistep_triton.kernels import extend
+from multistep_triton.streams import KINDS, run_kernels
+from multistep_triton.verify import float64_returns
+
+GAMMA = 0.9
+N_STEPS = 3
+REWARD, OBSERVATION = ("next", "reward"), ("next", "observation")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_kernels():
+    with kernels():
+        yield
+
+
+@contextmanager
+def fault(spoil, launcher="launch_n_step_extend"):
+    """Kernels whose output ``spoil`` changes."""
+    launch = getattr(extend, launcher)
+
+    def launch_and_spoil(*arguments, **options):
+        out = launch(*arguments, **options)
+        if launcher == "launch_n_step_extend":
+            out = Extension(*out)
+        spoil(out)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extend, launcher, launch_and_spoil)
+        yield
+
+
+def stored(rollout, transform, cuts=(12, 12)):
+    parts = [transform.inv(part) for part in rollout.split(list(cuts), -1)]
+    return torch.cat([part for part in parts if part is not None], -1)
+
+
+def found(rollout=None, **arguments):
+    """The error of the second of two calls, of 12 frames each, the first of which was right."""
+    transform = MultiStepTransform(N_STEPS, GAMMA, backend="verify", **arguments)
+    rollout = make_rollout((2,), 24) if rollout is None else rollout
+    with pytest.raises(EquivalenceError) as caught:
+        transform.inv(rollout[:, 12:] if transform.inv(rollout[:, :12]) is not None else rollout)
+    return caught.value
+
+
+@pytest.mark.parametrize("seed", range(2 * len(KINDS)))
+def test_kernels_that_are_right_are_not_reported(seed):
+    result = run_kernels(seed, torch.empty(0).device)
+    assert result.difference is None
+    assert result.frames > 0
+
+
+def test_what_comes_out_is_what_the_kernels_computed():
+    rollout = make_rollout((2,), 24)
+    ours, theirs = (MultiStepTransform(N_STEPS, GAMMA, backend=backend) for backend in ("verify", "triton"))
+    out, expected = stored(rollout, ours), stored(rollout, theirs)
+    assert (out == expected).all()
+    assert (ours.flush() == theirs.flush()).all()
+    whole = MultiStep(GAMMA, N_STEPS, backend="verify")(rollout)
+    assert (whole == MultiStep(GAMMA, N_STEPS, backend="triton")(rollout)).all()
+    reward, done = torch.randn(2, 9), torch.rand(2, 9) < 0.2
+    windows = n_step_return(reward, done, gamma=GAMMA, n_steps=3, backend="verify")
+    assert all(map(torch.equal, windows, n_step_return(reward, done, gamma=GAMMA, n_steps=3, backend="triton")))
+    future = gather_future(reward, windows.steps, backend="verify")
+    assert torch.equal(future, gather_future(reward, windows.steps, backend="triton"))
+
+
+# What spoils the output at (b, t), the key and the tensor that are then named, and the values of kernels and reference.
+FAULTS = {
+    "a wrong row": (
+        lambda out, at: out.leaves[OBSERVATION][at].copy_(out.leaves[OBSERVATION][at[0], at[1] + 1] + 1),
+        OBSERVATION,
+        "('next', 'observation') at the end of the window",
+    ),
+    "a wrong row of what is copied": (
+        lambda out, at: out.leaves["action",].__setitem__(at, 7),
+        ("action",),
+        "('action',)",
+    ),
+    "one step too many": (lambda out, at: out.steps[at].add_(1), "steps_to_next_obs", "steps"),
+    "a boundary that is none": (lambda out, at: out.nonterminal[at].logical_not_(), "nonterminal", "nonterminal"),
+    "a discount of another length": (lambda out, at: out.discount[at].mul_(GAMMA), "gamma", "discount"),
+    "a NaN": (
+        lambda out, at: out.returns[REWARD][at].fill_(torch.nan),
+        REWARD,
+        "the n-step return of ('next', 'reward')",
+    ),
+    "a return that lacks a reward": (
+        lambda out, at: out.returns[REWARD][at].sub_(1e-3),
+        REWARD,
+        "the n-step return of ('next', 'reward')",
+    ),
+    "the reward as it came": (
+        lambda out, at: out.leaves[REWARD][at].neg_(),
+        REWARD,
+        "('next', 'reward')",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@settings(max_examples=4)
+@given(b=st.integers(0, 1), t=st.integers(0, 10))
+def test_a_fault_in_one_element_is_reported_there(kind, b, t):
+    spoil, key, what = FAULTS[kind]
+    with fault(lambda out: spoil(out, (b, t)) if len(out.steps[0]) == 12 else None):
+        error = found()
+    assert (error.key, error.what, error.frame) == (key, what, (b, t))
+    assert f"frame      batch index ({b},), t = {t}" in str(error)
+    assert "1 of 24 frames differ" in str(error)
+    assert error.kernels != error.reference
+    # its window: where the frame lies, its reward and where the window ends
+    assert f"data [{t - N_STEPS}]" in str(error) if t >= N_STEPS else f"held back [{t}]" in str(error)
+    assert "the reference ends it: " in str(error)
+
+
+@settings(max_examples=4)
+@given(b=st.integers(0, 1), t=st.integers(0, 2))
+def test_a_fault_in_what_is_held_back(b, t):
+    with fault(lambda out: out.carry["action",][b, t].add_(1) if len(out.steps[0]) == 12 else None):
+        error = found()
+    assert (error.key, error.frame) == (("action",), (b, t))
+    assert error.what == "('action',) of the frames held back"
+    assert f"data [{9 + t}]" in str(error)
+
+
+# By what is missed: how many windows that changes. That of a frame that is padding is one of them.
+@pytest.mark.parametrize(("missed", "windows"), [("done", 2), ("mask", 3), ("trajectory", 2)])
+def test_a_missed_boundary_is_reported_at_the_first_window_that_crosses_it(missed, windows):
+    """Everything that follows from windows is wrong alike; the windows are named first, and why they should end."""
+    rollout = make_rollout((2,), 24, p_done=0.0)
+    rollout["mask"] = torch.ones(2, 24, dtype=torch.bool)
+    rollout["ids"] = torch.zeros(2, 24, dtype=torch.int64)
+    key, reason = {
+        "done": (("next", "done"), "done"),
+        "mask": (("mask",), "padding follows, by the mask"),
+        "trajectory": (("ids",), "trajectory id changes from 0 to 5"),
+    }[missed]
+    if missed == "done":
+        rollout[key][1, 17] = True
+    elif missed == "mask":
+        rollout[key][1, 18] = False
+    else:
+        rollout[key][1, 18:] = 5
+
+    launch = extend.launch_n_step_extend
+    blind = torch.ones if missed == "mask" else torch.zeros
+
+    def launch_blindly(carry, data, **options):
+        return launch(carry, {**data, key: blind(data[key].shape, dtype=data[key].dtype)}, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extend, "launch_n_step_extend", launch_blindly)
+        error = found(rollout, traj_key="ids")
+    # The first call returned frames 0 to 8; the window of frame 16 is the first that goes on beyond frame 17.
+    assert (error.key, error.frame) == ("steps_to_next_obs", (1, 16 - 9))
+    assert (error.kernels, error.reference) == (3, 2)
+    assert f"the reference ends it: {reason}" in str(error)
+    assert "the kernels end it" in str(error)
+    assert f"also       the n-step return of ('next', 'reward'): {windows} of 24 frames differ" in str(error)
+
+
+def test_the_whole_message():
+    rollout = make_rollout((1,), 9, p_done=0.0)
+    rollout["next", "reward"] = torch.tensor([0.5, 1, 2, 4, 8, 16, 32, 64, 128]).view(1, 9, 1)
+    rollout["next", "done"][0, 5] = True
+    transform = MultiStepTransform(4, 0.5, backend="verify")
+    transform.inv(rollout[:, :5])
+    with fault(lambda out: out.returns[REWARD][0, 2].add_(1)), pytest.raises(EquivalenceError) as caught:
+        transform.inv(rollout[:, 5:])
+    # 12 = 4 + 0.5 * 16, and 16 = 8 + 0.5 * 16. With u = 2^-24 the inner sum is off by u (2 * 8 + 16) at most, the outer
+    # one by half of that and u (2 * 8 + 12): 44 u; twice that is 5.245e-6.
+    assert str(caught.value) == (
+        "the kernels and the reference differ at the n-step return of ('next', 'reward'), frame (0, 2): 13 and 12\n"
+        "  frame      batch index (0,), t = 2; 1 of 4 frames differ\n"
+        "  kernels    13\n"
+        "  reference  12\n"
+        "  float64    12\n"
+        "  tolerance  5.25e-06: twice the error against float64 that the reference's sum of these rewards may have\n"
+        "  its window, n_steps = 4, t = 0 the first frame that this call returned:\n"
+        "  t  frame          ('next', 'reward')  steps (reference)  steps (kernels)  done\n"
+        "  2  held back [2]                   4                  3                3  False  this frame\n"
+        "  3  held back [3]                   8                  2                2  False\n"
+        "  4  data [0]                       16                  -                -  True   "
+        "the reference ends it: done\n"
+        "  5  data [1]                       32                  -                -  False"
+    )
+
+
+def test_every_agent_has_its_frames():
+    rollout = make_rollout((2,), 24)
+    for key in ("done", "reward"):
+        rollout["next", key] = rollout["next", key].unsqueeze(-1).repeat(1, 1, 4, 1)
+    with fault(lambda out: out.steps[1, 2, 5].add_(1) if out.steps.shape == (2, 4, 12) else None):
+        error = found(rollout)
+    assert error.frame == (1, 2, 5)
+    assert "batch index (1, 2), t = 5" in str(error)
+
+
+def test_functions():
+    reward, done = torch.randn(2, 9), torch.zeros(2, 9, dtype=torch.bool)
+    with fault(lambda out: out.returns["reward"][1, 4].neg_()), pytest.raises(EquivalenceError) as caught:
+        n_step_return(reward, done, gamma=GAMMA, n_steps=3, backend="verify")
+    assert (caught.value.key, caught.value.frame) == ("reward", (1, 4))
+    steps = torch.full((2, 9), 1)
+    with (
+        fault(lambda out: out[0, 3].add_(1), "launch_gather_future"),
+        pytest.raises(EquivalenceError, match=r"its window ends at t = 3, as steps is 1 there") as caught,
+    ):
+        gather_future(reward, steps, backend="verify")
+    assert (caught.value.key, caught.value.frame) == ("value", (0, 3))
+    with pytest.raises(ValueError, match="steps must be within"):
+        gather_future(reward, steps + 9, backend="verify")
+
+
+def test_bits_that_print_alike_differ():
+    """Another payload of a NaN, and the sign of a zero."""
+    rollout = make_rollout((2,), 24)
+    rollout["next", "observation"][:] = 0.0
+    with fault(lambda out: out.leaves[OBSERVATION][1, 4, 2].neg_() if len(out.steps[0]) == 12 else None):
+        assert found(rollout).frame == (1, 4)
+    quiet, other = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
+    rollout["next", "observation"][:] = quiet
+    with fault(lambda out: out.leaves[OBSERVATION][1, 4, 2].copy_(other) if len(out.steps[0]) == 12 else None):
+        error = found(rollout)
+    assert "nan, in bytes [1, 0, 192, 127]" in str(error)
+    assert "nan, in bytes [0, 0, 192, 127]" in str(error)
+
+
+@pytest.mark.parametrize("shape", ["dtype", "frames", "entries"])
+def test_outputs_of_another_kind_are_reported(shape):
+    def spoil(out):
+        if shape == "entries":
+            del out.leaves[OBSERVATION]
+        else:
+            leaf = out.leaves[OBSERVATION]
+            out.leaves[OBSERVATION] = leaf.double() if shape == "dtype" else leaf[:, 1:]
+
+    transform = MultiStepTransform(N_STEPS, GAMMA, backend="verify")
+    with fault(spoil), pytest.raises(EquivalenceError, match="the kernels"):
+        transform.inv(make_rollout((2,), 12))
+
+
+def test_after_an_error_the_frames_held_back_are_those_before():
+    rollout = make_rollout((2,), 36)
+    transform, steady = (MultiStepTransform(N_STEPS, GAMMA, backend=backend) for backend in ("verify", "triton"))
+    parts = rollout.split(12, -1)
+    expected = [steady.inv(part) for part in parts] + [steady.flush()]
+    out = []
+    for part in parts:
+        with fault(lambda out: out.steps[0, 0].add_(1)), pytest.raises(EquivalenceError):
+            transform.inv(part)
+        with fault(lambda out: out.carry["action",][0, 0].add_(1)), pytest.raises(EquivalenceError):
+            transform.inv(part)
+        out.append(transform.inv(part))
+    with fault(lambda out: out.steps[0, 0].add_(1)), pytest.raises(EquivalenceError):
+        transform.flush()
+    out.append(transform.flush())
+    assert all((mine == other).all() for mine, other in zip(out, expected, strict=True))
+
+
+def test_the_error_can_be_sent_to_another_process():
+    with fault(lambda out: out.steps[0, 4].add_(1) if len(out.steps[0]) == 12 else None):
+        error = found()
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.frame, copy.kernels) == (str(error), error.frame, error.kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_return_may_be_off_by_the_tolerance_and_no_more(dtype):
+    rollout = make_rollout((2,), 12)
+    rollout["next", "reward"] = rollout["next", "reward"].to(dtype)
+
+    def push(factor):
+        """Adds a part of the tolerance to the return of frame 4, which has a window of three frames."""
+
+        def spoil(out):
+            _, bound = float64_returns(out.leaves[REWARD], out.steps, GAMMA, dtype)
+            far = out.returns[REWARD][1, 4].double() + 2 * factor * bound[1, 4]
+            out.returns[REWARD][1, 4] = far.to(dtype)
+
+        return fault(spoil)
+
+    rollout["next", "done"][:] = False
+    with push(0.5):
+        MultiStepTransform(N_STEPS, GAMMA, backend="verify").inv(rollout)
+    with push(3), pytest.raises(EquivalenceError) as caught:
+        MultiStepTransform(N_STEPS, GAMMA, backend="verify").inv(rollout)
+    assert caught.value.frame == (1, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int32])
+@pytest.mark.parametrize("n_steps", [1, 2, 10, 50])
+def test_the_bound_holds_and_is_no_larger_than_the_worst_case(n_steps, dtype):
+    """Against plain loops; by more than 3 (n - 1) + 1 roundings of the largest partial sum nothing can be off."""
+    reward = torch.randn(4, 60, 2)
+    reward = (reward * 100).to(dtype) if not dtype.is_floating_point else reward.to(dtype)
+    done = torch.rand(4, 60) < 0.05
+    out = n_step_return(reward, done, gamma=0.97, n_steps=n_steps, backend="reference")
+    exact, bound = float64_returns(reward, out.steps, 0.97, out.reward.dtype)
+    expected, magnitude = window_sums(reward, window_ends(done, n_steps), 0.97)
+    torch.testing.assert_close(exact, expected, rtol=1e-13, atol=1e-13)
+    assert ((out.reward.double() - exact).abs() <= bound).all()
+    worst = 1.5 * (out.steps - 1).unsqueeze(-1) * torch.finfo(torch.float32).eps * magnitude * (1 + 1e-6)
+    if out.reward.dtype != torch.float32:
+        worst += torch.finfo(out.reward.dtype).eps / 2 * (magnitude + worst)
+    assert (bound <= worst + 60 * torch.finfo(torch.float32).tiny + 1e-7 * (dtype == torch.float16)).all()
+    if n_steps > 1 and out.reward.dtype == torch.float32:
+        assert bound.max() > 0
