@@ -66,6 +66,7 @@ def _add_demo(commands: Any) -> None:
     ):
         _add_positive_int(parser, name, default, text)
     _add_seed(parser, "seed of the environments and the actions")
+    parser.add_argument("--save", metavar="FILE", type=Path, help="save the rollout, to be looked at with explain")
     parser.add_argument(
         "--backend",
         type=_argument(str, check_backend),
@@ -92,6 +93,8 @@ def _demo(parser: _Parser, options: argparse.Namespace) -> int:
             f"argument --capacity: must be at least {smallest}, the frames of one chunk "
             f"({demo.ENVIRONMENTS} environments * {options.frames_per_chunk}), got {options.capacity}"
         )
+    if options.save and not options.save.parent.is_dir():
+        parser.error(f"argument --save: must be in a folder that is there, got {options.save}")
     print(f"backend: {backend} (asked for: {options.backend})")
     status: int = demo.run(
         n_steps=options.n_steps,
@@ -101,6 +104,7 @@ def _demo(parser: _Parser, options: argparse.Namespace) -> int:
         capacity=min(options.capacity, smallest * options.chunks),
         seed=options.seed,
         backend=options.backend,
+        save=options.save,
     )
     return status
 
@@ -179,9 +183,10 @@ def _import(parser: _Parser, module: str, extra: str) -> Any:
     try:
         return importlib.import_module(f"multistep_triton.{module}")
     except ModuleNotFoundError as error:
-        if error.name not in REQUIREMENTS:
+        package = (error.name or "").partition(".")[0]
+        if package not in REQUIREMENTS:
             raise
-        parser.error(f'this needs {error.name}: pip install "multistep_triton[{extra}]"')
+        parser.error(f'this needs {package}: pip install "multistep_triton[{extra}]"')
 
 
 def _add_n_steps_and_gamma(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,8 @@ Owns the environment and the two buffers. May import the package, torchrl, gymna
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import gymnasium  # noqa: F401  # torchrl looks for it only when it makes the environment, which is late to miss it
 import torch
@@ -27,7 +28,15 @@ ENVIRONMENT = "CartPole-v1"
 
 
 def run(
-    *, n_steps: int, gamma: float, frames_per_chunk: int, chunks: int, capacity: int, seed: int, backend: str
+    *,
+    n_steps: int,
+    gamma: float,
+    frames_per_chunk: int,
+    chunks: int,
+    capacity: int,
+    seed: int,
+    backend: str,
+    save: Path | None,
 ) -> int:
     """Extends both buffers chunk by chunk and compares what each extend stored.
 
@@ -40,6 +49,7 @@ def run(
             is read back before a later one overwrites it.
         seed: of the environments and the actions.
         backend: backend of our transform.
+        save: where to save the rollouts, as one of 1-step transitions ``[ENVIRONMENTS, chunks * frames_per_chunk]``.
 
     Returns:
         0 if all stored frames are equal, else 1.
@@ -49,7 +59,10 @@ def run(
     theirs = _buffer(TorchRLMultiStepTransform(n_steps, gamma), capacity)
     keys: list[NestedKey] = []
     stored = 0
-    rollouts = _rollouts(chunks, frames_per_chunk, seed)
+    rollouts: Iterable[TensorDictBase] = _rollouts(chunks, frames_per_chunk, seed)
+    if save:
+        rollouts = list(rollouts)
+        torch.save(torch.cat(rollouts, -1), save)
     # disable=None: only where stderr is a terminal.
     for rollout in tqdm(rollouts, total=chunks, unit="chunk", leave=False, disable=None):
         our_rows, their_rows = _extend(ours, rollout), _extend(theirs, rollout)

@@ -65,12 +65,13 @@ def draw_windows(windows: Windows, t: int, title: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(shown.start - 0.6, shown.stop - 0.4)
 
+    others = any(row.boundary(s) and not row.done[s] for s in shown)
     keys = [
         Patch(color=FULL, label=f"full window, {windows.n_steps} frames"),
         Patch(color=CUT, label="window that is cut"),
         Patch(facecolor="none", edgecolor=CHOSEN, linewidth=2, label=f"window of t = {t}"),
         Line2D([], [], color=BOUNDARY, linewidth=1.4, label="done"),
-        Line2D([], [], color=BOUNDARY, linewidth=1.4, linestyle=":", label="other boundary"),
+        *([Line2D([], [], color=BOUNDARY, linewidth=1.4, linestyle=":", label="other boundary")] if others else []),
         *([] if row.valid is None else [Patch(color=PADDING, label="padding")]),
     ]
     above.legend(handles=keys, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)

@@ -71,7 +71,7 @@ class MultiStepTransform(MultiStepBase, Transform):
             "terminated"]``; ``done_key`` is one of them in any case; those that are not in the data are ignored.
         mask_key: root entry, bool ``[*B, T]`` or ``[*B, T, 1]``, False where a frame is padding; ignored if it is
             not in the data. An invalid frame's window is itself. Defaults to ``"mask"``.
-        backend: ``"auto"``, ``"reference"`` or ``"triton"``.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which runs both and compares every call.
         done_at: ``"start"``, torchrl's rule, leaves the done keys those of frame ``t``: the last ``n - 1`` frames
             before a termination then bootstrap from where the episode ended. With ``"end"`` they are those of frame
             ``e(t)``, which is what a bootstrapped target needs. Defaults to ``"start"``.
@@ -86,7 +86,8 @@ class MultiStepTransform(MultiStepBase, Transform):
         TypeError: the data, a flag or a reward is of the wrong kind.
         ValueError: a number, a shape or a key breaks its rule, or the data does not continue the carry. After any
             error the carry is as it was.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the backend asked for cannot run; :class:`EquivalenceError`, which is one, if ``"verify"`` finds
+            a difference.
 
     Notes:
         Differences from torchrl's class: a NaN or Inf after a done does not reach the frames before it; integer

@@ -127,11 +127,13 @@ class _Call:
     def outputs(self, got: Sequence[Any], expected: Sequence[Any]) -> Iterator[_Output]:
         """What both computed; what explains the rest comes first."""
         steps, discount, nonterminal = expected[2:5]
-        yield _Output("steps_to_next_obs", "steps", got[2], steps, "frames are counted")
+        yield _Output("steps_to_next_obs", "steps (steps_to_next_obs)", got[2], steps, "frames are counted")
         yield _Output("nonterminal", "nonterminal", got[4], nonterminal, "flags are flags")
         ulp = torch.finfo(discount.dtype).eps * discount + torch.finfo(discount.dtype).tiny
         exact = self.gamma ** steps.double()
-        yield _Output("gamma", "discount", got[3], discount, "one ulp, as both round the power once", ulp, exact)
+        yield _Output(
+            "gamma", "discount (gamma)", got[3], discount, "one ulp, as both round the power once", ulp, exact
+        )
         for key, sums in _pairs(got[1], expected[1]):
             exact, bound = float64_returns(self.stream(key), steps, self.gamma, sums[1].dtype)
             source = "twice the error against float64 that the reference's sum of these rewards may have"

@@ -48,7 +48,7 @@ class Row(NamedTuple):
         if reason := self.boundary(end):
             return reason
         if end - begin + 1 == n_steps:
-            return f"full, n_steps = {n_steps}"
+            return "full"
         return "end of data" if end + 1 == len(self.done) else "nothing ends it"
 
     def table(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from multistep_triton import reference
 from multistep_triton.backends import BACKEND_VARIABLE
@@ -22,6 +22,8 @@ from multistep_triton.backends import BACKEND_VARIABLE
 torch.set_num_threads(2)
 settings.register_profile("default", deadline=None, max_examples=200, derandomize=True)
 settings.register_profile("nightly", deadline=None, max_examples=5000)
+# For those who want to know whether a test fails, and not how.
+settings.register_profile("unshrunk", settings.get_profile("default"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 JOIN_BYTES = {"joined": 1 << 62, "where they lie": -1}

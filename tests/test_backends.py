@@ -158,7 +158,10 @@ def fault(carry, data, **options):
 extend.launch_n_step_extend = fault
 """
     done = run(fault + SCRIPT, MULTISTEP_TRITON_BACKEND="verify", TRITON_INTERPRET="1")
-    assert "EquivalenceError: the kernels and the reference differ at steps, frame (1, 3): 3 and 2" in done.stderr
+    assert (
+        "EquivalenceError: the kernels and the reference differ at steps (steps_to_next_obs), frame (1, 3): 3 and 2"
+        in done.stderr
+    )
 
 
 def test_verify_is_refused_where_the_kernels_cannot_run():

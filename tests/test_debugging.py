@@ -1,14 +1,13 @@
 """The commands with which one looks for what is wrong: doctor and explain."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import mutate
 import pytest
 import torch
 from rollouts import frames, make_rollout
@@ -81,7 +80,7 @@ def test_explain_a_window_that_a_done_ends(saved, capsys):
 @pytest.mark.parametrize(
     ("t", "n_steps", "options", "expected"),
     [
-        (0, 3, [], ["window t = 0 .. 2, 3 of 3 frames; ends: full, n_steps = 3", "= 1 + 0.5 * 2 + 0.25 * 4 = 3 "]),
+        (0, 3, [], ["window t = 0 .. 2, 3 of 3 frames; ends: full\n", "= 1 + 0.5 * 2 + 0.25 * 4 = 3 "]),
         (3, 3, [], ["window t = 3 .. 3, 1 of 3 frames; ends: done", "nonterminal = False: t = 3 is done"]),
         (4, 3, [], ["window t = 4 .. 5, 2 of 3 frames; ends: padding follows, by the mask", "= 16 + 0.5 * 32 = 32 "]),
         (6, 3, [], ["window t = 6 .. 6, 1 of 3 frames; ends: padding, by the mask", "t = 6 is padding, by the mask"]),
@@ -260,21 +259,11 @@ def test_the_doctor_as_tables(capsys, monkeypatch):
     assert out.endswith("all that was compared is equal\n")
 
 
-def test_the_doctor_finds_a_kernel_that_is_wrong(tmp_path):
+def test_the_doctor_finds_a_kernel_that_is_wrong():
     """End to end: in a copy, the kernels take no notice of a done."""
-    for name in ("multistep_triton", "kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    window = tmp_path / "kernels" / "window.py"
-    line = "ends = load_flag(flags[0], row, here, live, stream) | "
-    assert line in window.read_text()
-    window.write_text(window.read_text().replace(line, "ends = "))
-    done = subprocess.run(
-        [sys.executable, "-m", "multistep_triton", "doctor", "--streams", "8"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )
+    assert mutate.MUTATIONS[0].decides == "boundary: done"
+    with mutate.altered_copy(mutate.MUTATIONS[0]) as copy:
+        done = mutate.run_python(copy, "-m", "multistep_triton", "doctor", "--streams", "8")
     assert done.returncode == 1, done.stderr
     assert "kernels, interpreted, with reference" in done.stdout
     assert "different" in done.stdout
@@ -332,3 +321,61 @@ def test_other_keys_shapes_and_batch_sizes_than_torchrls_are_found():
     assert parity.find_difference(ours, theirs.exclude("action"), 2).what == "keys"
     assert parity.find_difference(ours, theirs[:1], 2).what == "batch size"
     assert parity.find_difference(ours, theirs.clone().set("action", ours["action"].int()), 2).what == "key action"
+
+
+def readme_output(name):
+    """The block of output that follows a comment in the README."""
+    return (ROOT / "README.md").read_text().split(f"<!-- output: {name} -->\n```\n")[1].split("```")[0]
+
+
+def test_the_readme_shows_what_explain_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command, expected = readme_output("explain").split("\n", 1)
+    assert main(["demo", "--save", "rollout.pt"]) == 0
+    capsys.readouterr()
+    assert main(command.removeprefix("$ python -m multistep_triton ").split()) == 0
+    assert capsys.readouterr().out == expected
+    assert Path("explain.png").stat().st_size > 0
+
+
+def test_the_readme_shows_what_a_wrong_kernel_gives(monkeypatch):
+    monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "verify")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with mutate.altered_copy(mutate.MUTATIONS[0]) as copy:
+        done = mutate.run_python(copy, "-m", "multistep_triton", "demo")
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"\nmultistep_triton.verify.{readme_output('verify')}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (
+            ["demo", "--save", "none/rollout.pt"],
+            "argument --save: must be in a folder that is there, got none/rollout.pt",
+        ),
+        (["demo", "--n-steps", "0"], "argument --n-steps: n_steps must be an int >= 1, got 0"),
+        (["demo", "--gamma", "x"], "argument --gamma: gamma must be a finite number in [0, 1], got 'x'"),
+        (["demo", "--seed", "-1"], "argument --seed: seed must be an int in [0, 4294967295], got -1"),
+        (["demo", "--chunks", "1", "--frames-per-chunk", "3"], "argument --n-steps: must be less than the 3 frames"),
+        (["doctor", "--streams", "0"], "argument --streams: streams must be an int >= 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_one_line(capsys, arguments, error):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"python -m multistep_triton {arguments[0]}: error: {error}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["tqdm", "matplotlib"])
+def test_a_missing_package_is_named(saved, module):
+    command = ["explain", str(saved), "--env", "0", "--t", "0", "--plot", "a.png"]
+    command = ["doctor"] if module == "tqdm" else command
+    code = f"import sys; sys.modules['{module}'] = None; from multistep_triton.__main__ import main; main({command})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    line = f"""error: this needs {module}: pip install "multistep_triton[debug]"\n"""
+    assert done.stderr.endswith(line)

@@ -3,6 +3,7 @@
 import importlib
 import weakref
 
+import numpy
 import pytest
 import torch
 from conftest import kernels
@@ -10,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollouts import assert_returns, boundaries, window_ends, window_sums
 from test_properties import check_functions, check_transform, frame_bytes, streams, take
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.errors import InterpreterError
 
 from multistep_triton import gather_future, n_step_return
 from multistep_triton.functional import n_step_extend
-from multistep_triton.kernels import plan
+from multistep_triton.kernels import extend, plan
 from multistep_triton.kernels.extend import launch_gather_future
 from multistep_triton.kernels.plan import (
     TILE,
@@ -24,6 +28,7 @@ from multistep_triton.kernels.plan import (
     WIDEST,
     Leaf,
 )
+from multistep_triton.streams import KINDS, run_kernels
 
 GAMMA = 0.97
 DTYPES = [
@@ -405,3 +410,92 @@ def test_gather_future_takes_steps_of_any_strides(steps):
     expected = gather_future(value, spread, backend="reference")
     assert torch.equal(gather_future(value, spread), expected)
     assert torch.equal(gather_future(value, torch._neg_view(-spread)), expected)
+
+
+class Bounds(TorchDispatchMode):
+    """Checks, in the interpreter, that every address of a launch lies in a tensor that it was given or has made."""
+
+    def __init__(self):
+        super().__init__()
+        self.accesses = 0
+        self.regions = []
+
+    def add(self, *tensors):
+        for tensor in filter(torch.Tensor.numel, tensors):
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            self.regions.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.add(out)
+        return out
+
+    def check(self, pointers, mask):
+        begin = pointers.data[mask.data.astype(bool)].astype("uint64")
+        end = begin + pointers.get_element_ty().primitive_bitwidth // 8
+        inside = numpy.zeros(begin.shape, dtype=bool)
+        for low, high in self.regions:
+            inside |= (begin >= low) & (end <= high)
+        assert inside.all(), "an address is outside of all tensors"
+        self.accesses += len(begin)
+
+    def launching(self, launch):
+        def launch_in_bounds(*arguments, **options):
+            self.regions.clear()
+            self.add(*tree_leaves([each for each in arguments if each is not None]))
+            with self:
+                return launch(*arguments, **options)
+
+        return launch_in_bounds
+
+
+@pytest.fixture
+def bounds(monkeypatch):
+    """Compiled kernels are not checked."""
+    bounds = Bounds()
+    if not extend.INTERPRETED:
+        return bounds
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def checked_load(self, pointers, mask, *arguments):
+        bounds.check(pointers, mask)
+        return load(self, pointers, mask, *arguments)
+
+    def checked_store(self, pointers, value, mask, *arguments):
+        bounds.check(pointers, mask)
+        return store(self, pointers, value, mask, *arguments)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
+    for name in ("launch_n_step_extend", "launch_gather_future"):
+        monkeypatch.setattr(extend, name, bounds.launching(getattr(extend, name)))
+    return bounds
+
+
+@pytest.mark.parametrize("seed", range(2 * len(KINDS)))
+def test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory(bounds, seed):
+    result = run_kernels(seed, torch.empty(0).device)
+    assert result.difference is None
+    assert result.frames > 0
+    assert bounds.accesses > 0 or not extend.INTERPRETED
+
+
+def test_steps_that_leave_the_row_touch_no_other_memory(bounds):
+    steps = torch.tensor([[2, 9, 1], [-3, 2, 7]])
+    assert extend.launch_gather_future(torch.arange(6).view(2, 3), steps).tolist() == [[1, 2, 2], [3, 5, 5]]
+
+
+@pytest.mark.skipif(not extend.INTERPRETED, reason="addresses are checked in the interpreter")
+def test_an_access_outside_of_the_tensors_is_seen(bounds, monkeypatch):
+    run = extend._run
+
+    def run_one_row_more(plan, *arguments):
+        sizes, rows, *others = plan.scalars
+        run(plan._replace(scalars=(sizes, rows + 1, *others)), *arguments)
+
+    monkeypatch.setattr(extend, "_run", run_one_row_more)
+    with pytest.raises(InterpreterError, match="an address is outside of all tensors"):
+        extend.launch_gather_future(torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.int64))

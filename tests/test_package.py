@@ -5,6 +5,7 @@ import importlib
 import re
 from pathlib import Path
 
+import mutate
 import pytest
 
 import multistep_triton
@@ -33,6 +34,10 @@ def test_every_public_name_has_a_docstring():
 
 def test_versions_agree():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_mutation_alters_a_line_that_is_there():
+    assert all(mutate.line_number(mutation) > 0 for mutation in mutate.MUTATIONS)
 
 
 def test_reference_imports_torch_only():

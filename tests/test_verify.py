@@ -1,4 +1,4 @@
-"""The backend ``verify``: no false alarm, and every fault found at its place."""
+"""The backend ``verify``: every fault is found at its place; that there is no false alarm, see ``test_kernels``."""
 
 import pickle
 from contextlib import contextmanager
@@ -13,7 +13,6 @@ from rollouts import make_rollout, window_ends, window_sums
 from multistep_triton import EquivalenceError, MultiStep, MultiStepTransform, gather_future, n_step_return
 from multistep_triton.functional import Extension
 from multistep_triton.kernels import extend
-from multistep_triton.streams import KINDS, run_kernels
 from multistep_triton.verify import float64_returns
 
 GAMMA = 0.9
@@ -58,13 +57,6 @@ def found(rollout=None, **arguments):
     return caught.value
 
 
-@pytest.mark.parametrize("seed", range(2 * len(KINDS)))
-def test_kernels_that_are_right_are_not_reported(seed):
-    result = run_kernels(seed, torch.empty(0).device)
-    assert result.difference is None
-    assert result.frames > 0
-
-
 def test_what_comes_out_is_what_the_kernels_computed():
     rollout = make_rollout((2,), 24)
     ours, theirs = (MultiStepTransform(N_STEPS, GAMMA, backend=backend) for backend in ("verify", "triton"))
@@ -92,9 +84,9 @@ FAULTS = {
         ("action",),
         "('action',)",
     ),
-    "one step too many": (lambda out, at: out.steps[at].add_(1), "steps_to_next_obs", "steps"),
+    "one step too many": (lambda out, at: out.steps[at].add_(1), "steps_to_next_obs", "steps (steps_to_next_obs)"),
     "a boundary that is none": (lambda out, at: out.nonterminal[at].logical_not_(), "nonterminal", "nonterminal"),
-    "a discount of another length": (lambda out, at: out.discount[at].mul_(GAMMA), "gamma", "discount"),
+    "a discount of another length": (lambda out, at: out.discount[at].mul_(GAMMA), "gamma", "discount (gamma)"),
     "a NaN": (
         lambda out, at: out.returns[REWARD][at].fill_(torch.nan),
         REWARD,

@@ -1,0 +1,228 @@
+"""Would anything notice? Alters a line of the kernels at a time, in a copy, and runs their tests and the doctor there.
+
+Usage: ``python tests/mutate.py [--only TEXT] [--jobs N]``. Every line that decides a boundary, an index or a discount
+is altered in at least one way. Prints a table, and exits with 1 if the tests pass with any of them, or fail without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from multistep_triton.windows import layout
+
+ROOT = Path(__file__).parent.parent
+TESTS = ("tests/test_kernels.py", "tests/test_hand_computed.py")
+STREAMS = 48
+SECONDS = 600
+
+
+class Mutation(NamedTuple):
+    decides: str
+    file: str
+    line: str
+    altered: str
+
+
+MUTATIONS = (
+    # boundaries, and where windows end
+    Mutation("boundary: done", "window", "ends = load_flag(flags[0], row, here, live, stream) | ", "ends = "),
+    Mutation("boundary: last known frame", "window", " | (here + 1 >= known) | ", " | (here >= known) | "),
+    Mutation("end: n frames", "window", "(i + 1 >= n)", "(i >= n)"),
+    Mutation("boundary: padding", "window", "ends |= ~(valid & followed)", "ends |= ~followed"),
+    Mutation("boundary: before padding", "window", "ends |= ~(valid & followed)", "ends |= ~valid"),
+    Mutation("boundary: which frame follows", "window", "        followed = valid\n", "        followed = live\n"),
+    Mutation("boundary: trajectory", "window", "ends |= traj != following", "ends |= traj < following"),
+    Mutation("boundary: id before it", "window", "        following = traj\n", "        following = traj * 0\n"),
+    Mutation("flag of a frame", "window", "mask=live, other=0) != 0", "mask=live, other=0) == 0"),
+    Mutation("what is known", "window", "live &= here < known", "live &= here < known - 1"),
+    # lengths and returns
+    Mutation("steps at an end", "window", "steps = tl.where(ends, 1, steps + 1)",
+             "steps = tl.where(ends, 0, steps + 1)"),
+    Mutation("steps before it", "window", "steps = tl.where(ends, 1, steps + 1)", "steps = tl.where(ends, 1, steps)"),
+    Mutation("frame of a step", "window", "here = frame + i\n", "here = frame + i + 1\n"),
+    Mutation("return: discount", "window", "value + gamma * returns)", "value + returns)"),
+    Mutation("return: select", "window", "tl.where(ends[:, None], value, value + gamma * returns)",
+             "value + tl.where(ends[:, None], 0, gamma) * returns"),
+    Mutation("steps, unrolled", "window", "UNROLLED - 1 - j, tile", "UNROLLED - j, tile"),
+    Mutation("steps, in a loop", "window", "i = tl.cdiv(n, turn) * turn", "i = n // turn * turn"),
+    Mutation("steps of a turn", "window", "STEPS_PER_TURN if ENDS[1] < 0 else STEPS_PER_TURN // 2",
+             "STEPS_PER_TURN - 1"),
+    # discounts
+    Mutation("power: bits", "window", "(steps & 1) != 0", "(steps & 1) == 0"),
+    Mutation("power: square", "window", "        gamma = gamma * gamma\n", ""),
+    Mutation("power: shift", "window", "steps = steps >> 1", "steps = steps >> 2"),
+    Mutation("power: long windows", "extend", "5 if UNROLLED > 0 else 31", "5"),
+    Mutation("power: short windows", "extend", "5 if UNROLLED > 0 else 31", "3 if UNROLLED > 0 else 31"),
+    Mutation("discount: of steps", "extend", "power(gamma.reshape(1), steps, ", "power(gamma.reshape(1), steps - 1, "),
+    # what is written for windows
+    Mutation("nonterminal", "extend", "nonterminal = steps > 1", "nonterminal = steps >= 1"),
+    Mutation("nonterminal at n = 1, loop", "extend", "tl.maximum(n, 2)", "n"),
+    Mutation("nonterminal at n = 1", "extend", "2 if UNROLLED == 1 else UNROLLED", "UNROLLED"),
+    Mutation("steps at n = 1", "extend", "    steps = tl.minimum(steps, n)\n", ""),
+    Mutation("place of windows", "extend", "    place = row.to(tl.int64) * emitted + frame\n",
+             "    place = row.to(tl.int64) * (emitted - 1) + frame\n"),
+    Mutation("place of returns", "extend", "(row.to(tl.int64) * emitted + frame)[:, None] * D",
+             "(row.to(tl.int64) + frame * rows)[:, None] * D"),
+    Mutation("features of returns", "extend", "item = program % chunks * BLOCK_D", "item = program % chunks"),
+    # jobs
+    Mutation("job of a program: windows", "extend", "if program < (starts[j + 1] << 2 >> 4):",
+             "if program <= (starts[j + 1] << 2 >> 4):"),
+    Mutation("job of a program: returns", "extend", "first = starts[len(WINDOWS) + j] << 2 >> 4",
+             "first = starts[j] << 2 >> 4"),
+    Mutation("job of a program: rows", "extend", "first = starts[len(WINDOWS) + len(RETURNS) + j] << 2 >> 4",
+             "first = starts[len(WINDOWS) + j] << 2 >> 4"),
+    Mutation("leaf of a program", "extend", "which = local // each", "which = local % len(data)"),
+    Mutation("tile of a leaf", "extend", "                local % each, leaf", "                local, leaf"),
+    Mutation("address of a leaf", "extend", "value = tl.where(which == k, values[k], value)",
+             "value = tl.where(which >= k, values[0], value)"),
+    # the gather
+    Mutation("which frames are gathered", "gather", "early = live & (frame < emitted)", "early = live"),
+    Mutation("row that is gathered", "gather", "tl.where(early, length - 1, 0)", "tl.where(early, length, 0)"),
+    Mutation("steps beyond the row", "gather", "tl.minimum(tl.maximum(length, 1), known - frame)",
+             "tl.maximum(length, 1)"),
+    Mutation("steps below one", "gather", "tl.minimum(tl.maximum(length, 1), known - frame)",
+             "tl.minimum(length, known - frame)"),
+    Mutation("rows that come out", "gather", "tl.where(frame < emitted, to_out", "tl.where(frame <= emitted, to_out"),
+    Mutation("place of what comes out", "gather", "(row.to(tl.int64) * emitted + frame) * (D",
+             "(row.to(tl.int64) * known + frame) * (D"),
+    Mutation("place of what is held back", "gather", "(known - emitted) + (frame - emitted)",
+             "(known - emitted) + frame"),
+    Mutation("row of what is held back", "gather", "row.to(tl.int64) * (known - emitted)",
+             "row.to(tl.int64) * emitted"),
+    Mutation("frames of a tile, rows", "gather", "tile_frames(program // chunks, rows, known, ",
+             "tile_frames(program // chunks, rows, emitted, "),
+    Mutation("parts of a row", "gather", "item = program % chunks * BLOCK_D",
+             "item = program % chunks * (BLOCK_D - 1)"),
+    # where frames lie
+    Mutation("seam: which side", "stream", "return tl.where(frame < carried, old, new)",
+             "return tl.where(frame <= carried, old, new)"),
+    Mutation("seam: frame of the data", "stream", "(frame - carried).to(tl.int64) * (strides[0]",
+             "frame.to(tl.int64) * (strides[0]"),
+    Mutation("seam: frame of the carry", "stream", "(row.to(tl.int64) * carried + frame) * ROW_BYTES",
+             "(row.to(tl.int64) * carried + frame + 1) * ROW_BYTES"),
+    Mutation("batch index", "stream", "index = index // size", "index = index % size"),
+    Mutation("batch stride", "stream", "(strides[FIRST + d] << 2 >> 4)", "(strides[FIRST] << 2 >> 4)"),
+    Mutation("row of a place", "stream", "(begin // frames).to(tl.int32) + place // frames",
+             "(begin // frames).to(tl.int32)"),
+    Mutation("frame of a place", "stream", "place = (begin % frames).to(tl.int32) + ", "place = "),
+    Mutation("inside", "stream", "inside = row < rows\n", "inside = row < rows - 1\n"),
+    Mutation("row, time-major", "stream", "program // across * height + place % height",
+             "program // across + place % height"),
+    Mutation("frame, time-major", "stream", "program % across * length + place // height",
+             "program % across * height + place // height"),
+    Mutation("inside, time-major", "stream", "(place // height < length) & (row < rows)", "(row < rows)"),
+    Mutation("features that lie apart", "stream", "item % RUN + strided_offset(item // RUN",
+             "item + strided_offset(item // RUN"),
+    Mutation("features of the carry", "stream", "tl.where((frame < carried)[:, None], item[None, :], apart[None, :])",
+             "apart[None, :]"),
+    # what is launched
+    Mutation("frames held back", "plan", "held = min(n_steps, known) if hold else 0",
+             "held = min(n_steps - 1, known) if hold else 0"),
+    Mutation("dimensions that make one", "plan", "size * leaf.strides[dim] for leaf in leaves)",
+             "size * leaf.strides[dim] for leaf in leaves[:1])"),
+    Mutation("units of a row", "plan", "(WIDEST, leaf.misalignment, layout.run, *layout.strides)",
+             "(WIDEST, layout.run, *layout.strides)"),
+    Mutation("neighbours in memory", "plan", "layout.time_major, min(block_f", "not layout.time_major, min(block_f"),
+)  # fmt: skip
+
+
+def source(mutation: Mutation, root: Path = ROOT) -> Path:
+    return root / "kernels" / f"{mutation.file}.py"
+
+
+def line_number(mutation: Mutation) -> int:
+    """Where the altered text begins; it is there once."""
+    text = source(mutation).read_text()
+    if text.count(mutation.line) != 1:
+        raise ValueError(f"{mutation.line!r} must be in {source(mutation)} once, got {text.count(mutation.line)}")
+    return text[: text.index(mutation.line)].count("\n") + 1
+
+
+@contextmanager
+def altered_copy(mutation: Mutation | None) -> Iterator[Path]:
+    """A copy of what the tests need, as it is without a mutation."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("kernels", "multistep_triton", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if mutation:
+            path = source(mutation, copy)
+            path.write_text(path.read_text().replace(mutation.line, mutation.altered))
+        yield copy
+
+
+def run_python(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``python ARGUMENTS`` with the packages of a copy."""
+    environment = {**os.environ, "PYTHONPATH": str(copy), "HYPOTHESIS_PROFILE": "unshrunk"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
+
+
+def run_tests(copy: Path) -> str:
+    """What fails first; empty if nothing does."""
+    done = run_python(copy, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS)
+    if done.returncode == 0:
+        return ""
+    failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", done.stdout, re.MULTILINE)
+    return failed[1] if failed else f"exit status {done.returncode}"
+
+
+def run_doctor(copy: Path) -> str:
+    """After how many streams the doctor stops; empty if it finds nothing."""
+    done = run_python(copy, "-m", "multistep_triton", "doctor", "--json", "--streams", str(STREAMS))
+    if done.returncode == 0:
+        return ""
+    kernels = json.loads(done.stdout)["equivalence"][0] if done.stdout else {}
+    return f"stream {kernels['streams']}" if kernels.get("difference") else f"exit status {done.returncode}"
+
+
+def notice(mutation: Mutation | None) -> list[str]:
+    """What notices a mutation, of the tests and of the doctor."""
+    noticed = []
+    with altered_copy(mutation) as copy:
+        for run in (run_tests, run_doctor):
+            try:
+                noticed.append(run(copy))
+            except subprocess.TimeoutExpired:
+                noticed.append(f"still running after {SECONDS} s")
+    return noticed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="TEXT", default="", help="those whose description contains this")
+    parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count(), help="at the same time")
+    options = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.decides]
+    places = [f"{source(mutation).name}:{line_number(mutation)}" for mutation in chosen]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        unaltered, *noticed = tqdm(pool.map(notice, [None, *chosen]), total=len(chosen) + 1, disable=None)
+    rows = [
+        [place, mutation.decides, tests or "NOTHING", doctor or "nothing"]
+        for place, mutation, (tests, doctor) in zip(places, chosen, noticed, strict=True)
+    ]
+    print(layout(["line", "decides", "test that fails", f"doctor, {STREAMS} streams"], rows))
+    by_tests, by_doctor = (sum(map(bool, column)) for column in zip(*noticed, strict=True))
+    print(f"{len(chosen)} mutations; the tests notice {by_tests}, the doctor {by_doctor}")
+    print("without a mutation " + ("all is well" if not any(unaltered) else f"there is trouble: {unaltered}"))
+    return 0 if by_tests == len(chosen) and not any(unaltered) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
