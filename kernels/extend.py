@@ -31,8 +31,8 @@ def _write_windows(
 ):  # fmt: skip
     tile = tile_frames(program, rows, emitted, TIME_MAJOR, LENGTH, BLOCK_F)
     row, frame, live = tile
-    # One frame ahead, whatever n, tells where a trajectory goes on.
-    steps = window_steps(tile, stream, flags, tl.maximum(n, 2), 2 if UNROLLED == 1 else UNROLLED, ENDS)
+    # One frame ahead, even if n is 1, tells where a trajectory goes on.
+    steps = window_steps(tile, stream, flags, n, 2 if UNROLLED == 1 else UNROLLED, ENDS)
     nonterminal = steps > 1
     steps = tl.minimum(steps, n)
     place = row.to(tl.int64) * emitted + frame

@@ -362,7 +362,7 @@ def test_rewards_of_every_dtype(dtype, n_steps):
     check(carry, data, n_steps)
 
 
-@pytest.mark.parametrize("features", [(), (1,), (3,), (2, 5), (TILE + 1,), (0,)], ids=str)
+@pytest.mark.parametrize("features", [(), (1,), (3,), (2, 5), (2 * TILE + 1,), (0,)], ids=str)
 def test_rewards_of_every_width_and_several_keys(features):
     data, carry = rollout((2,), 9), rollout((2,), 3, seed=1)
     for leaves, frames in ((data, 9), (carry, 3)):
