@@ -20,7 +20,7 @@ from torch import Tensor
 from multistep_triton.kernels.gather import copy_rows
 from multistep_triton.kernels.plan import WIDEST, Plan, plan_extend, plan_gather
 from multistep_triton.kernels.stream import TYPES, coded, tile_frames
-from multistep_triton.kernels.window import power, round_to_bfloat16, window, window_steps
+from multistep_triton.kernels.window import bfloat16_bits, power, window, window_steps
 
 
 @triton.jit
@@ -60,10 +60,12 @@ def _write_returns(
         tile, stream, flags, source, item, n, gamma, UNROLLED, ENDS, TYPE, SUM, ITEM_BYTES, D, RUN
     )  # fmt: skip
     place = (row.to(tl.int64) * emitted + frame)[:, None] * D + item[None, :]
-    pointer = (returns_ptr << 2 >> 4).to(tl.pointer_type(TYPES[RETURN])) + place
+    mask = live[:, None] & (item < D)[None, :]
     if TYPES[RETURN] == tl.bfloat16:
-        returns = round_to_bfloat16(returns)
-    tl.store(pointer, returns.to(TYPES[RETURN]), mask=live[:, None] & (item < D)[None, :])
+        tl.store((returns_ptr << 2 >> 4).to(tl.pointer_type(tl.int16)) + place, bfloat16_bits(returns), mask=mask)
+    else:
+        pointer = (returns_ptr << 2 >> 4).to(tl.pointer_type(TYPES[RETURN])) + place
+        tl.store(pointer, returns.to(TYPES[RETURN]), mask=mask)
 
 
 @triton.jit

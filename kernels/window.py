@@ -20,6 +20,16 @@ def load_flag(source, row, frame, live, stream):
 
 
 @triton.jit
+def load_reward(pointers, mask):
+    """What lies there; bfloat16 as float32, by its bits, as the interpreter cannot convert subnormals."""
+    if pointers.dtype.element_ty == tl.bfloat16:
+        bits = tl.load(pointers.to(tl.pointer_type(tl.int16), bitcast=True), mask=mask, other=0)
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return tl.load(pointers, mask=mask, other=0)
+
+
+@triton.jit
 def step_back(
     steps, returns, valid, traj, i, tile, stream, flags, reward, item, n, gamma,
     ENDS: tl.constexpr, TYPE: tl.constexpr, ITEM_BYTES: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr,
@@ -48,7 +58,7 @@ def step_back(
     steps = tl.where(ends, 1, steps + 1)
     if TYPE is not None:
         pointers = item_pointers(reward, row, here, item, stream, TYPE, ITEM_BYTES, 1, D, RUN)
-        value = tl.load(pointers, mask=live[:, None] & (item < D)[None, :], other=0).to(returns.dtype)
+        value = load_reward(pointers, live[:, None] & (item < D)[None, :]).to(returns.dtype)
         returns = tl.where(ends[:, None], value, value + gamma * returns)
     return steps, returns, valid, traj
 
@@ -106,8 +116,8 @@ def power(gamma, steps, BITS: tl.constexpr):
 
 
 @triton.jit
-def round_to_bfloat16(value):
-    """The nearest float32 that bfloat16 holds, ties to even; the interpreter's conversion cuts the rest off."""
+def bfloat16_bits(value):
+    """The nearest bfloat16 of a float32, ties to even, as int16; the interpreter's conversion cuts the rest off."""
     bits = value.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+    return (tl.where(value == value, rounded, bits | 0x400000) >> 16).to(tl.int16)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for add in (_add_demo, _add_doctor, _add_explain):
         add(commands)
     options = parser.parse_args(arguments)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as with "| head"; Python would say so once more when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return status
 
 
@@ -93,8 +99,11 @@ def _demo(parser: _Parser, options: argparse.Namespace) -> int:
             f"argument --capacity: must be at least {smallest}, the frames of one chunk "
             f"({demo.ENVIRONMENTS} environments * {options.frames_per_chunk}), got {options.capacity}"
         )
-    if options.save and not options.save.parent.is_dir():
-        parser.error(f"argument --save: must be in a folder that is there, got {options.save}")
+    if options.save:
+        try:
+            options.save.open("wb").close()
+        except OSError as error:
+            parser.error(f"argument --save: must be a file that can be written, got {error}")
     print(f"backend: {backend} (asked for: {options.backend})")
     status: int = demo.run(
         n_steps=options.n_steps,
@@ -139,23 +148,27 @@ def _add_explain(commands: Any) -> None:
     )
     parser.set_defaults(run=partial(_explain, parser))
     parser.add_argument("file", metavar="FILE", type=Path, help="a tensordict, saved with torch.save")
-    parser.add_argument("--env", metavar="I", type=int, nargs="*", default=[], help="the row: one index for each of *B")
+    text = "the row: an index for each dimension of *B, as in 0 or 3,1"
+    parser.add_argument("--env", metavar="I,..", type=_indices, default=[], help=text)
     parser.add_argument("--t", metavar="T", type=int, required=True, help="the frame, from 0 on")
     parser.add_argument("--agent", metavar="I", type=int, help="which one, where each has a done flag")
     _add_n_steps_and_gamma(parser)
     key = partial(parser.add_argument, metavar="KEY", type=_key)
-    key("--reward-keys", nargs="+", default="reward", help=f'rewards, under "next"{DEFAULT}')
+    keys = partial(parser.add_argument, metavar="KEY,..", type=_keys)
+    keys("--reward-keys", default="reward", help=f'rewards, under "next"{DEFAULT}')
     key("--done-key", default="done", help=f'the flag under "next" that ends trajectories{DEFAULT}')
-    key("--done-keys", nargs="+", help='flags under "next" (default: done truncated terminated)')
+    keys("--done-keys", help='flags under "next" (default: done,truncated,terminated)')
     key("--mask-key", default="mask", help=f"the entry that is False where a frame is padding{DEFAULT}")
     key("--traj-key", help="the entry of trajectory ids")
-    parser.add_argument("--plot", metavar="PNG", type=Path, help="draw the row's windows around it into this file")
+    parser.add_argument("--plot", metavar="PNG", type=Path, help="draw the windows around it, and the first reward")
 
 
 def _explain(parser: _Parser, options: argparse.Namespace) -> int:
     from multistep_triton import explain
     from multistep_triton.postproc import MultiStep
 
+    if options.plot and not options.plot.suffix:
+        parser.error(f"argument --plot: must end in .png or another picture's suffix, got {options.plot}")
     try:
         multistep = MultiStep(
             options.gamma,
@@ -170,13 +183,20 @@ def _explain(parser: _Parser, options: argparse.Namespace) -> int:
         windows = explain.find_windows(explain.load_rollout(options.file), options.env, options.agent, multistep)
         explain.check_index("t", options.t, len(windows.steps))
         title = f"{options.file.name}{windows.where}: n_steps = {options.n_steps}, gamma = {options.gamma:g}"
+        text = windows.explain(options.t)
         if options.plot:
             _import(parser, "plot", "debug").draw_windows(windows, options.t, title).savefig(options.plot, dpi=120)
     except (KeyError, OSError, TypeError, ValueError) as error:
         # str() of a KeyError is the repr of its message.
-        parser.error(" ".join(str(error.args[0] if isinstance(error, KeyError) else error).split()))
-    print(f"{title}\n{windows.explain(options.t)}")
+        parser.error(_one_line(error.args[0] if isinstance(error, KeyError) else error))
+    except Exception as error:  # a file may hold anything
+        parser.error(f"{options.file} cannot be explained: {type(error).__name__}: {_one_line(error)}")
+    print(f"{title}\n{text}")
     return 0
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
 
 
 def _import(parser: _Parser, module: str, extra: str) -> Any:
@@ -224,6 +244,17 @@ def _check_seed(value: int) -> int:
     if not isinstance(value, int) or not 0 <= value <= MAX_SEED:
         raise ValueError(f"seed must be an int in [0, {MAX_SEED}], got {value!r}")
     return value
+
+
+def _indices(text: str) -> list[int]:
+    try:
+        return [int(index) for index in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be one index or several, as in 3,1, got {text!r}") from None
+
+
+def _keys(text: str) -> list[str | tuple[str, ...]]:
+    return [_key(each) for each in text.split(",")]
 
 
 def _key(text: str) -> str | tuple[str, ...]:

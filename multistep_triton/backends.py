@@ -33,14 +33,21 @@ class Choice(NamedTuple):
     """How loudly to say so."""
 
 
+_ON_CPU = Choice("reference", "the tensors are on the CPU, where it is the fast one")
+_ON_ACCELERATOR = Choice("triton", "the tensors are where Triton runs")
+_told: set[Choice] = set()
+
+
 def check_backend(value: str, name: str = "backend") -> str:
     return check_choice(name, value, BACKENDS)
 
 
 def resolve_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[Tensor] = ()) -> str:
-    """The backend that :func:`choose_backend` chooses; the logger is told when it is a new one."""
+    """The backend that :func:`choose_backend` chooses; the logger is told, once."""
     choice = choose_backend(backend, tensors, rewards)
-    _tell(choice)
+    if choice not in _told and _logger.isEnabledFor(choice.level):
+        _told.add(choice)
+        _logger.log(choice.level, "backend %r runs: %s", choice.backend, choice.why)
     return choice.backend
 
 
@@ -55,25 +62,26 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
         RuntimeError: ``"triton"``, which ``"verify"`` needs as well, cannot run.
     """
     check_backend(backend)
-    why = f"backend={backend!r} asks for it"
+    asker = f"backend={backend!r}"
     if backend == "auto" and (variable := os.environ.get(BACKEND_VARIABLE)):
-        backend = check_backend(variable, f"environment variable {BACKEND_VARIABLE}")
-        why = f"the environment variable {BACKEND_VARIABLE} asks for it"
+        asker = f"the environment variable {BACKEND_VARIABLE}"
+        backend = check_backend(variable, asker.removeprefix("the "))
     if backend == "reference":
-        return Choice(backend, why)
+        return _asked_for(backend, asker)
     if backend == "auto" and all(tensor.is_cpu for tensor in tensors):
-        return Choice("reference", "the tensors are on the CPU, where it is the fast one")
+        return _ON_CPU
     obstacle = _obstacle(tensors, rewards)
     if obstacle is None:
-        return Choice("triton", "the tensors are where Triton runs") if backend == "auto" else Choice(backend, why)
+        return _asked_for(backend, asker) if backend != "auto" else _ON_ACCELERATOR
     if backend == "auto":
         return Choice("reference", f"the kernels cannot run: {obstacle}", logging.WARNING)
-    raise RuntimeError(f"backend {backend!r} cannot run: {obstacle}, or use backend='reference'")
+    otherwise = "use backend='reference'" if asker.startswith("backend") else f"unset {BACKEND_VARIABLE}"
+    raise RuntimeError(f"backend {backend!r} cannot run: {obstacle}, or {otherwise}")
 
 
 @functools.cache
-def _tell(choice: Choice) -> None:
-    _logger.log(choice.level, "backend %r runs: %s", choice.backend, choice.why)
+def _asked_for(backend: str, asker: str) -> Choice:
+    return Choice(backend, f"{asker} asks for it")
 
 
 def _obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str | None:

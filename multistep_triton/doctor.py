@@ -73,8 +73,18 @@ def run(*, streams: int, seed: int, as_json: bool) -> int:
     for each in found:
         if each["difference"]:
             print(f"\n{each['compared']}, {each['device']}: {each['difference']}")
-    print("\nall that was compared is equal" if report["ok"] else "\nNOT equal, or auto cannot run: see above")
+    print(f"\n{_verdict(report)}")
     return 0 if report["ok"] else 1
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    results = [each["result"] for each in report["equivalence"]]
+    said = ["NOT EQUAL, see above" if "different" in results else "all that was compared is equal"]
+    if "skipped" in results:
+        said.append(f"{results.count('skipped')} of {len(results)} comparisons cannot run here")
+    if any(each["backend"] == "auto" and not each["runs"] for each in report["backends"]):
+        said.append("auto CANNOT RUN, see above")
+    return "; ".join(said)
 
 
 def _accelerators() -> list[torch.device]:

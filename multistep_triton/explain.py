@@ -7,7 +7,6 @@ Owns the reading of the file and what is said; the windows are those of ``MultiS
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -90,15 +89,15 @@ class Windows:
                 number(reward) if i == 0 else f"{number(self.gamma**i)} * {number(reward)}"
                 for i, reward in enumerate(rewards[t : end + 1])
             ]
-            total = math.fsum(self.gamma**i * reward for i, reward in enumerate(rewards[t : end + 1]))
+            total = sum(self.gamma**i * reward for i, reward in enumerate(rewards[t : end + 1]))
             stored = number(self.returns[name][t], 7)
-            lines.append(f"{name} = {' + '.join(shortened(terms, '...'))} = {number(total, 7)} (stored as {stored})")
+            lines.append(f"{name} = {' + '.join(shortened(terms))} = {number(total, 7)} (stored as {stored})")
         lines += [
             f"steps_to_next_obs = {steps}",
             f"gamma = {number(self.gamma)} ** {steps} = {number(self.discounts[t], 7)}",
             f"nonterminal = {self.nonterminal[t]}"
             + ("" if self.nonterminal[t] else f": t = {t} is {self.row.boundary(t) or 'the last known frame'}"),
-            f"next entries are those of t = {end}: {', '.join(self.gathered) or 'there are none'}",
+            f"next entries are those of t = {end}: {', '.join(self.gathered) or 'none'}",
         ]
         for name, flags in self.done_keys.items():
             lines.append(f'{name} = {flags[t]} with done_at="start", {flags[end]} with done_at="end"')
@@ -120,7 +119,9 @@ def load_rollout(path: Path) -> TensorDictBase:
             data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler makes of a file that is something else
         if others := [name for name in found if name not in _CLASSES]:
-            raise ValueError(f"{rule}, with {', '.join(others)} in it") from error
+            raise ValueError(
+                f"{rule}, with {', '.join(others)} in it: save rollout.to_tensordict().clone(), plain tensors, instead"
+            ) from error
         raise ValueError(f"{rule}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     if not isinstance(data, TensorDictBase):
         raise ValueError(f"{rule}, a {type(data).__name__}")
@@ -140,6 +141,8 @@ def find_windows(data: TensorDictBase, env: Sequence[int], agent: int | None, mu
         KeyError, TypeError, ValueError: the data is no rollout, or an index is not one of it.
     """
     *batch, count = data.batch_size or [0]
+    if not count:
+        raise ValueError(f"the rollout must hold frames, [*B, T], got batch size {list(data.batch_size)}")
     if len(env) != len(batch):
         raise ValueError(f"env must be one index for each dimension of *B = {batch}, got {[*env]}")
     for index, size in zip(env, batch, strict=True):
@@ -152,7 +155,8 @@ def find_windows(data: TensorDictBase, env: Sequence[int], agent: int | None, mu
     agents = check_entries(frames, roles)
     if (agent is None) != (not agents):
         rule = "one of those that have a done flag each" if agents else "left out, as one done flag is for all"
-        raise ValueError(f"agent must be {rule}, got {agent}")
+        got = f"{agent} (done {list(leaves[roles.done].shape)}, batch size {list(frames.batch_size)} = [T])"
+        raise ValueError(f"agent must be {rule}, got {got}")
     if agent is not None:
         check_index("agent", agent, agents.numel())
     of_windows = agent_paths(leaves, roles, frames.batch_size, agents) if agents else leaves
@@ -170,14 +174,17 @@ def find_windows(data: TensorDictBase, env: Sequence[int], agent: int | None, mu
         return row(out[path])[:, 0].tolist()
 
     rewards = [path for path in roles.rewards if path in of_windows]
-    dones = [roles.done, *(path for path in of_windows if path in roles.kept.difference(roles.rewards, [roles.done]))]
-    marks = [leaves.get(path) if path else None for path in (roles.mask, roles.traj)]
+    dones = [roles.done]
+    for path in of_windows:
+        if path in roles.kept and path not in (roles.done, *rewards) and row(leaves[path]).shape[1] == 1:
+            dones.append(path)
+    mask, traj = (leaves.get(path) if path else None for path in (roles.mask, roles.traj))
     where = [f"env {', '.join(map(str, env))}"] * bool(env) + [f"agent {agent}"] * (agent is not None)
     return Windows(
         where="".join(f", {each}" for each in where),
         n_steps=multistep.n_steps,
         gamma=multistep.gamma,
-        row=Row.read(row(leaves[roles.done]), *marks),
+        row=Row.read(row(leaves[roles.done]), mask, traj, _name(roles.done)),
         steps=window(WINDOW_PATHS[0]),
         discounts=window(WINDOW_PATHS[1]),
         nonterminal=window(WINDOW_PATHS[2]),
@@ -188,10 +195,9 @@ def find_windows(data: TensorDictBase, env: Sequence[int], agent: int | None, mu
     )
 
 
-def check_index(name: str, index: int, size: int) -> int:
+def check_index(name: str, index: int, size: int) -> None:
     if not 0 <= index < size:
         raise ValueError(f"{name} must be an int in 0 .. {size - 1}, got {index}")
-    return index
 
 
 def _cell(values: Sequence[float | bool], t: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
@@ -34,7 +35,8 @@ class Kind:
     """How many have a done flag each; 0 for one flag for all."""
     mask: bool = False
     traj: torch.dtype | None = None
-    time_major: bool = False
+    layout: str = "contiguous"
+    """Or ``"time-major"``, or ``"channels-last"``: the last dimension of an entry lies outside of its others."""
     done_at: str = "start"
     match_reward_shape: bool = False
 
@@ -50,12 +52,14 @@ KINDS = (
     *TORCHRL_KINDS,
     Kind(5, rewards=(torch.float64,), features=()),
     Kind(3, rewards=(torch.float16, torch.bfloat16, torch.int64), features=(2,)),
-    Kind(2, observation=(4, 5, 6), dtype=torch.uint8, time_major=True),
-    Kind(3, observation=(64,), dtype=torch.bfloat16, time_major=True),
+    Kind(2, observation=(4, 5, 6), dtype=torch.uint8, layout="time-major"),
+    Kind(3, observation=(64,), dtype=torch.bfloat16, layout="time-major"),
+    Kind(2, observation=(4, 5, 6), dtype=torch.float16, layout="channels-last"),
+    Kind(3, observation=(9001,), dtype=torch.uint8, features=(1100,)),
     Kind(4, mask=True),
     Kind(12, mask=True, features=()),
     Kind(3, traj=torch.int64),
-    Kind(9, traj=torch.int32, mask=True, time_major=True),
+    Kind(9, traj=torch.int32, mask=True, layout="time-major"),
     Kind(3, agents=3),
     Kind(10, agents=2, mask=True, done_at="end"),
     Kind(3, done_at="end", match_reward_shape=True),
@@ -77,8 +81,13 @@ class Stream:
     def __init__(self, seed: int, kinds: tuple[Kind, ...], *, torchrl: bool = False) -> None:
         chance = random.Random(seed)
         self.kind = kinds[seed % len(kinds)]
-        self.batch = chance.choice([(), (1,), (5,), (2, 3), (40,)])
-        self.cuts = [chance.choice([1, 2, 9, chance.randint(3, 30)]) for _ in range(chance.randint(1, 4))]
+        # Wide rows are many tiles, each of which takes the interpreter milliseconds.
+        wide = torch.Size(self.kind.observation).numel() > 1000
+        self.batch = chance.choice([(), (1,)] if wide else [(), (1,), (5,), (2, 3), (40,)])
+        longest = 3 if wide else 30
+        self.cuts = [
+            chance.choice([1, 2, 9 % longest, chance.randint(3, longest)]) for _ in range(chance.randint(1, 4))
+        ]
         self.gamma = chance.choice([0.0, 0.5, 0.99, 1.0, chance.random()])
         self.p_done = chance.choice([0.0, 0.1, 0.5])
         self.torchrl = torchrl
@@ -127,8 +136,10 @@ class Stream:
         for key, value in entries.items():
             data[key] = TensorDict(batch_size=shape).update(value) if isinstance(value, dict) else value
         time = len(shape) - 1
-        if self.kind.time_major:
-            data = data.apply(lambda leaf: leaf.movedim(time, 0).contiguous().movedim(0, time))
+        if self.kind.layout == "time-major":
+            return data.apply(lambda leaf: leaf.movedim(time, 0).contiguous().movedim(0, time))
+        if self.kind.layout == "channels-last":
+            return data.apply(lambda leaf: leaf.movedim(-1, time + 1).contiguous().movedim(time + 1, -1))
         return data
 
     def _flags(self, shape: tuple[int, ...], p: float) -> Tensor:
@@ -143,9 +154,12 @@ class Stream:
         rewards = torch.randn(shape, generator=self._generator)
         if self.torchrl:
             return rewards.abs()
-        if dtype.is_floating_point:
-            return rewards.where(self._flags(shape, 0.98), torch.nan).to(dtype)
-        return (rewards * 10).to(dtype)
+        if not dtype.is_floating_point:
+            return (rewards * 10).to(dtype)
+        small = torch.finfo(dtype).tiny
+        for p, value in ((0.05, rewards * small), (0.01, torch.inf), (0.01, -torch.inf), (0.02, torch.nan)):
+            rewards = torch.where(self._flags(shape, p), value, rewards)
+        return rewards.to(dtype)
 
 
 def run_kernels(seed: int, device: torch.device) -> Result:
@@ -154,10 +168,11 @@ def run_kernels(seed: int, device: torch.device) -> Result:
     transform = stream.transform("verify")
     frames = 0
     try:
-        for rollout in stream.rollouts(device):
-            out = transform.inv(rollout)
-            frames += 0 if out is None else out.numel()
-        out = transform.flush()
+        with numpy.errstate(all="ignore"):  # the interpreter sums with numpy, which warns of infinities
+            for rollout in stream.rollouts(device):
+                out = transform.inv(rollout)
+                frames += 0 if out is None else out.numel()
+            out = transform.flush()
         return Result(frames + (0 if out is None else out.numel()))
     except Exception as error:  # kernels that are wrong can fail in any way
         return Result(frames, f"stream {seed}, {stream.kind}: {error}")
@@ -166,6 +181,18 @@ def run_kernels(seed: int, device: torch.device) -> Result:
 def run_torchrl(seed: int, device: torch.device) -> Result:
     """Stream ``seed`` on the reference and on torchrl's transform."""
     stream = Stream(seed, TORCHRL_KINDS, torchrl=True)
+    frames = 0
+    try:
+        for frames, difference in _beside_torchrl(stream, device):
+            if difference:
+                return Result(frames, f"stream {seed}, {stream.kind}, {difference}")
+    except Exception as error:  # another version of torchrl, or a device that it does not run on
+        return Result(frames, f"stream {seed}, {stream.kind}: {type(error).__name__}: {error}")
+    return Result(frames)
+
+
+def _beside_torchrl(stream: Stream, device: torch.device) -> Iterator[Result]:
+    """What came of the stream so far, after every call."""
     ours = stream.transform("reference")
     theirs = TorchRLMultiStepTransform(
         ours.n_steps, ours.gamma, reward_keys=ours.reward_keys, done_key=ours.done_key, done_keys=ours.done_keys
@@ -173,12 +200,11 @@ def run_torchrl(seed: int, device: torch.device) -> Result:
     frames = 0
     for call, rollout in enumerate(stream.rollouts(device)):
         got, expected = ours.inv(rollout), theirs.inv(rollout)
-        if got is None and expected is None:
-            continue
-        where = f"stream {seed}, {stream.kind}, call {call}"
         if got is None or expected is None:
-            return Result(frames, f"{where}: {'torchrl' if got is None else 'the reference'} alone returned frames")
-        if difference := find_difference(got, expected, ours.n_steps):
-            return Result(frames, f"{where}, {difference.what}, frame {difference.frame}: {difference.values}")
-        frames += got.numel()
-    return Result(frames)
+            alone = "torchrl" if got is None else "the reference"
+            yield Result(frames, None if got is expected else f"call {call}: {alone} alone returned frames")
+        elif difference := find_difference(got, expected, ours.n_steps):
+            yield Result(frames, f"call {call}, {difference.what}, frame {difference.frame}: {difference.values}")
+        else:
+            frames += got.numel()
+            yield Result(frames)

@@ -1,11 +1,12 @@
 """The backend ``verify``: the kernels and the reference on every call, and what is said where they differ.
 
-Owns the comparison and its tolerance. May import ``reference``, ``windows`` and, where they run, the kernels.
+Owns the comparison. May import ``reference``, ``rounding``, ``windows`` and, where they run, the kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from multistep_triton import reference
+from multistep_triton.rounding import float64_returns
 from multistep_triton.windows import Row, number
 
 COPIED = "what is copied is equal, bit for bit"
@@ -27,7 +29,8 @@ class EquivalenceError(RuntimeError):
     Attributes:
         key: the leaf's key, or ``"steps_to_next_obs"``, ``"nonterminal"`` or ``"gamma"``, the discount.
         what: which tensor of that key: the n-step return of a reward, the leaf itself, or the leaf held back.
-        frame: indices ``(*b, t)`` of the first frame that differs, in that tensor.
+        frame: indices ``(*b, t)`` of the first frame that differs, in that tensor; with a done flag per agent,
+            ``(*b, agent, t)``.
         kernels, reference: the two values of the first element that differs there.
         tolerance: how far apart they may be; 0 where they must be equal.
     """
@@ -74,7 +77,10 @@ def n_step_extend_verified(
     from multistep_triton.kernels import extend
 
     expected = reference.n_step_extend_reference(carry, data, **arguments)
+    before = [{key: leaf.clone() for key, leaf in leaves.items()} for leaves in (carry or {}, data)]
     got = extend.launch_n_step_extend(carry, data, **arguments)
+    _check_unchanged(carry or {}, before[0], "frames held back")
+    _check_unchanged(data, before[1], "data")
     call = _Call(carry, data, got[2], expected[2], **arguments)
     _check(call.outputs(got, expected), expected[2].ndim, call.window)
     return got
@@ -94,31 +100,23 @@ def gather_future_verified(value: Tensor, steps: Tensor) -> Tensor:
     return got
 
 
+@dataclass
 class _Call:
     """The arguments of one call and the steps that came of it; its stream is the frames of carry and data."""
 
-    def __init__(
-        self,
-        carry: Mapping[Any, Tensor] | None,
-        data: Mapping[Any, Tensor],
-        got_steps: Tensor,
-        steps: Tensor,
-        *,
-        time_dim: int,
-        reward_keys: Collection[Hashable],
-        gathered_keys: Collection[Hashable],
-        done_key: Hashable,
-        mask_key: Hashable | None,
-        traj_key: Hashable | None,
-        n_steps: int,
-        gamma: float,
-        hold: bool,
-    ) -> None:
-        self.carry, self.data, self.got_steps, self.steps = carry, data, got_steps, steps
-        self.time_dim, self.n_steps, self.gamma = time_dim, n_steps, gamma
-        self.reward_keys, self.gathered_keys = reward_keys, gathered_keys
-        self.done_key, self.mask_key, self.traj_key = done_key, mask_key, traj_key
-        self.carried = carry[done_key].shape[time_dim] if carry else 0
+    carry: Mapping[Any, Tensor] | None
+    data: Mapping[Any, Tensor]
+    got_steps: Tensor
+    steps: Tensor
+    time_dim: int
+    reward_keys: Collection[Hashable]
+    gathered_keys: Collection[Hashable]
+    done_key: Hashable
+    mask_key: Hashable | None
+    traj_key: Hashable | None
+    n_steps: int
+    gamma: float
+    hold: bool
 
     def stream(self, key: Hashable) -> Tensor:
         leaf = self.data[key]
@@ -147,8 +145,8 @@ class _Call:
     def window(self, output: _Output, frame: tuple[int, ...], item: int) -> str:
         """The window of a frame ``(*b, t)`` of an output, and the frame after it, as a table."""
         at, begin = frame[:-1], frame[-1] + output.first
-        marks = [None if key is None else self.stream(key)[at] for key in (self.mask_key, self.traj_key)]
-        row = Row.read(self.stream(self.done_key)[at], *marks)
+        mask, traj = (None if key is None else self.stream(key)[at] for key in (self.mask_key, self.traj_key))
+        row = Row.read(self.stream(self.done_key)[at], mask, traj)
         steps, got_steps = self.steps[at].tolist(), self.got_steps[at].tolist()
         notes: dict[int, list[str]] = {begin: ["this frame"]}
         last = begin
@@ -160,9 +158,10 @@ class _Call:
             if got_end != end:
                 notes.setdefault(got_end, []).append("the kernels end it")
 
-        columns: dict[str, Callable[[int], str]] = {
-            "frame": lambda t: f"held back [{t}]" if t < self.carried else f"data [{t - self.carried}]"
-        }
+        columns: dict[str, Callable[[int], str]] = {}
+        if self.carry:
+            carried = self.carry[self.done_key].shape[self.time_dim]
+            columns["frame"] = lambda t: f"held back [{t}]" if t < carried else f"data [{t - carried}]"
         for key in self.reward_keys:
             rewards = _items(self.stream(key)[at], 1)
             of = item if key == output.key and item < rewards.shape[1] else 0
@@ -171,36 +170,6 @@ class _Call:
         columns["steps (kernels)"] = lambda t: str(got_steps[t]) if t < len(steps) else "-"
         table = row.table(begin, min(last + 1, len(row.done) - 1), columns, notes)
         return f"  its window, n_steps = {self.n_steps}, t = 0 the first frame that this call returned:\n{table}"
-
-
-def float64_returns(stream: Tensor, steps: Tensor, gamma: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The n-step returns of ``stream`` ``[*B, S, *F]`` in float64, ``[*B, E, *F]``, and a bound of the error.
-
-    Back from the window's end, ``R = r(t + i) + gamma * R``. In a precision of unit roundoff ``u``, gamma and the
-    product are each off by ``u gamma |R|``, the sum by ``u |r + gamma R|``, and what was off before counts gamma
-    times. What is accumulated is then rounded to ``dtype``.
-
-    Source: running error analysis, N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.3.
-    """
-    time_dim, frames = steps.ndim - 1, steps.shape[-1]
-    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
-    unit, tiny = torch.finfo(accumulated).eps / 2, torch.finfo(accumulated).tiny
-    longest = int(steps.max()) if steps.numel() else 0
-    rewards = stream.to(accumulated).double()
-    beyond = rewards.new_zeros((*rewards.shape[:time_dim], longest, *rewards.shape[time_dim + 1 :]))
-    rewards = torch.cat((rewards, beyond), time_dim)
-    lengths = steps[(..., *[None] * (rewards.ndim - steps.ndim))]
-    total = error = torch.zeros_like(rewards.narrow(time_dim, 0, frames))
-    for i in reversed(range(longest)):
-        future = gamma * total
-        here = rewards.narrow(time_dim, i, frames) + future
-        rounded = gamma * error + unit * (2 * future.abs() + here.abs()) + tiny
-        error = torch.where(lengths > i + 1, rounded, 0.0)
-        total = torch.where(lengths > i, here, 0.0)
-    if dtype != accumulated:
-        unit, tiny = torch.finfo(dtype).eps / 2, torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-        error = error + unit * (total.abs() + error) + tiny
-    return total, error
 
 
 def _check(outputs: Iterable[_Output], dims: int, window: Callable[[_Output, tuple[int, ...], int], str]) -> None:
@@ -228,10 +197,11 @@ def _check(outputs: Iterable[_Output], dims: int, window: Callable[[_Output, tup
         values = [f"{number(each)}, in bytes {_bytes(each).tolist()}" for each in (got, expected)]
     tolerance = 0.0 if output.tolerance is None else float(_items(output.tolerance, dims)[at])
     batch = f"batch index {tuple(frame[:-1])}, " if dims > 1 else ""
-    element = f", element {item} of {different.shape[-1]}" if different.shape[-1] > 1 else ""
+    element = f", element [{item}] of {different.shape[-1]}" if different.shape[-1] > 1 else ""
+    below = f" of those held back, t = {output.first + frame[-1]} below" if output.first else ""
     lines = [
         f"the kernels and the reference differ at {output.what}, frame {tuple(frame)}: {values[0]} and {values[1]}",
-        f"  frame      {batch}t = {frame[-1]}{element}; {_count(different)}",
+        f"  frame      {batch}t = {frame[-1]}{below}{element}; {_count(different)}",
         f"  kernels    {values[0]}",
         f"  reference  {values[1]}",
         *([] if output.exact is None else [f"  float64    {number(_items(output.exact, dims)[at])}"]),
@@ -250,14 +220,27 @@ def _check(outputs: Iterable[_Output], dims: int, window: Callable[[_Output, tup
     )
 
 
+def _check_unchanged(leaves: Mapping[Any, Tensor], before: Mapping[Any, Tensor], what: str) -> None:
+    """Raises an error if the kernels wrote where they read, and undoes it."""
+    if written := [key for key, leaf in leaves.items() if different_bits(leaf, before[key]).any()]:
+        for key in written:
+            leaves[key].copy_(before[key])
+        raise EquivalenceError(f"the kernels wrote into {written} of the {what}", key=written[0], what=what)
+
+
 def _different(output: _Output, dims: int) -> Tensor:
     """Which items differ, ``[*B, E, F]``."""
     got, expected = _items(output.got, dims), _items(output.expected, dims)
-    if output.tolerance is None:
+    if output.tolerance is None or output.exact is None:
         return different_bits(got, expected)
+    exact, tolerance = (_items(tensor, dims) for tensor in (output.exact, output.tolerance))
     one, other = got.double(), expected.double()
-    near = one.isfinite() & other.isfinite() & ((one - other).abs() <= _items(output.tolerance, dims))
-    return ~((one == other) | (one.isnan() & other.isnan()) | near)
+    equal = (one == other) | (one.isnan() & other.isnan())
+    # Where the exact sum is finite, an infinity is the next number after the largest: one rounding decides.
+    largest = torch.finfo(got.dtype).max
+    top = largest * (1 + torch.finfo(got.dtype).eps) if got.dtype != torch.float64 else largest
+    near = (one.clamp(-top, top) - other.clamp(-top, top)).abs() <= tolerance
+    return ~(equal | (near & exact.isfinite() & tolerance.isfinite()))
 
 
 def different_bits(one: Tensor, other: Tensor) -> Tensor:
@@ -272,7 +255,7 @@ def _items(tensor: Tensor, dims: int) -> Tensor:
 
 def _bytes(tensor: Tensor) -> Tensor:
     """The bytes of every element, in one dimension more."""
-    return tensor[..., None].contiguous().view(torch.uint8)
+    return tensor.detach().resolve_conj().resolve_neg()[..., None].contiguous().view(torch.uint8)
 
 
 def _count(different: Tensor) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# Tables and sums of more lines or terms than this leave out those in the middle.
+# Tables and sums of more lines or terms than this leave some out.
 MOST = 24
 # Digits that tell a number from its neighbours, by its bytes.
 _DIGITS = {1: 3, 2: 5, 4: 9, 8: 17}
@@ -23,12 +23,14 @@ class Row(NamedTuple):
     """False where a frame is padding; None if there is no mask."""
     traj: list[int] | None = None
     """Trajectory ids; None if there are none."""
+    name: str = "done"
+    """That of the done flag."""
 
     @classmethod
-    def read(cls, done: Tensor, mask: Tensor | None, traj: Tensor | None) -> Row:
+    def read(cls, done: Tensor, mask: Tensor | None, traj: Tensor | None, name: str = "done") -> Row:
         """From tensors of one element per frame."""
-        optional = [None if flag is None else flag.reshape(-1).tolist() for flag in (mask, traj)]
-        return cls(done.reshape(-1).tolist(), *optional)
+        valid, ids = (None if flag is None else flag.reshape(-1).tolist() for flag in (mask, traj))
+        return cls(done.reshape(-1).tolist(), valid, ids, name)
 
     def boundary(self, t: int) -> str | None:
         """Why frame ``t`` is a boundary; None if it is none."""
@@ -54,21 +56,21 @@ class Row(NamedTuple):
     def table(
         self, begin: int, last: int, columns: Mapping[str, Callable[[int], str]], notes: Mapping[int, Sequence[str]]
     ) -> str:
-        """Frames ``begin .. last``: the columns given, the flags, and notes."""
-        flags = {"done": self.done, "mask": self.valid, "trajectory": self.traj}
+        """Frames ``begin .. last``: the columns given, the flags, and notes; of many, those with notes and around."""
+        flags = {self.name: self.done, "mask": self.valid, "trajectory": self.traj}
         shown = {name: flag for name, flag in flags.items() if flag is not None}
-        return layout(
-            ["t", *columns, *shown, ""],
-            [
-                [
-                    str(t),
-                    *(column(t) for column in columns.values()),
-                    *(str(flag[t]) for flag in shown.values()),
-                    "; ".join(notes.get(t, ())),
-                ]
-                for t in range(begin, last + 1)
-            ],
-        )
+        header = ["t", *columns, *shown, ""]
+        lines = []
+        frames = list(range(begin, last + 1))
+        if len(frames) > MOST:
+            near = range(-MOST // 8, MOST // 8 + 1)
+            frames = sorted({t + i for t in (begin, last, *notes) for i in near}.intersection(frames))
+        for before, t in zip([begin, *frames], frames, strict=False):
+            if t > before + 1:
+                lines.append(["..."] * (len(header) - 1) + [""])
+            cells = [*(column(t) for column in columns.values()), *(str(flag[t]) for flag in shown.values())]
+            lines.append([str(t), *cells, "; ".join(notes.get(t, ()))])
+        return layout(header, lines)
 
 
 def number(value: Any, digits: int = 6) -> str:
@@ -80,7 +82,6 @@ def number(value: Any, digits: int = 6) -> str:
 
 def layout(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table as text, indented, columns of numbers to the right."""
-    lines = shortened(lines, ["..."] * len(header))
     columns = []
     for name, *cells in zip(header, *lines, strict=True):
         width = max(map(len, [name, *cells]))
@@ -89,6 +90,6 @@ def layout(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"  {'  '.join(line)}".rstrip() for line in zip(*columns, strict=True))
 
 
-def shortened(items: Sequence[Any], ellipsis: Any) -> list[Any]:
-    """All items, or the first and last ones if there are many."""
-    return [*items] if len(items) <= MOST else [*items[: MOST // 2], ellipsis, *items[-MOST // 2 :]]
+def shortened(terms: Sequence[str]) -> list[str]:
+    """All terms of a sum, or the first and last ones if there are many."""
+    return [*terms] if len(terms) <= MOST else [*terms[: MOST // 2], "...", *terms[-MOST // 2 :]]

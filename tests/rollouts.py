@@ -109,7 +109,8 @@ def assert_returns(actual: Tensor, reward: Tensor, ends: Tensor, gamma: float, n
     )
     bound = 1.5 * n_steps * torch.finfo(accumulated).eps * magnitude
     if dtype != accumulated:
-        bound = bound + torch.finfo(dtype).eps / 2 * (magnitude + bound) + torch.finfo(dtype).tiny
+        info = torch.finfo(dtype)
+        bound = bound + info.eps / 2 * (magnitude + bound) + info.smallest_normal * info.eps
     error = (actual.double() - expected).abs()
     assert actual.shape == expected.shape
     assert (error <= bound).all(), f"error {error.max()} beyond the bound, at {(error > bound).nonzero()[0].tolist()}"

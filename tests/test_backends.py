@@ -167,12 +167,12 @@ extend.launch_n_step_extend = fault
 def test_verify_is_refused_where_the_kernels_cannot_run():
     done = run(SCRIPT, MULTISTEP_TRITON_BACKEND="verify", TRITON_INTERPRET=None, CUDA_VISIBLE_DEVICES="")
     assert "RuntimeError: backend 'verify' cannot run: Triton finds no GPU" in done.stderr
-    assert "set TRITON_INTERPRET=1 before Python starts, or use backend='reference'" in done.stderr
+    assert "set TRITON_INTERPRET=1 before Python starts, or unset MULTISTEP_TRITON_BACKEND" in done.stderr
 
 
 def test_a_fallback_on_an_accelerator_is_a_warning(caplog):
     tensors = [torch.ones(2, device="meta")]
-    backends._tell.cache_clear()
+    backends._told.clear()
     for _ in range(2):
         assert resolve_backend("auto", tensors) == "reference"
     (record,) = [record for record in caplog.records if record.name == "multistep_triton"]

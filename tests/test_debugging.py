@@ -11,9 +11,9 @@ import mutate
 import pytest
 import torch
 from rollouts import frames, make_rollout
-from tensordict import LazyStackedTensorDict, NonTensorData, TensorDict
+from tensordict import LazyStackedTensorDict, NonTensorData, TensorDict, tensorclass
 
-from multistep_triton import MultiStep, MultiStepTransform, doctor, parity
+from multistep_triton import MultiStep, MultiStepTransform, doctor, parity, streams
 from multistep_triton.__main__ import main
 from multistep_triton.explain import find_windows, load_rollout
 from multistep_triton.plot import FRAMES, draw_windows
@@ -62,10 +62,10 @@ def test_explain_a_window_that_a_done_ends(saved, capsys):
         "rollout.pt, env 0: n_steps = 3, gamma = 0.5\n"
         "window t = 2 .. 3, 2 of 3 frames; ends: done\n"
         "\n"
-        "  t  next.reward  discount  next.truncated  done   mask\n"
-        "  2            4         1  False           False  True  this frame\n"
-        "  3            8       0.5  True            True   True  the window ends: done\n"
-        "  4           16         -  False           False  True  not in the window\n"
+        "  t  next.reward  discount  next.truncated  next.done  mask\n"
+        "  2            4         1  False           False      True  this frame\n"
+        "  3            8       0.5  True            True       True  the window ends: done\n"
+        "  4           16         -  False           False      True  not in the window\n"
         "\n"
         "next.reward = 4 + 0.5 * 8 = 8 (stored as 8)\n"
         "steps_to_next_obs = 2\n"
@@ -132,7 +132,7 @@ def test_explain_an_agent_and_several_rewards(tmp_path, capsys):
     both = frames([1.0, 2, 4], [False] * 3)
     both["next", "cost"] = torch.tensor([[1.0, 10], [2, 20], [3, 30]])
     torch.save(both, tmp_path / "both.pt")
-    out = explain(capsys, tmp_path / "both.pt", "--t", 1, "--gamma", 1, "--reward-keys", "reward", "cost")
+    out = explain(capsys, tmp_path / "both.pt", "--t", 1, "--gamma", 1, "--reward-keys", "reward,cost")
     assert "next.cost[0] = 2 + 1 * 3 = 5 (stored as 5)" in out
     assert "next.cost[1] = 20 + 1 * 30 = 50 (stored as 50)" in out
 
@@ -149,6 +149,21 @@ def test_explain_reads_what_torch_saves_of_tensordicts(tmp_path):
     for name, each in kinds.items():
         torch.save(each, tmp_path / name)
         assert (load_rollout(tmp_path / name)["next", "reward"] == each["next", "reward"]).all(), name
+    others = (
+        data.memmap(tmp_path / "mapped"),
+        frames([1.0, 2], [False, True], inner=Inner(torch.ones(2), batch_size=[2])),
+    )
+    for each in others:
+        torch.save(each, tmp_path / "other")
+        with pytest.raises(ValueError, match=r"save rollout.to_tensordict\(\).clone\(\), plain tensors, instead"):
+            load_rollout(tmp_path / "other")
+        torch.save(each.to_tensordict().clone(), tmp_path / "other")
+        assert (load_rollout(tmp_path / "other")["next", "reward"] == data["next", "reward"]).all()
+
+
+@tensorclass
+class Inner:
+    value: torch.Tensor
 
 
 class Evil:
@@ -169,7 +184,7 @@ def test_explain_refuses_bad_files_with_one_line(tmp_path, capsys, monkeypatch):
     torch.save({"reward": torch.ones(3)}, "dict.pt")
     assert refused(capsys, "dict.pt", "--t", 0) == f"{rule}dict.pt, a dict"
     torch.save({"x": Evil()}, "evil.pt")
-    assert refused(capsys, "evil.pt", "--t", 0) == f"{rule}evil.pt, with builtins.exec in it"
+    assert refused(capsys, "evil.pt", "--t", 0).startswith(f"{rule}evil.pt, with builtins.exec in it: save rollout.")
     assert not Path("ran").exists()
 
 
@@ -185,6 +200,12 @@ def test_explain_refuses_bad_indices_and_keys_with_one_line(saved, capsys):
     assert "is not supported" in refused(capsys, saved, "--env", 0, "--t", 0, "--plot", saved.with_suffix(".xyz"))
     assert "[Errno 2]" in refused(capsys, saved, "--env", 0, "--t", 0, "--plot", saved.parent / "none" / "a.png")
     assert "the following arguments are required: --t" in refused(capsys, saved)
+    assert "argument --env: must be one index or several, as in 3,1, got 'x'" in refused(capsys, saved, "--env", "x")
+    assert "argument --plot: must end in .png" in refused(capsys, saved, "--t", 0, "--plot", "picture")
+    torch.save(frames([1.0, 2], [False, True])[:0], saved)
+    assert "the rollout must hold frames, [*B, T], got batch size [0]" in refused(capsys, saved, "--t", 0)
+    torch.save(frames([1.0, 2], [False, False]).to("meta"), saved)
+    assert f"{saved} cannot be explained: NotImplementedError: " in refused(capsys, saved, "--t", 0)
     torch.save(MultiStep(0.9, 2)(frames([1.0, 2], [False, False])), saved)
     assert "must hold 1-step transitions, got n-step ones, with steps_to_next_obs" in refused(capsys, saved, "--t", 0)
 
@@ -215,12 +236,43 @@ def test_the_picture_of_a_long_row_is_around_the_frame(t):
     assert round(high - low) == FRAMES
 
 
-def test_long_tables_and_sums_are_shortened():
-    many = [[str(i), ""] for i in range(100)]
-    assert len(layout(["t", ""], many).splitlines()) == MOST + 2
-    assert shortened(range(MOST), "...") == [*range(MOST)]
-    assert shortened(range(100), "...")[MOST // 2] == "..."
+def test_a_long_window_shows_its_ends_and_what_has_a_note(tmp_path, capsys):
+    data = frames([float(t) for t in range(200)], [t == 150 for t in range(200)])
+    torch.save(data, tmp_path / "long.pt")
+    lines = explain(capsys, tmp_path / "long.pt", "--t", 20, "--n-steps", 180, "--gamma", 1).splitlines()
+    assert [line.split()[0] for line in lines[4:14]] == [
+        *("20", "21", "22", "23", "..."),
+        *("147", "148", "149", "150", "151"),
+    ]
+    assert lines[12].endswith("True       the window ends: done")
+    assert "next.reward = 20 + 1 * 21 + " in lines[15]
+    assert " + ... + " in lines[15]
+    assert lines[15].endswith(f" = {sum(range(20, 151))} (stored as {sum(range(20, 151))})")
     assert Row([False, False]).why(0, 0, 3) == "nothing ends it"
+    assert len(layout(["t", ""], [[str(i), ""] for i in range(100)]).splitlines()) == 101
+    assert shortened(["a"] * MOST) == ["a"] * MOST
+
+
+def test_rewards_that_are_not_finite_are_explained_and_drawn(tmp_path, capsys):
+    torch.save(frames([1.0, torch.inf, -torch.inf, torch.nan, 1.0], [False] * 5), tmp_path / "a$b_{.pt")
+    picture = tmp_path / "picture.png"
+    out = explain(capsys, tmp_path / "a$b_{.pt", "--t", 1, "--n-steps", 2, "--gamma", 1, "--plot", picture)
+    assert "next.reward = inf + 1 * -inf = nan (stored as nan)" in out
+    assert picture.exists()
+    windows = find_windows(load_rollout(tmp_path / "a$b_{.pt"), [], None, MultiStep(1.0, 2))
+    crosses = [line for line in draw_windows(windows, 1, "$").axes[1].lines if line.get_marker() == "x"]
+    assert crosses[0].get_xdata().tolist() == [0, 1, 2, 3]
+    data = frames([1.0, 1.0], [False] * 2)
+    data["next", "reward"] = torch.full((2, 1), 1.7e308, dtype=torch.float64)
+    torch.save(data, tmp_path / "a.pt")
+    assert "= inf (stored as inf)" in explain(capsys, tmp_path / "a.pt", "--t", 0, "--gamma", 1)
+
+
+def test_the_picture_shows_the_whole_window():
+    windows = find_windows(make_rollout((), 400, p_done=0.0), [], None, MultiStep(0.9, 150))
+    low, high = draw_windows(windows, 100, "title").axes[0].get_xlim()
+    assert low < 100
+    assert high > 249
 
 
 def doctored(capsys, *arguments):
@@ -269,7 +321,7 @@ def test_the_doctor_finds_a_kernel_that_is_wrong():
     assert "different" in done.stdout
     assert "the kernels and the reference differ at steps" in done.stdout
     assert "the reference ends it: done" in done.stdout
-    assert done.stdout.endswith("NOT equal, or auto cannot run: see above\n")
+    assert done.stdout.endswith("\nNOT EQUAL, see above\n")
 
 
 def test_the_doctor_where_triton_is_missing(monkeypatch, capsys):
@@ -282,6 +334,7 @@ def test_the_doctor_where_triton_is_missing(monkeypatch, capsys):
     status, report = doctored(capsys, "--streams", "2")
     assert status == 0
     assert [(each["result"], each["why"]) for each in report["equivalence"]] == [("skipped", why), ("equal", "")]
+    assert doctor._verdict(report) == "all that was compared is equal; 1 of 2 comparisons cannot run here"
 
 
 def test_the_doctor_refuses_a_wrong_variable(monkeypatch, capsys):
@@ -291,6 +344,7 @@ def test_the_doctor_refuses_a_wrong_variable(monkeypatch, capsys):
     assert status == 1
     assert report["environment"]["MULTISTEP_TRITON_BACKEND"] == "fast"
     assert "must be one of" in report["backends"][0]["why"]
+    assert doctor._verdict(report) == "all that was compared is equal; auto CANNOT RUN, see above"
 
 
 def test_streams_are_the_same_every_time_and_of_every_kind():
@@ -314,6 +368,11 @@ def test_a_difference_from_torchrl_is_found(key, monkeypatch):
     assert f"key {key}, frame " in run_torchrl(0, CPU).difference
 
 
+def test_a_torchrl_that_fails_is_a_difference(monkeypatch):
+    monkeypatch.setattr(streams.TorchRLMultiStepTransform, "_inv_call", lambda self, data: 1 / 0)
+    assert "ZeroDivisionError: division by zero" in run_torchrl(0, CPU).difference
+
+
 def test_other_keys_shapes_and_batch_sizes_than_torchrls_are_found():
     ours = MultiStepTransform(2, 0.9).inv(make_rollout((2,), 9))
     theirs = ours.exclude(parity.DOCUMENTED_REWARD)
@@ -326,6 +385,12 @@ def test_other_keys_shapes_and_batch_sizes_than_torchrls_are_found():
 def readme_output(name):
     """The block of output that follows a comment in the README."""
     return (ROOT / "README.md").read_text().split(f"<!-- output: {name} -->\n```\n")[1].split("```")[0]
+
+
+def test_a_reader_that_stops_reading_is_no_error(saved):
+    command = f"{sys.executable} -m multistep_triton explain {saved} --env 0 --t 0 | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_readme_shows_what_explain_prints(tmp_path, monkeypatch, capsys):
@@ -352,7 +417,7 @@ def test_the_readme_shows_what_a_wrong_kernel_gives(monkeypatch):
     [
         (
             ["demo", "--save", "none/rollout.pt"],
-            "argument --save: must be in a folder that is there, got none/rollout.pt",
+            "argument --save: must be a file that can be written, got [Errno 2]",
         ),
         (["demo", "--n-steps", "0"], "argument --n-steps: n_steps must be an int >= 1, got 0"),
         (["demo", "--gamma", "x"], "argument --gamma: gamma must be a finite number in [0, 1], got 'x'"),

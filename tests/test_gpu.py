@@ -4,7 +4,7 @@ import pytest
 import torch
 from rollouts import make_rollout
 
-from multistep_triton import MultiStepTransform, gather_future, n_step_return
+from multistep_triton import MultiStep, MultiStepTransform, gather_future, n_step_return
 from multistep_triton.backends import resolve_backend
 
 if not torch.cuda.is_available():
@@ -104,3 +104,11 @@ def test_on_another_stream():
         out = MultiStepTransform(3, 0.97).inv(rollout)
     torch.cuda.current_stream().wait_stream(stream)
     same(out, expected)
+
+
+def test_offsets_beyond_32_bits():
+    """2.4 GB of rows: the last ones lie beyond 2**31 bytes, in what is read and in what is written."""
+    rollout = make_rollout((2,), 9).to("cuda")
+    rollout["next", "pixels"] = torch.randint(256, (2, 9, 2**27), dtype=torch.uint8, device="cuda")
+    out = MultiStep(0.9, 3, backend="verify")(rollout)
+    assert out["next", "pixels"].nbytes > 2**31

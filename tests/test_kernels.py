@@ -221,11 +221,13 @@ def test_gathers_wide_rows(width):
     check({key: leaf[:, :1].contiguous() for key, leaf in data.items()}, data, 2)
 
 
-@pytest.mark.parametrize("offset", [1, 2, 4, 8, 12])
-def test_gathers_rows_at_any_address(offset):
-    data = rollout((2,), 7)
-    data["value"] = random_bytes((2 * 7 * 32 + offset,), torch.uint8)[offset:].view(2, 7, 32)
-    check(rollout((2,), 2, seed=1) | {"value": random_bytes((2, 2, 32), torch.uint8)}, data, 2)
+@pytest.mark.parametrize("offsets", [(1, 0), (2, 0), (4, 0), (8, 0), (12, 0), (0, 1), (0, 8), (4, 2)], ids=str)
+def test_gathers_rows_at_any_address(offsets):
+    """Of the data and of the frames held back."""
+    data, carry = rollout((2,), 7), rollout((2,), 2, seed=1)
+    for leaves, frames, offset in zip((data, carry), (7, 2), offsets, strict=True):
+        leaves["value"] = random_bytes((2 * frames * 32 + offset,), torch.uint8)[offset:].view(2, frames, 32)
+    check(carry, data, 2)
 
 
 def reverse(leaf):
@@ -412,38 +414,54 @@ def test_gather_future_takes_steps_of_any_strides(steps):
     assert torch.equal(gather_future(value, torch._neg_view(-spread)), expected)
 
 
+@numpy.errstate(all="ignore")  # the interpreter sums with numpy
+def test_every_bfloat16():
+    """Subnormals among them; NaN stays NaN."""
+    reward = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    done = torch.ones(len(reward), dtype=torch.bool)
+    out = n_step_return(reward, done, gamma=0.5, n_steps=1, backend="triton").reward
+    nan = reward.isnan()
+    assert out[nan].isnan().all()
+    assert torch.equal(out[~nan].view(torch.int16), reward[~nan].view(torch.int16))
+    done[::2] = False
+    out = n_step_return(reward, done, gamma=0.5, n_steps=2, backend="triton").reward[::2]
+    expected = (reward[::2].double() + 0.5 * reward[1::2].double()).to(torch.bfloat16)
+    assert torch.equal(out.nan_to_num(7), expected.nan_to_num(7))
+
+
 class Bounds(TorchDispatchMode):
-    """Checks, in the interpreter, that every address of a launch lies in a tensor that it was given or has made."""
+    """Checks, in the interpreter, that a launch reads what it was given and what it has made, and writes the latter."""
 
     def __init__(self):
         super().__init__()
         self.accesses = 0
-        self.regions = []
+        self.given, self.made = [], []
 
-    def add(self, *tensors):
+    def add(self, regions, *tensors):
         for tensor in filter(torch.Tensor.numel, tensors):
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            self.regions.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize))
+            regions.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
-            self.add(out)
+            self.add(self.made, out)
         return out
 
-    def check(self, pointers, mask):
+    def check(self, pointers, mask, regions):
         begin = pointers.data[mask.data.astype(bool)].astype("uint64")
         end = begin + pointers.get_element_ty().primitive_bitwidth // 8
         inside = numpy.zeros(begin.shape, dtype=bool)
-        for low, high in self.regions:
+        for low, high in regions:
             inside |= (begin >= low) & (end <= high)
         assert inside.all(), "an address is outside of all tensors"
         self.accesses += len(begin)
 
     def launching(self, launch):
         def launch_in_bounds(*arguments, **options):
-            self.regions.clear()
-            self.add(*tree_leaves([each for each in arguments if each is not None]))
+            self.given.clear()
+            self.made.clear()
+            self.add(self.given, *tree_leaves([each for each in arguments if each is not None]))
             with self:
                 return launch(*arguments, **options)
 
@@ -461,11 +479,11 @@ def bounds(monkeypatch):
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def checked_load(self, pointers, mask, *arguments):
-        bounds.check(pointers, mask)
+        bounds.check(pointers, mask, bounds.given + bounds.made)
         return load(self, pointers, mask, *arguments)
 
     def checked_store(self, pointers, value, mask, *arguments):
-        bounds.check(pointers, mask)
+        bounds.check(pointers, mask, bounds.made)
         return store(self, pointers, value, mask, *arguments)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)

@@ -3,6 +3,7 @@
 import pickle
 from contextlib import contextmanager
 
+import numpy
 import pytest
 import torch
 from conftest import kernels
@@ -13,7 +14,7 @@ from rollouts import make_rollout, window_ends, window_sums
 from multistep_triton import EquivalenceError, MultiStep, MultiStepTransform, gather_future, n_step_return
 from multistep_triton.functional import Extension
 from multistep_triton.kernels import extend
-from multistep_triton.verify import float64_returns
+from multistep_triton.rounding import float64_returns
 
 GAMMA = 0.9
 N_STEPS = 3
@@ -128,6 +129,7 @@ def test_a_fault_in_what_is_held_back(b, t):
         error = found()
     assert (error.key, error.frame) == (("action",), (b, t))
     assert error.what == "('action',) of the frames held back"
+    assert f"t = {t} of those held back, t = {12 + t} below; 1 of 6 frames differ" in str(error)
     assert f"data [{9 + t}]" in str(error)
 
 
@@ -264,6 +266,67 @@ def test_after_an_error_the_frames_held_back_are_those_before():
         transform.flush()
     out.append(transform.flush())
     assert all((mine == other).all() for mine, other in zip(out, expected, strict=True))
+
+
+def test_kernels_that_write_where_they_read_are_reported_and_undone():
+    rollout = make_rollout((2,), 24)
+    transform, steady = (MultiStepTransform(N_STEPS, GAMMA, backend=backend) for backend in ("verify", "triton"))
+    for each in (transform, steady):
+        each.inv(rollout[:, :12])
+    launch = extend.launch_n_step_extend
+    for which, what in ((0, "frames held back"), (1, "data")):
+
+        def launch_and_write(*sources, which=which, **options):
+            out = launch(*sources, **options)
+            sources[which]["action",][0, 0] += 1
+            return out
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(extend, "launch_n_step_extend", launch_and_write)
+            with pytest.raises(EquivalenceError, match=rf"the kernels wrote into \[\('action',\)\] of the {what}"):
+                transform.inv(rollout[:, 12:])
+    assert (transform.inv(rollout[:, 12:]) == steady.inv(rollout[:, 12:])).all()
+
+
+def test_a_window_that_is_long_shows_where_it_should_have_ended():
+    rollout = make_rollout((), 120, p_done=0.0)
+    rollout["next", "done"][20] = True
+    launch = extend.launch_n_step_extend
+
+    def launch_blindly(carry, data, **options):
+        return launch(carry, {**data, ("next", "done"): torch.zeros(120, 1, dtype=torch.bool)}, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extend, "launch_n_step_extend", launch_blindly)
+        with pytest.raises(EquivalenceError, match=r"True +the reference ends it: done\n(.*\n)*.*the kernels end it"):
+            MultiStep(GAMMA, 50, backend="verify")(rollout)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rewards", "gamma"),
+    [(torch.float32, (1.00312e38, 2.47392e38), 0.97), (torch.float16, (32768.0, 32992.0), 0.9927254319190979)],
+    ids=str,
+)
+@numpy.errstate(all="ignore")  # the interpreter sums with numpy
+def test_one_rounding_may_decide_whether_a_return_is_infinite(dtype, rewards, gamma):
+    """The exact sum lies between the largest number and the one that would follow it."""
+    reward = torch.tensor(rewards * 8).to(dtype)
+    done = torch.zeros(16, dtype=torch.bool)
+    n_step_return(reward, done, gamma=gamma, n_steps=2, backend="verify")
+    with (
+        fault(lambda out: out.returns["reward"][15:].fill_(torch.inf)),
+        pytest.raises(EquivalenceError, match=r"\(15,\): inf and"),
+    ):
+        n_step_return(reward, done, gamma=gamma, n_steps=2, backend="verify")
+
+
+def test_a_tolerance_that_overflows_lets_nothing_pass():
+    reward, done = torch.tensor([0.9e308, 0.8e308, 0.7e308], dtype=torch.float64), torch.zeros(3, dtype=torch.bool)
+    with (
+        fault(lambda out: out.returns["reward"].zero_()),
+        pytest.raises(EquivalenceError, match="3 of 3 frames differ"),
+    ):
+        n_step_return(reward, done, gamma=0.6, n_steps=3, backend="verify")
 
 
 def test_the_error_can_be_sent_to_another_process():
