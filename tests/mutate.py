@@ -1,6 +1,6 @@
 """Would the tests notice? Alters a line of the kernels at a time, in a copy, and runs their tests there.
 
-Usage: ``python tests/mutate.py [--only TEXT] [--jobs N]``. The lines are those that decide a boundary, an index or a
+Usage: ``python tests/mutate.py [--only REGEX] [--jobs N]``. The lines are those that decide a boundary, an index or a
 discount. Prints a table, and exits with 1 if the tests pass with any of them, or fail without. Not among them: that
 offsets are 64 bits wide, which takes gigabytes to notice (``test_gpu.py``), and what changes speed alone.
 """
@@ -229,12 +229,12 @@ def notice(mutation: Mutation) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="TEXT", default="", help="those whose description contains this")
+    parser.add_argument("--only", metavar="REGEX", default="", help="those whose description matches this")
     parser.add_argument("--jobs", metavar="N", type=int, default=os.cpu_count(), help="at the same time")
     options = parser.parse_args()
-    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.decides]
+    chosen = [mutation for mutation in MUTATIONS if re.search(options.only, mutation.decides)]
     if not chosen:
-        parser.error(f"argument --only: must be part of a description, got {options.only!r}")
+        parser.error(f"argument --only: must match a description, got {options.only!r}")
     places = [f"{source(mutation).name}:{line_number(mutation)}" for mutation in chosen]
     found = 0
     with ThreadPoolExecutor(options.jobs) as pool:
