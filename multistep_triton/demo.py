@@ -72,11 +72,11 @@ def run(
         if len(our_rows):
             our_frames, their_frames = ours.storage[our_rows], theirs.storage[their_rows]
             if difference := find_difference(our_frames, their_frames, n_steps):
-                frame, environment = difference.frame or (0, 0)
-                print(
-                    f"different: {difference.what}, frame {stored + frame} of environment {environment}: "
-                    f"{difference.values}"
-                )
+                where = ""
+                if difference.frame:
+                    frame, environment = difference.frame
+                    where = f", frame {stored + frame} of environment {environment}"
+                print(f"different: {difference.what}{where}: {difference.values}")
                 return 1
             keys = leaf_keys(our_frames)
             stored += len(our_rows)

@@ -52,12 +52,7 @@ def run(*, streams: int, seed: int, as_json: bool) -> int:
         "backends": [_backend(device, name) for device in devices for name in BACKENDS],
     }
     if not as_json:
-        print("Versions\n" + layout(["package", "version"], [[*each] for each in versions.items()]))
-        for name, value in report["environment"].items():
-            print(f"  {name}={value}")
-        print("\nBackends")
-        rows = [[each["device"], each["backend"], each["runs"] or "-", each["why"]] for each in report["backends"]]
-        print(layout(["device", "backend", "runs", "why"], rows) + "\n", flush=True)
+        _print_machine(report)
     seeds = range(seed, seed + streams)
     report["equivalence"] = [_compare(seeds, *comparison) for comparison in _comparisons(devices)]
     report["ok"] = all(each["result"] != "different" for each in report["equivalence"]) and all(
@@ -65,7 +60,21 @@ def run(*, streams: int, seed: int, as_json: bool) -> int:
     )
     if as_json:
         print(json.dumps(report, indent=2))
-        return 0 if report["ok"] else 1
+    else:
+        _print_equivalence(report)
+    return 0 if report["ok"] else 1
+
+
+def _print_machine(report: dict[str, Any]) -> None:
+    print("Versions\n" + layout(["package", "version"], [[*each] for each in report["versions"].items()]))
+    for name, value in report["environment"].items():
+        print(f"  {name}={value}")
+    print("\nBackends")
+    rows = [[each["device"], each["backend"], each["runs"] or "-", each["why"]] for each in report["backends"]]
+    print(layout(["device", "backend", "runs", "why"], rows) + "\n", flush=True)
+
+
+def _print_equivalence(report: dict[str, Any]) -> None:
     print("Equivalence")
     columns = ["compared", "device", "result", "streams", "frames", "seconds"]
     found = report["equivalence"]
@@ -74,7 +83,6 @@ def run(*, streams: int, seed: int, as_json: bool) -> int:
         if each["difference"]:
             print(f"\n{each['compared']}, {each['device']}: {each['difference']}")
     print(f"\n{_verdict(report)}")
-    return 0 if report["ok"] else 1
 
 
 def _verdict(report: dict[str, Any]) -> str:
@@ -109,11 +117,12 @@ def _version(package: str) -> str:
 
 def _backend(device: torch.device, backend: str) -> dict[str, str | None]:
     """What runs on a device if ``backend`` is asked for, and why, or why nothing does."""
+    row = {"device": _describe(device), "backend": backend}
     try:
-        runs, why = choose_backend(backend, [torch.empty(0, device=device)])[:2]
+        runs, why, _ = choose_backend(backend, [torch.empty(0, device=device)])
     except (RuntimeError, ValueError) as error:
-        return {"device": _describe(device), "backend": backend, "runs": None, "why": str(error)}
-    return {"device": _describe(device), "backend": backend, "runs": runs, "why": why}
+        return {**row, "runs": None, "why": str(error)}
+    return {**row, "runs": runs, "why": why}
 
 
 def _comparisons(devices: list[torch.device]) -> Iterator[tuple[Any, ...]]:
@@ -151,14 +160,15 @@ def _compare(
     context: AbstractContextManager[Callable[..., Iterable[Any]]],
 ) -> dict[str, Any]:
     """Runs streams until one differs."""
-    row: dict[str, Any] = {"compared": what, "device": _describe(device), "result": "equal", "streams": 0, "frames": 0}
+    row: dict[str, Any] = {"compared": what, "device": _describe(device), "streams": 0, "frames": 0}
     row |= {"why": "", "difference": None}
     begin = time.perf_counter()
     with context as mapped, tqdm(total=len(seeds), desc=what, unit="stream", leave=False, disable=None) as bar:
         try:
-            (verify,) = mapped(partial(_backend, device), ["verify"])
-            if run_stream is run_kernels and not verify["runs"]:
-                return {**row, "result": "skipped", "seconds": 0.0, "why": verify["why"]}
+            if run_stream is run_kernels:
+                (verify,) = mapped(partial(_backend, device), ["verify"])
+                if not verify["runs"]:
+                    return {**row, "result": "skipped", "seconds": 0.0, "why": verify["why"]}
             for result in mapped(partial(run_stream, device=device), seeds):
                 bar.update()
                 row["streams"] += 1

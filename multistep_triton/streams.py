@@ -84,10 +84,8 @@ class Stream:
         # Wide rows are many tiles, each of which takes the interpreter milliseconds.
         wide = torch.Size(self.kind.observation).numel() > 1000
         self.batch = chance.choice([(), (1,)] if wide else [(), (1,), (5,), (2, 3), (40,)])
-        longest = 3 if wide else 30
-        self.cuts = [
-            chance.choice([1, 2, 9 % longest, chance.randint(3, longest)]) for _ in range(chance.randint(1, 4))
-        ]
+        few, many = (0, 3) if wide else (9, 30)
+        self.cuts = [chance.choice([1, 2, few, chance.randint(3, many)]) for _ in range(chance.randint(1, 4))]
         self.gamma = chance.choice([0.0, 0.5, 0.99, 1.0, chance.random()])
         self.p_done = chance.choice([0.0, 0.1, 0.5])
         self.torchrl = torchrl
