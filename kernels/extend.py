@@ -21,6 +21,7 @@ from multistep_triton.kernels.gather import copy_rows
 from multistep_triton.kernels.plan import WIDEST, Plan, plan_extend, plan_gather
 from multistep_triton.kernels.stream import TYPES, coded, tile_frames
 from multistep_triton.kernels.window import bfloat16_bits, power, window, window_steps
+from multistep_triton.ring import Ring, find_place
 
 
 @triton.jit
@@ -77,16 +78,17 @@ def pick(values, which):
     return value
 
 
-@triton.jit(do_not_specialize=["rows", "carried", "known", "emitted", "n"])
+@triton.jit(do_not_specialize=["rows", "carried", "known", "emitted", "n", "stay"])
 def _n_step_extend_kernel(
-    starts, sizes, rows, carried, known, emitted, n, gamma: tl.float64, flags, steps, windows, rewards, leaves,
+    starts, sizes, rows, carried, known, emitted, n, stay, ring, to, gamma: tl.float64,
+    flags, steps, windows, rewards, leaves,
     WINDOWS: tl.constexpr, RETURNS: tl.constexpr, COPIES: tl.constexpr,
     UNROLLED: tl.constexpr, ENDS: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     """Every program finds its job by the first program of each, ``starts``; alike leaves share one, and its code."""
     program = tl.program_id(0)
     gamma = tl.full((1, 1), gamma, tl.float64)
-    stream = (carried, known, sizes)
+    stream = (carried, known, sizes, ring)
     for j in tl.static_range(len(WINDOWS)):
         if program < (starts[j + 1] << 2 >> 4):
             _write_windows(program, windows, stream, flags, rows, emitted, n, gamma, UNROLLED, ENDS, *WINDOWS[j])
@@ -108,7 +110,7 @@ def _n_step_extend_kernel(
             source = (pick(data, which), pick(carry, which), strides, outer)
             leaf = (source, pick(out, which), pick(held, which))
             copy_rows(
-                local % each, leaf, stream, flags, steps, rows, emitted, n, UNROLLED, ENDS, READ, *COPIES[j]
+                local % each, leaf, stream, flags, steps, rows, emitted, n, stay, to, UNROLLED, ENDS, READ, *COPIES[j]
             )  # fmt: skip
 
 
@@ -117,7 +119,7 @@ INTERPRETED = not isinstance(_n_step_extend_kernel, triton.JITFunction)
 
 
 def launch_n_step_extend(
-    carry: Mapping[Hashable, Tensor] | None,
+    carry: Ring | None,
     data: Mapping[Hashable, Tensor],
     *,
     time_dim: int,
@@ -129,9 +131,10 @@ def launch_n_step_extend(
     n_steps: int,
     gamma: float,
     hold: bool,
-) -> tuple[dict[Hashable, Tensor], dict[Hashable, Tensor], Tensor, Tensor, Tensor, dict[Hashable, Tensor]]:
+) -> tuple[dict[Hashable, Tensor], dict[Hashable, Tensor], Tensor, Tensor, Tensor, Ring | None]:
     """Computes :func:`multistep_triton.functional.n_step_extend`."""
-    device = data[done_key].device
+    device, carried = data[done_key].device, carry.count if carry else 0
+    place = find_place(carry, data.values(), data[done_key].shape[time_dim], n_steps) if hold else None
     described, addresses, copied = [], {}, []  # copies are kept until the launch
     for key, leaf in data.items():
         if leaf.is_neg() or leaf.is_conj():
@@ -139,11 +142,7 @@ def launch_n_step_extend(
             copied.append(leaf)
         new, old = leaf.data_ptr(), 0
         if carry:
-            kept = carry[key]
-            if not kept.is_contiguous():
-                kept = kept.contiguous()
-                copied.append(kept)
-            old = kept.data_ptr()
+            old = carry.leaves[key].data_ptr()
         described.append((key, leaf.shape, leaf.stride(), leaf.dtype, (new | old) % WIDEST))
         addresses[key] = coded(new), coded(old)
     plan = plan_extend(
@@ -154,9 +153,9 @@ def launch_n_step_extend(
         done_key,
         mask_key,
         traj_key,
-        carry[done_key].shape[time_dim] if carry else 0,
+        carried,
         n_steps,
-        hold,
+        place and place[1:],
         torch.get_default_dtype(),
     )
 
@@ -168,21 +167,27 @@ def launch_n_step_extend(
         returns[key] = out = empty(shape, strides, dtype=dtype, device=device)
         rewards.append(((*addresses[key], *plan.places[key]), coded(out.data_ptr())))
     leaves, held, copies = dict(data), {}, []
-    for place, group in plan.copies:
+    for lies, group in plan.copies:
         news, olds, outs, kepts = [], [], [], []
         for key, shape, strides, held_shape, held_strides, dtype in group:
             leaves[key] = out = empty(shape, strides, dtype=dtype, device=device)
-            held[key] = kept = empty(held_shape, held_strides, dtype=dtype, device=device)
+            if carry and place and place.stay:
+                held[key] = kept = carry.leaves[key]
+            else:
+                held[key] = kept = empty(held_shape, held_strides, dtype=dtype, device=device)
             new, old = addresses[key]
             news.append(new)
             olds.append(old)
             outs.append(coded(out.data_ptr()))
             kepts.append(coded(kept.data_ptr()))
-        copies.append((place, tuple(news), tuple(olds), tuple(outs), tuple(kepts)))
+        copies.append((lies, tuple(news), tuple(olds), tuple(outs), tuple(kepts)))
     flags = tuple([(*addresses[key], *plan.places[key]) for key in (done_key, mask_key, traj_key) if key is not None])
     steps = (windows[0], windows[0], *plan.steps)
-    _run(plan, device, gamma, flags, steps, windows, tuple(rewards), tuple(copies))
-    return leaves, returns, outputs[0], outputs[1], outputs[2], held
+    _, rows, carried, known, emitted, *_ = plan.scalars
+    ring = place.ring(held, emitted, known) if place else None
+    rings = _slots(carry, rows), _slots(ring, rows)
+    _run(plan, device, *rings, gamma, flags, steps, windows, tuple(rewards), tuple(copies))
+    return leaves, returns, outputs[0], outputs[1], outputs[2], ring
 
 
 def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
@@ -195,7 +200,8 @@ def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
     gathered = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     out = (coded(gathered.data_ptr()),)
     copy = plan.places["value"], (coded(new),), (coded(0),), out, out
-    _run(plan, value.device, 0.0, (), (coded(lengths), coded(0), *plan.steps), (), (), (copy,))
+    lengths = coded(lengths), coded(0), *plan.steps
+    _run(plan, value.device, (), (), 0.0, (), lengths, (), (), (copy,))
     return gathered
 
 
@@ -204,12 +210,17 @@ def _as_it_lies(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().resolve_conj()
 
 
-def _run(plan: Plan, device: torch.device, gamma: float, *sources: Any) -> None:
+def _slots(ring: Ring | None, rows: int) -> tuple[int, ...]:
+    """Where slots lie one after the other in memory: how many there are, the first one, and their rows; coded."""
+    return (coded(ring.capacity), coded(ring.first), coded(rows)) if ring and ring.time_first else ()
+
+
+def _run(plan: Plan, device: torch.device, *sources: Any) -> None:
     with _current(device):
         for launch in plan.launches:
             if not launch.programs:
                 continue
-            arguments = launch.starts, *plan.scalars, gamma, *sources, *launch.constants
+            arguments = launch.starts, *plan.scalars, *sources, *launch.constants
             compiled = launch.compiled.get(device)
             if compiled is None:
                 # Fused multiply-adds may be used in the recursion; the reference's are the compiler's choice, too.

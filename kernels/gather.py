@@ -5,33 +5,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multistep_triton.kernels.stream import frame_addresses, item_pointers, row_pointers, tile_frames
+from multistep_triton.kernels.stream import frame_addresses, item_pointers, row_pointers, slot_addresses, tile_frames
 from multistep_triton.kernels.window import window_steps
 
 
 @triton.jit
 def copy_rows(
-    program, leaf, stream, flags, steps, rows, emitted, n,
+    program, leaf, stream, flags, steps, rows, emitted, n, stay, to,
     UNROLLED: tl.constexpr, ENDS: tl.constexpr, READ: tl.constexpr,
     TIME_MAJOR: tl.constexpr, LENGTH: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
     GATHERED: tl.constexpr, TYPE: tl.constexpr, ITEM_BYTES: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Copies a tile of one leaf: frames before ``emitted`` to the output, the others to the frames held back.
+    """Copies a tile of one leaf: frames before ``emitted`` to the output, the others to the ring ``to``.
 
-    A row is D items of ITEM_BYTES; the rows of source and destination begin at multiples of UNIT bytes.
+    The first ``stay`` frames that are held back lie there already, and are in no tile. A row is D items of ITEM_BYTES;
+    the rows of source and destination begin at multiples of UNIT bytes.
     """
-    _, known, sizes = stream
+    _, known, sizes, ring = stream
     chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    tile = tile_frames(program // chunks, rows, known, TIME_MAJOR, LENGTH, BLOCK_F)
-    row, frame, live = tile
+    row, frame, live = tile_frames(program // chunks, rows, known - stay, TIME_MAJOR, LENGTH, BLOCK_F)
+    frame += tl.where(frame < emitted, 0, stay)
     item = program % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
     source, out, held = leaf
     future = frame
     if GATHERED:
         early = live & (frame < emitted)
         if READ:
-            address = frame_addresses(steps, row, frame, (0, known, sizes), 0)
+            address = frame_addresses(steps, row, frame, (0, known, sizes, ring), 0)
             length = tl.load(address.to(tl.pointer_type(tl.int64)), mask=early, other=1)
             length = tl.minimum(tl.maximum(length, 1), known - frame).to(tl.int32)
         else:
@@ -41,6 +42,6 @@ def copy_rows(
     pointers = item_pointers(source, row, future, item, stream, TYPE, ITEM_BYTES, UNIT, D, RUN)
     value = tl.load(pointers, mask=inside, other=0)
     to_out = (out << 2 >> 4) + (row.to(tl.int64) * emitted + frame) * (D * ITEM_BYTES)
-    to_held = (held << 2 >> 4) + (row.to(tl.int64) * (known - emitted) + (frame - emitted)) * (D * ITEM_BYTES)
-    to = row_pointers(tl.where(frame < emitted, to_out, to_held), TYPE, UNIT)
-    tl.store(to[:, None] + item[None, :], value, mask=inside)
+    to_held = slot_addresses(held, row, frame - emitted, known - emitted, to, D * ITEM_BYTES)
+    pointers = row_pointers(tl.where(frame < emitted, to_out, to_held), TYPE, UNIT)
+    tl.store(pointers[:, None] + item[None, :], value, mask=inside)

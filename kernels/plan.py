@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
     launches: list[Launch]
     scalars: tuple[Any, ...]
-    """Sizes of the batch dimensions, coded, rows, frames carried, known and emitted, n."""
+    """Sizes of the batch dimensions, coded, rows, frames carried, known and emitted, n, frames that stay."""
     steps: Place
     places: dict[Hashable, Place]
     windows: list[tuple[Any, ...]]
@@ -80,7 +80,7 @@ class Plan(NamedTuple):
     """Shape, strides and dtype of every n-step return."""
     copies: list[tuple[Place, list[tuple[Any, ...]]]]
     """Of leaves that are copied, those that lie alike: their place, and for each its key, shape and strides of the
-    frames that come out, the same of those held back, and dtype."""
+    frames that come out, the same of the slots of those held back, and dtype."""
 
 
 class _Layout(NamedTuple):
@@ -111,15 +111,18 @@ def plan_extend(
     traj_key: Hashable | None,
     carried: int,
     n_steps: int,
-    hold: bool,
+    held: tuple[int, int, bool] | None,
     default_dtype: torch.dtype,
 ) -> Plan:
-    """The plan of :func:`multistep_triton.functional.n_step_extend`; of every leaf its key and its :class:`Leaf`."""
+    """The plan of :func:`multistep_triton.functional.n_step_extend`; of every leaf its key and its :class:`Leaf`.
+
+    ``held`` is a :class:`multistep_triton.ring.Place` without its first slot.
+    """
     described = {key: Leaf(*leaf) for key, *leaf in leaves}
     lead, new = described[done_key].shape[:time_dim], described[done_key].shape[time_dim]
     known = carried + new
-    held = min(n_steps, known) if hold else 0
-    emitted = known - held
+    capacity, stay, time_first = held or (0, 0, False)
+    emitted = known - min(n_steps, known) if held else known
     dims, sizes = _merged(lead, described.values())
     layouts = {key: _layout(leaf, time_dim, dims) for key, leaf in described.items()}
     places = {key: _place(layout) for key, layout in layouts.items()}
@@ -128,6 +131,12 @@ def plan_extend(
     def frames(leaf: Leaf, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return _contiguous((*lead, count, *leaf.shape[time_dim + 1 :]))
 
+    def slots(leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if not time_first:
+            return frames(leaf, capacity)
+        _, (slot, *strides) = _contiguous((capacity, *lead, *leaf.shape[time_dim + 1 :]))
+        return frames(leaf, capacity)[0], (*strides[:time_dim], slot, *strides[time_dim:])
+
     windows = [_job(layouts[done_key], 1, TILE, rows, emitted)]
     returns, rewards = {}, []
     for key in reward_keys:
@@ -135,12 +144,12 @@ def plan_extend(
         dtype = reward.dtype if reward.dtype.is_floating_point else default_dtype
         returns[key] = *frames(reward, emitted), dtype
         rewards.append(_returns_job(layouts[key], reward.dtype, dtype, rows, emitted))
-    # With no frames before and none held back every frame stays where it is: what is not gathered is the data's own.
+    # Where none are held back every frame stays where it is: what is not gathered is the data's own.
     alike: dict[tuple[_Job, Place], list[tuple[Any, ...]]] = {}
     for key, leaf in described.items():
-        if hold or carried or key in gathered_keys:
-            job = _copy_job(layouts[key], leaf, key in gathered_keys, rows, known)
-            copy = key, *frames(leaf, emitted), *frames(leaf, held), leaf.dtype
+        if held or key in gathered_keys:
+            job = _copy_job(layouts[key], leaf, key in gathered_keys, rows, known - stay)
+            copy = key, *frames(leaf, emitted), *slots(leaf), leaf.dtype
             alike.setdefault((job, places[key]), []).append(copy)
     jobs = [_Job(job.programs * len(group), job.constants) for (job, _), group in alike.items()]
 
@@ -152,7 +161,7 @@ def plan_extend(
     flat = _contiguous((*lead, emitted))
     return Plan(
         launches=launches,
-        scalars=(tuple(map(coded, sizes)), rows, carried, known, emitted, min(n_steps, known)),
+        scalars=(tuple(map(coded, sizes)), rows, carried, known, emitted, min(n_steps, known), stay),
         places=places,
         steps=_place(_layout(Leaf(*flat, torch.int64), time_dim, dims)),
         windows=[(*flat, dtype) for dtype in (torch.int64, torch.float32, torch.bool)],
@@ -171,7 +180,7 @@ def plan_gather(value: tuple[Any, ...], steps: tuple[Any, ...]) -> Plan:
     layout = _layout(source, len(lead), dims)
     return Plan(
         launches=[_launch([], [], [_copy_job(layout, source, True, rows, frames)], 0, read=True)],
-        scalars=(tuple(map(coded, sizes)), rows, 0, frames, frames, 0),
+        scalars=(tuple(map(coded, sizes)), rows, 0, frames, frames, 0, 0),
         places={"value": _place(layout)},
         steps=_place(_layout(lengths, len(lead), dims)),
         windows=[],

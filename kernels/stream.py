@@ -90,14 +90,26 @@ def strided_offset(index, sizes, strides, FIRST: tl.constexpr):
 
 
 @triton.jit
+def slot_addresses(memory, row, frame, count, ring, ROW_BYTES: tl.constexpr):
+    """Where ``count`` frames held back lie: row by row or, in a ring, slot by slot from its first one on."""
+    if len(ring) == 0:
+        place = row.to(tl.int64) * count + frame
+    else:
+        slots = (ring[0] << 2 >> 4).to(tl.int32)
+        slot = frame + (ring[1] << 2 >> 4).to(tl.int32)
+        slot = tl.where(slot < slots, slot, slot - slots)
+        place = slot.to(tl.int64) * (ring[2] << 2 >> 4) + row
+    return (memory << 2 >> 4) + place * ROW_BYTES
+
+
+@triton.jit
 def frame_addresses(source, row, frame, stream, ROW_BYTES: tl.constexpr):
-    """Where frames of the stream lie: the first ``carried`` in the carry, which is contiguous, then in the data."""
+    """Where frames of the stream lie: the first ``carried`` in the carry's ring, then in the data."""
     data, carry, strides, _ = source
-    carried, _, sizes = stream
+    carried, _, sizes, ring = stream
     new = (data << 2 >> 4) + (frame - carried).to(tl.int64) * (strides[0] << 2 >> 4)
     new += strided_offset(row, sizes, strides, 1)
-    old = (carry << 2 >> 4) + (row.to(tl.int64) * carried + frame) * ROW_BYTES
-    return tl.where(frame < carried, old, new)
+    return tl.where(frame < carried, slot_addresses(carry, row, frame, carried, ring, ROW_BYTES), new)
 
 
 @triton.jit
@@ -117,7 +129,7 @@ def item_pointers(
     The items of a row lie one after the other, but in the data, where it has outer dimensions, in runs of RUN.
     """
     _, _, strides, outer = source
-    carried, _, sizes = stream
+    carried, _, sizes, _ = stream
     begin = frame_addresses(source, row, frame, stream, D * ITEM_BYTES)
     begin = row_pointers(begin, TYPE, UNIT)
     offset = item[None, :]

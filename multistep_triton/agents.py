@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from multistep_triton.functional import Extension, n_step_extend
+from multistep_triton.ring import Ring
 
 
 def n_step_extend_agents(
-    carry: Mapping[Any, Tensor] | None,
+    carry: Ring | None,
     data: Mapping[Any, Tensor],
     *,
     time_dim: int,
@@ -44,6 +45,8 @@ def n_step_extend_agents(
     """
     after = time_dim + agent_dims
     marks = [key for key in (mask_key, traj_key) if key is not None]
+    # Both computations write into the ring, or none.
+    free = carry is not None and carry.claim(data.values())
 
     def of_agents(leaves: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
         rows = {key: leaves[key].movedim(time_dim, after) for key in agent_keys}
@@ -58,9 +61,12 @@ def n_step_extend_agents(
         return {**rest, done_key: leaves[done_key].flatten(time_dim + 1).any(-1)}
 
     def extend(view: Callable[[Mapping[Any, Tensor]], dict[Any, Tensor]], dim: int) -> Extension:
-        leaves = view(data)
+        leaves, before = view(data), None
+        if carry is not None:
+            olds = {key: carry.arrange(leaf, dim) for key, leaf in view(carry.leaves).items()}
+            before = carry.with_leaves(olds, free=free)
         return n_step_extend(
-            None if carry is None else view(carry),
+            before,
             leaves,
             time_dim=dim,
             reward_keys=[key for key in reward_keys if key in leaves],
@@ -76,11 +82,14 @@ def n_step_extend_agents(
 
     frames = extend(of_frames, time_dim)
     agents = extend(of_agents, after)
+    held = None
+    if frames.carry is not None and agents.carry is not None:
+        held = agents.carry.with_leaves({**frames.carry.leaves, **back(agents.carry.leaves)})
     return Extension(
         {**frames.leaves, **back(agents.leaves)},
         {**frames.returns, **back(agents.returns)},
         agents.steps.movedim(after, time_dim),
         agents.discount.movedim(after, time_dim),
         agents.nonterminal.movedim(after, time_dim),
-        {**frames.carry, **back(agents.carry)},
+        held,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from multistep_triton.agents import n_step_extend_agents
 from multistep_triton.backends import check_backend
 from multistep_triton.checks import check_bool, check_choice, check_gamma, check_positive_int
-from multistep_triton.frames import Frames, KeyPath
+from multistep_triton.frames import Frames, Held, KeyPath
 from multistep_triton.functional import Extension, n_step_extend
 from multistep_triton.roles import (
     DEFAULT_DONE_KEYS,
@@ -165,8 +165,8 @@ class MultiStepBase:
         )
 
     def _n_step(
-        self, data: TensorDictBase | Frames, carry: Frames | None, *, hold: bool
-    ) -> tuple[TensorDict, Frames | None]:
+        self, data: TensorDictBase | Frames, carry: Held | None, *, hold: bool
+    ) -> tuple[TensorDict, Held | None]:
         """The frames of ``carry`` and ``data`` whose windows are known, and those that are held back.
 
         Without ``hold`` windows are cut at the last frame, all frames come out, and with no carry either an entry
@@ -178,14 +178,16 @@ class MultiStepBase:
         frames = data if isinstance(data, Frames) else Frames.read(data, without=roles.written)
         agents = check_entries(frames, roles)
         if carry is not None:
-            frames.follow(carry)
-        time_dim, leaves, before = len(frames.batch_size) - 1, frames.leaves, None if carry is None else carry.leaves
+            frames.follow(carry.structure)
+        time_dim, leaves, before = len(frames.batch_size) - 1, frames.leaves, None if carry is None else carry.ring
         gathered = frozenset([path for path in leaves if roles.is_gathered(path)])
         # A done key that is gathered is one leaf more, which is not.
         saved = {kept: path for path, kept in roles.saved.items() if path in leaves}
         if saved:
             leaves = {**leaves, **{kept: leaves[path] for kept, path in saved.items()}}
-            before = before and {**before, **{kept: before[path] for kept, path in saved.items()}}
+            if before is not None:
+                olds = before.leaves
+                before = before.with_leaves({**olds, **{kept: olds[path] for kept, path in saved.items()}})
         arguments: dict[str, Any] = {
             "time_dim": time_dim,
             "reward_keys": roles.rewards,
@@ -204,16 +206,14 @@ class MultiStepBase:
         else:
             extension = n_step_extend(before, leaves, **arguments)
 
-        batch = frames.batch_size[:-1]
-        emitted = frames.build(
-            self._output_leaves(extension, roles, agents), torch.Size((*batch, extension.steps.shape[time_dim]))
-        )
-        held = extension.carry[roles.done].shape[time_dim] if hold else 0
-        if not held:
+        shape = torch.Size((*frames.batch_size[:-1], extension.steps.shape[time_dim]))
+        emitted = frames.build(self._output_leaves(extension, roles, agents), shape)
+        held = extension.carry
+        if held is None or not held.count:
             return emitted, None
         for kept in saved:
-            del extension.carry[kept]
-        return emitted, frames.hold(extension.carry, torch.Size((*batch, held)))
+            del held.leaves[kept]
+        return emitted, frames.hold(held)
 
     def _output_leaves(self, extension: Extension, roles: Roles, agents: torch.Size) -> dict[KeyPath, Tensor]:
         leaves = extension.leaves

@@ -2,7 +2,7 @@
 
 Reads a tensordict of batch shape ``[*B, T]``, nested in any way, into one flat dict of tensors, and builds a
 tensordict of the same structure from such a dict. Owns the structure (nested batch dimensions, names, devices,
-tensorclasses, non-tensor entries) and no maths. May import tensordict and torch.
+tensorclasses, non-tensor entries) and no maths. May import tensordict, torch and ``ring``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +25,8 @@ from tensordict import (
     is_tensorclass,
 )
 from torch import Tensor
+
+from multistep_triton.ring import Ring
 
 KeyPath = tuple[str, ...]
 
@@ -136,27 +138,24 @@ class Frames:
             if expected != got:
                 yield f"{path} must be {_describe(expected)}, got {_describe(got)}"
 
-    def hold(self, leaves: dict[KeyPath, Tensor], batch_size: torch.Size) -> Frames:
-        """Frames ``[*B, c]`` of this structure, with no more objects than they count into and no autograd graph."""
-        leaves = {path: leaf.detach() if leaf.requires_grad else leaf for path, leaf in leaves.items()}
-        held = Frames(batch_size, leaves, self.nodes, kinds=self.kinds)
+    def hold(self, ring: Ring) -> Held:
+        """Frames in a ring that are of this structure, with no more objects than they count into and no autograd graph.
+
+        The leaves of the ring are replaced where that takes it.
+        """
+        time_dim, leaves = len(self.batch_size) - 1, ring.leaves
+        structure = Frames(torch.Size((*self.batch_size[:-1], ring.count)), nodes=self.nodes, kinds=self.kinds)
+        for path, leaf in leaves.items():
+            if leaf.requires_grad:
+                leaves[path] = leaf.detach()
         for path, objects in self.objects.items():
-            held.objects[path] = objects
+            structure.objects[path] = objects
             if len(objects) > 1:
-                used, leaves[path] = leaves[path].unique(return_inverse=True)
-                held.objects[path] = [objects[index] for index in used.tolist()]
-        return held
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Frames:
-        """These frames with another tensor for every leaf, of the same shape and dtype."""
-        leaves = {path: function(leaf) for path, leaf in self.leaves.items()}
-        device = next((leaf.device for leaf in leaves.values()), None)
-        nodes = {path: node._replace(device=node.device and device) for path, node in self.nodes.items()}
-        return Frames(self.batch_size, leaves, nodes, self.objects)._find_kinds()
-
-    def clone(self) -> Frames:
-        """These frames in memory of their own."""
-        return self.map(Tensor.clone)
+                used = ring.frames(path, time_dim).unique()
+                # Free slots hold anything.
+                leaves[path] = ring.arrange(torch.bucketize(leaves[path].contiguous(), used), time_dim)
+                structure.objects[path] = [objects[index] for index in used.tolist()]
+        return Held(structure, ring)
 
     def state(self) -> dict[str, Any]:
         """These frames in tensors and plain containers, which ``torch.load`` reads with ``weights_only=True``.
@@ -227,6 +226,38 @@ class Frames:
             return NonTensorData(objects[0] if objects else None, batch_size=indices.shape)
         stacked = NonTensorStack(*(NonTensorData(objects[index]) for index in indices.reshape(-1).tolist()))
         return stacked.view(indices.shape)
+
+
+@dataclass(slots=True)
+class Held:
+    """Frames that are held back, in a ring, and the structure that they are of, which has no leaves."""
+
+    structure: Frames
+    ring: Ring
+
+    @classmethod
+    def of(cls, frames: Frames) -> Held:
+        """Holds back a copy of frames."""
+        structure = Frames(frames.batch_size, nodes=frames.nodes, objects=frames.objects, kinds=frames.kinds)
+        return cls(structure, Ring.of(frames.leaves, frames.batch_size[-1]))
+
+    def frames(self) -> Frames:
+        """A copy of the frames, ``[*B, c]``, in order."""
+        ring, structure = self.ring, self.structure
+        time_dim = len(structure.batch_size) - 1
+        leaves = {
+            path: ring.frames(path, time_dim).clone(memory_format=torch.contiguous_format) for path in ring.leaves
+        }
+        return Frames(structure.batch_size, leaves, structure.nodes, structure.objects, structure.kinds)
+
+    def to(self, device_of: Callable[[Tensor], torch.device]) -> Held:
+        """The frames, each leaf on another device."""
+        leaves = {path: leaf.to(device_of(leaf)) for path, leaf in self.ring.leaves.items()}
+        device = next((leaf.device for leaf in leaves.values()), None)
+        old = self.structure
+        nodes = {path: node._replace(device=node.device and device) for path, node in old.nodes.items()}
+        frames = Frames(old.batch_size, leaves, nodes, old.objects)._find_kinds()
+        return Held(replace(frames, leaves={}), self.ring.with_leaves(leaves))
 
 
 def _describe(kind: tuple[Any, ...] | None) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from multistep_triton import reference, verify
 from multistep_triton.backends import resolve_backend
 from multistep_triton.checks import check_flag, check_gamma, check_positive_int, check_reward
+from multistep_triton.ring import Ring
 
 
 class NStepReturn(NamedTuple):
@@ -42,8 +43,8 @@ class Extension(NamedTuple):
     """``[*B, E]``, float32."""
     nonterminal: Tensor
     """``[*B, E]``, bool: False where the frame is a boundary."""
-    carry: dict[Any, Tensor]
-    """Every leaf of the frames held back, ``[*B, min(n_steps, c + T), ...]``."""
+    carry: Ring | None
+    """The ``min(n_steps, c + T)`` frames held back; None without ``hold``."""
 
 
 def n_step_return(
@@ -164,7 +165,7 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
 
 
 def n_step_extend(
-    carry: Mapping[Any, Tensor] | None,
+    carry: Ring | None,
     data: Mapping[Any, Tensor],
     *,
     time_dim: int,
@@ -181,7 +182,7 @@ def n_step_extend(
     """One step of the stream: ``c`` carried frames and ``T`` new ones in, the ``c + T - n_steps`` oldest out.
 
     Args:
-        carry: leaves ``[*B, c, ...]`` held back by the call before, or None.
+        carry: the ``c`` frames held back by the call before, or None. Its free slots may be written into.
         data: leaves ``[*B, T, ...]``, the same keys, dtypes, devices and trailing shapes.
 
     Keyword Args:
@@ -192,11 +193,11 @@ def n_step_extend(
         mask_key: the leaf, shaped likewise, that is False where a frame is padding; None if there is none.
         traj_key: the leaf, shaped likewise, of integers that tell trajectories apart; None if there is none.
         n_steps, gamma, backend: as for :func:`n_step_return`.
-        hold: whether to hold back the last ``n_steps`` frames. If not, all ``c + T`` come out, with windows cut at
-            the last one, the carry is empty and, without carried frames, a leaf that is not gathered is the data's own.
+        hold: whether to hold back the last ``n_steps`` frames. If not, there must be none of a call before, all ``T``
+            come out, with windows cut at the last one, and a leaf that is not gathered is the data's own.
 
     Returns:
-        :class:`Extension`, in new memory but for that case; neither ``carry`` nor ``data`` is modified.
+        :class:`Extension`, in new memory but for that case; neither the frames of ``carry`` nor ``data`` are modified.
     """
     extend: Callable[..., tuple[Any, ...]] = reference.n_step_extend_reference
     chosen = resolve_backend(backend, data.values(), [data[key] for key in reward_keys])

@@ -1,23 +1,32 @@
 """The reference: n-step windows in eager PyTorch, on any device.
 
 It defines what is correct, verifies the kernels, and is the fast path on CPU. Owns the maths and nothing
-else: arguments arrive validated (by ``functional``), keys are opaque. May import torch only.
+else: arguments arrive validated (by ``functional``), keys are opaque. May import torch and ``ring``.
 
 Terms: a *boundary* is a frame after which nothing of its trajectory follows; the *window* of frame ``t`` is
 ``t .. e(t)``, ``e(t)`` the smallest of ``t + n - 1``, the first boundary at or after ``t``, and the last frame.
+
+Windows are computed on flat tensors ``[N, ...]``, where the frame after one lies ``stride`` places further on: one
+place if rows lie end to end, as in the data, as many as there are rows if frames do, as in a ring. What leaves its row
+reads frames of another, but no window that comes out does: it has ended before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+import math
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+from multistep_triton.ring import Place, Ring, find_place
 
 Leaves = dict[Hashable, Tensor]
 
 # Up to this many bytes, joining carry and data costs less than the calls it takes to read them where they lie.
 _JOIN_BYTES = 1 << 16
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 # torch selects no single elements of these; their bits are those of the signed ones.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -25,11 +34,11 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: t
 
 def gather_future_reference(value: Tensor, steps: Tensor) -> Tensor:
     """Computes :func:`multistep_triton.gather_future`; ``steps`` is int64 ``[*B, T]``."""
-    return _take(value, _end_rows(steps - 1, value.shape[steps.ndim - 1], 0), steps.shape)
+    return _take(value, _end_rows(steps, value.shape[steps.ndim - 1], 0), steps.shape)
 
 
 def n_step_extend_reference(
-    carry: Mapping[Hashable, Tensor] | None,
+    carry: Ring | None,
     data: Mapping[Hashable, Tensor],
     *,
     time_dim: int,
@@ -41,146 +50,213 @@ def n_step_extend_reference(
     n_steps: int,
     gamma: float,
     hold: bool,
-) -> tuple[Leaves, Leaves, Tensor, Tensor, Tensor, Leaves]:
+) -> tuple[Leaves, Leaves, Tensor, Tensor, Tensor, Ring | None]:
     """Computes :func:`multistep_triton.functional.n_step_extend`."""
-    if carry is None:
-        carry = {key: leaf.narrow(time_dim, 0, 0) for key, leaf in data.items()}
-    lead = data[done_key].shape[:time_dim]
-    carried, new = carry[done_key].shape[time_dim], data[done_key].shape[time_dim]
+    *lead, new = data[done_key].shape[: time_dim + 1]
+    carried = carry.count if carry else 0
     known = carried + new
-    n_steps = max(min(n_steps, known), 1)
     emitted = max(known - n_steps, 0) if hold else known
+    place = find_place(carry, data.values(), new, n_steps)
+    # If so, new frames are written into it, and all that comes out is read there.
+    in_ring = place.stay > 0
+    n_steps = max(min(n_steps, known), 1)
+    rows = math.prod(lead)
+    stride = rows if in_ring else 1
 
-    def join(key: Hashable) -> Tensor:
-        return torch.cat((carry[key], data[key]), time_dim)
+    def old(key: Hashable, begin: int = 0, count: int | None = None) -> list[Tensor]:
+        return carry.pieces(key, time_dim, begin, count) if carry else []
 
-    def joined_flag(key: Hashable | None) -> Tensor | None:
-        return None if key is None else join(key).view(*lead, known)
+    def stream(key: Hashable) -> Tensor:
+        """Carry and data as one, ``[N, *F]``, and after it frames that no window reads."""
+        pieces = [*old(key), data[key]]
+        if in_ring:
+            return torch.cat([piece.movedim(time_dim, 0) for piece in pieces]).flatten(0, time_dim)
+        joined = _join(pieces, time_dim).flatten(0, time_dim).contiguous()
+        return joined if hold else _pad(joined, n_steps - 1)
 
-    def cut(key: Hashable) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        if emitted < carried:
-            older, newer = carry[key].split_with_sizes((emitted, carried - emitted), time_dim)
-            return (older,), (newer, data[key])
-        older, newer = data[key].split_with_sizes((emitted - carried, known - emitted), time_dim)
-        return (carry[key], older), (newer,)
+    row = 1 if in_ring else known
+    apart = (*(math.prod(lead[dim + 1 :]) * row for dim in range(time_dim)), stride)
 
-    # Windows read rewards and flags as one stream; these are joined, wider leaves only where all is small.
-    done = join(done_key).view(*lead, known)
-    inside = ~_boundaries(done, joined_flag(mask_key), joined_flag(traj_key))
-    beyond = 0 if hold else n_steps - 1
+    def cut(value: Tensor) -> Tensor:
+        """The frames of ``[N, *F]`` that come out, ``[*B, E, *F]``; a view."""
+        _, *tail = value.shape
+        strides = [step * math.prod(tail) for step in apart]
+        return value.as_strided((*lead, emitted, *tail), (*strides, *value.stride()[1:]))
+
+    flags = [None if key is None else stream(key).flatten() for key in (done_key, mask_key, traj_key)]
+    inside = ~_boundaries(*flags, stride)
     if not hold:
-        inside[..., max(known - 1, 0) :] = False
-    nonterminal = inside[..., :emitted].contiguous()
-    goes_on = _slide(_pad(inside, beyond, time_dim), emitted, n_steps - 1)
-    ahead = _frames_ahead(goes_on, nonterminal)
-    returns = {
-        key: _window_returns(_pad(join(key), beyond, time_dim), goes_on, emitted, time_dim, gamma)
-        for key in reward_keys
-    }
+        inside[max(known - 1, 0) :: max(known, 1)] = False
+    goes_on = _slide(inside.to(torch.int32).neg_(), n_steps, stride)
+    lengths = _window_lengths(goes_on)
+    steps = _compact(cut(lengths), torch.int64)
+    nonterminal = _compact(cut(inside), torch.bool)
+    returns = {}
+    for key in reward_keys:
+        total = _window_returns(stream(key), goes_on, stride, gamma)
+        returns[key] = _compact(cut(total), _return_dtype(data[key]))
 
-    # A window that starts in the carry ends in the carry or in the first n - 1 new frames; every other one lies in
-    # the new data, and is read there.
+    # A window that starts in the carry ends in the carry or in the first n - 1 new frames; every other one lies in the
+    # new data, and is read there. Where all is small, it is read from the stream.
     small = sum(leaf.nbytes for leaf in data.values()) <= _JOIN_BYTES
     seam = emitted if small else min(carried, emitted)
     near = min(carried + n_steps - 1, known)
-    if seam == emitted:
-        stream_rows = _end_rows(ahead, known, 0)
+    if in_ring or seam == emitted:
+        begin = (place.first if in_ring else 0) * stride
+        dtype = _index_dtype((known + n_steps + place.capacity) * rows)
+        ends = torch.arange(begin - stride, begin - stride + lengths.shape[0], dtype=dtype, device=steps.device)
+        ends.add_(lengths, alpha=stride)
+        source_rows = cut(ends.remainder_(place.capacity * rows) if in_ring else ends).flatten()
     else:
         # Windows that end in the carry have no row here; they get any, and are overwritten below.
-        data_rows = _end_rows(ahead, new, -carried).clamp_(min=0)
-        seam_rows = _end_rows(ahead.narrow(time_dim, 0, seam), near, 0)
+        data_rows = _end_rows(cut(lengths), new, -carried).clamp_(min=0)
+        seam_rows = _end_rows(steps.narrow(time_dim, 0, seam), near, 0)
 
     def gather(key: Hashable) -> Tensor:
+        shape = (*lead, emitted)
+        if in_ring:
+            return _take(carry.leaves[key].movedim(time_dim, 0), source_rows, shape)
         if seam == emitted:
-            return _take(join(key), stream_rows, (*lead, emitted))
-        future = _take(data[key], data_rows, (*lead, emitted))
+            return _take(_join([*old(key), data[key]], time_dim), source_rows, shape)
+        future = _take(data[key], data_rows, shape)
         if seam:
-            joined = torch.cat((carry[key], data[key].narrow(time_dim, 0, near - carried)), time_dim)
+            joined = torch.cat((*old(key), data[key].narrow(time_dim, 0, near - carried)), time_dim)
             future.narrow(time_dim, 0, seam).copy_(_take(joined, seam_rows, (*lead, seam)))
         return future
 
     leaves, held = dict(data), {}
-    for key in data if hold or carried else gathered_keys:
-        older, newer = cut(key)
-        leaves[key] = gather(key) if key in gathered_keys else torch.cat(older, time_dim)
-        held[key] = torch.cat(newer, time_dim)
-    return leaves, returns, (ahead + 1).to(torch.int64), _discounts(ahead, n_steps, gamma), nonterminal, held
+    for key, leaf in data.items() if hold else ():
+        if in_ring:
+            older, held[key] = old(key, 0, emitted), carry.leaves[key]
+            _write(held[key], leaf, carry.runs(carried, new), time_dim)
+        else:
+            if emitted < carried:
+                older, newer = old(key, 0, emitted), [*old(key, emitted), leaf]
+            else:
+                head, tail = leaf.split_with_sizes((emitted - carried, known - emitted), time_dim)
+                older, newer = [*old(key), head], [tail]
+            held[key] = _lay_out(newer, place, time_dim)
+        if key not in gathered_keys:
+            leaves[key] = torch.cat(older, time_dim) if older else leaf.narrow(time_dim, 0, 0).clone()
+    for key in gathered_keys:
+        leaves[key] = gather(key)
+    ring = place.ring(held, emitted, known) if hold else None
+    return leaves, returns, steps, _discounts(steps, n_steps, gamma), nonterminal, ring
 
 
-def _boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None) -> Tensor:
-    """Boundaries ``[*B, S]``: done, or invalid, or followed by an invalid frame or by one of another trajectory."""
-    if mask is not None:
-        done = done | ~mask
-        done[..., :-1] |= ~mask[..., 1:]
-    if traj is not None:
-        changes = traj[..., 1:] != traj[..., :-1]
-        done = torch.cat((done[..., :-1] | changes, done[..., -1:]), -1)
-    return done
+def _window_lengths(goes_on: list[Tensor]) -> Tensor:
+    """Frames in the windows, int32 ``[M]``; ``goes_on[i]`` is 0 where frame ``t + i`` is a boundary, else all bits.
 
-
-def _slide(flags: Tensor, frames: int, count: int) -> list[Tensor]:
-    """Views of ``flags`` ``[*B, S]`` at frame ``t + i`` of every frame ``t``, for ``i < count``; each ``[*B, E]``."""
-    return [flags[..., i : i + frames] for i in range(count)]
-
-
-def _frames_ahead(goes_on: list[Tensor], like: Tensor) -> Tensor:
-    """``e(t) - t``, int32 ``[*B, E]``, the shape of ``like``.
-
-    Back from the window's end: ahead of ``t + i`` there is no frame if it is a boundary, else one more than ahead of
-    ``t + i + 1``; ahead of ``t + n - 1`` there is none.
+    Back from the window's end: from a boundary on there is one frame, from every other one more than from the next.
     """
-    if not goes_on:
-        return torch.zeros_like(like, dtype=torch.int32, memory_format=torch.contiguous_format)
-    ahead = goes_on[-1].to(torch.int32, memory_format=torch.contiguous_format)
-    for here in reversed(goes_on[:-1]):
-        ahead.add_(1).mul_(here)
-    return ahead
+    steps = torch.ones_like(goes_on[-1])
+    for on in reversed(goes_on[:-1]):
+        steps.bitwise_and_(on).add_(1)
+    return steps
 
 
-def _window_returns(reward: Tensor, goes_on: list[Tensor], frames: int, time_dim: int, gamma: float) -> Tensor:
-    """The n-step returns ``[*B, E, *F]`` of the first frames of ``reward`` ``[*B, S, *F]``.
+def _window_returns(reward: Tensor, goes_on: list[Tensor], stride: int, gamma: float) -> Tensor:
+    """The n-step returns ``[M, *F]`` of the first frames of ``reward`` ``[N, *F]``.
 
     Back from the window's end, from ``R = r(t + n - 1)``: ``R = r(t + i) + gamma * R``, or ``r(t + i)`` alone if
     ``t + i`` is a boundary. The boundary selects, it never multiplies, so that a NaN or Inf after it does not reach
     the frames before it.
     """
-    dtype = reward.dtype if reward.is_floating_point() else torch.get_default_dtype()
-    stream = reward.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    returns = stream.narrow(time_dim, len(goes_on), frames)
-    for i in reversed(range(len(goes_on))):
-        here, on = stream.narrow(time_dim, i, frames), goes_on[i]
-        for _ in range(here.ndim - on.ndim):
-            on = on.unsqueeze(-1)
-        returns = torch.where(on, torch.add(here, returns, alpha=gamma), here)
-    return returns.to(dtype).contiguous()
+    stream = reward.to(torch.float64 if _return_dtype(reward) == torch.float64 else torch.float32)
+    rewards = _slide(stream, len(goes_on), stride)
+    returns = rewards[-1]
+    for here, on in zip(reversed(rewards[:-1]), reversed(goes_on[:-1]), strict=True):
+        returns = torch.add(here, _select(returns, on.view(-1, *[1] * (here.ndim - 1))), alpha=gamma)
+    return returns
 
 
-def _discounts(ahead: Tensor, n_steps: int, gamma: float) -> Tensor:
-    """``gamma ** steps``, float32, each power rounded once; ``steps`` is ``ahead + 1``."""
-    powers = torch.tensor([gamma ** (k + 1) for k in range(n_steps)], dtype=torch.float32, device=ahead.device)
-    return powers.index_select(0, ahead.view(-1)).view(ahead.shape)
+def _select(value: Tensor, on: Tensor) -> Tensor:
+    """``value`` where all bits are on, 0 where none is."""
+    if value.requires_grad:
+        return torch.where(on.bool(), value, 0.0)
+    # A third of the time that torch.where takes on a CPU.
+    bits = _BITS[value.dtype]
+    return value.view(bits).bitwise_and(on).view(value.dtype)
 
 
-def _end_rows(ahead: Tensor, length: int, offset: int) -> Tensor:
+def _slide(stream: Tensor, count: int, stride: int) -> list[Tensor]:
+    """Views of ``stream`` ``[N, ...]`` at frame ``t + i`` of every frame ``t`` that has so many, for ``i < count``."""
+    frames = max(stream.shape[0] - (count - 1) * stride, 0)
+    return [stream[i * stride : i * stride + frames] for i in range(count)]
+
+
+def _boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, stride: int) -> Tensor:
+    """Boundaries ``[N]``: done, or invalid, or followed by an invalid frame or by one of another trajectory."""
+    if mask is not None:
+        done = done | ~mask
+        done[: len(done) - stride] |= ~mask[stride:]
+    if traj is not None:
+        done = done.clone()
+        done[: len(done) - stride] |= traj[stride:] != traj[: len(traj) - stride]
+    return done
+
+
+def _return_dtype(reward: Tensor) -> torch.dtype:
+    return reward.dtype if reward.is_floating_point() else torch.get_default_dtype()
+
+
+def _discounts(steps: Tensor, n_steps: int, gamma: float) -> Tensor:
+    """``gamma ** steps``, float32, each power rounded once."""
+    powers = torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=torch.float32, device=steps.device)
+    return powers.index_select(0, steps.view(-1)).view(steps.shape)
+
+
+def _compact(view: Tensor, dtype: torch.dtype) -> Tensor:
+    return view.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _end_rows(steps: Tensor, length: int, offset: int) -> Tensor:
     """Row of ``e(t) + offset`` in a source whose ``length`` frames per batch element are laid end to end."""
-    batch, frames = ahead.shape[:-1].numel(), ahead.shape[-1]
+    batch, frames = steps.shape[:-1].numel(), steps.shape[-1]
     span = max(batch - 1, 0) * length + frames
-    dtype = torch.int32 if batch * length + frames < 2**31 else torch.int64
-    starts = torch.arange(offset, offset + span, dtype=dtype, device=ahead.device).unfold(0, frames, max(length, 1))
-    return (starts + ahead.reshape(batch, frames)).view(-1)
+    dtype = _index_dtype(batch * length + frames)
+    starts = torch.arange(offset - 1, offset - 1 + span, dtype=dtype, device=steps.device)
+    return torch.add(starts.unfold(0, frames, max(length, 1)), steps.reshape(batch, frames)).view(-1)
+
+
+def _index_dtype(largest: int) -> torch.dtype:
+    return torch.int32 if largest < 2**31 else torch.int64
 
 
 def _take(value: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Rows of ``value`` ``[*B, T, *F]``, counted over ``[*B, T]``, as a new tensor of ``[*shape, *F]``."""
+    """Rows of ``value``, counted over its first dimensions, as many as ``shape`` has, as a new ``[*shape, *F]``."""
     if signed := _SIGNED.get(value.dtype):
         return _take(value.view(signed), rows, shape).view(value.dtype)
     time_dim = len(shape) - 1
     return value.flatten(0, time_dim).index_select(0, rows).view(*shape, *value.shape[time_dim + 1 :])
 
 
-def _pad(value: Tensor, frames: int, dim: int) -> Tensor:
-    """``value`` followed by frames that no window reads."""
-    if not frames:
-        return value
-    shape = (*value.shape[:dim], frames, *value.shape[dim + 1 :])
-    return torch.cat((value, value.new_zeros(shape)), dim)
+def _join(pieces: list[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def _pad(value: Tensor, frames: int) -> Tensor:
+    """``value`` ``[N, *F]`` followed by frames that no window reads."""
+    return torch.cat((value, value.new_zeros((frames, *value.shape[1:])))) if frames else value
+
+
+def _lay_out(pieces: list[Tensor], place: Place, time_dim: int) -> Tensor:
+    """Frames ``[*B, k, ...]`` one after the other from slot 0 on, in new memory."""
+    if not place.time_first:
+        return torch.cat(pieces, time_dim)
+    *batch, _ = pieces[0].shape[: time_dim + 1]
+    leaf = pieces[0].new_empty((place.capacity, *batch, *pieces[0].shape[time_dim + 1 :])).movedim(0, time_dim)
+    at = 0
+    for piece in pieces:
+        count = piece.shape[time_dim]
+        _write(leaf, piece, [(at, count)], time_dim)
+        at += count
+    return leaf
+
+
+def _write(leaf: Tensor, frames: Tensor, runs: Iterable[tuple[int, int]], time_dim: int) -> None:
+    """Writes frames into runs of slots."""
+    at = 0
+    for slot, count in runs:
+        leaf.narrow(time_dim, slot, count).copy_(frames.narrow(time_dim, at, count))
+        at += count

@@ -18,7 +18,7 @@ from torchrl.envs.transforms.rb_transforms import MultiStepTransform as _TorchRL
 
 from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_gamma, check_positive_int
-from multistep_triton.frames import Frames
+from multistep_triton.frames import Frames, Held
 
 
 class MultiStepTransform(MultiStepBase, Transform):
@@ -135,8 +135,8 @@ class MultiStepTransform(MultiStepBase, Transform):
         self._set_arguments(
             n_steps, gamma, reward_keys, done_key, done_keys, mask_key, backend, done_at, traj_key, match_reward_shape
         )
-        # Frames held back are replaced, never modified: whoever has them may keep them.
-        self._carry: Frames | None = None
+        # Replaced by every call, the frames before it are there until the next one.
+        self._carry: Held | None = None
         # A replay buffer calls its transforms outside its own lock.
         self._lock = threading.RLock()
 
@@ -178,7 +178,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         with self._lock:
             if self._carry is None:
                 return None
-            emitted, self._carry = self._n_step(self._carry.clone(), None, hold=False)
+            emitted, self._carry = self._n_step(self._carry.frames(), None, hold=False)
         return emitted
 
     def flush_into(self, replay_buffer: ReplayBuffer) -> Tensor:
@@ -233,7 +233,7 @@ class MultiStepTransform(MultiStepBase, Transform):
             TypeError: a non-tensor entry holds what ``torch.load`` would not read.
         """
         with self._lock:
-            carry = None if self._carry is None else self._carry.clone().state()
+            carry = None if self._carry is None else self._carry.frames().state()
             return {"n_steps": self._n_steps, "gamma": float(self._gamma), "carry": carry}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -241,7 +241,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         if not isinstance(state, dict) or state.keys() != {"n_steps", "gamma", "carry"}:
             raise ValueError(f"the state must be one of a MultiStepTransform, got {state!r:.200}")
         n_steps, gamma = check_positive_int("n_steps", state["n_steps"]), check_gamma(state["gamma"])
-        carry = None if state["carry"] is None else Frames.from_state(state["carry"]).clone()
+        carry = None if state["carry"] is None else Held.of(Frames.from_state(state["carry"]))
         with self._lock:
             self._n_steps, self._gamma, self._carry = n_steps, gamma, carry
 
@@ -264,13 +264,15 @@ class MultiStepTransform(MultiStepBase, Transform):
         super()._apply(fn, recurse)
         with self._lock:
             if self._carry is not None:
-                self._carry = self._carry.map(
-                    lambda leaf: leaf.to(fn(torch.empty(0, dtype=torch.bool, device=leaf.device)).device)
+                self._carry = self._carry.to(
+                    lambda leaf: fn(torch.empty(0, dtype=torch.bool, device=leaf.device)).device
                 )
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the lock, which every process and every copy has of its own."""
+        if self._carry is not None:
+            self._carry.ring.share()
         state: dict[str, Any] = super().__getstate__()
         del state["_lock"]
         return state
@@ -282,8 +284,9 @@ class MultiStepTransform(MultiStepBase, Transform):
     @property
     def _buffer(self) -> TensorDict | None:
         """A copy of the frames held back, under the name of torchrl's attribute."""
-        carry = self._carry
-        return None if carry is None else carry.build(carry.clone().leaves, carry.batch_size)
+        with self._lock:
+            frames = None if self._carry is None else self._carry.frames()
+        return None if frames is None else frames.build(frames.leaves, frames.batch_size)
 
 
 def _flat(transform: Transform) -> list[Transform]:

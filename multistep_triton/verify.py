@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from multistep_triton import reference
+from multistep_triton.ring import Ring
 from multistep_triton.rounding import float64_returns
 from multistep_triton.windows import Row, number
 
@@ -63,9 +64,7 @@ class _Output(NamedTuple):
     """Where its first frame lies in the stream of carry and data."""
 
 
-def n_step_extend_verified(
-    carry: Mapping[Any, Tensor] | None, data: Mapping[Any, Tensor], **arguments: Any
-) -> tuple[Any, ...]:
+def n_step_extend_verified(carry: Ring | None, data: Mapping[Any, Tensor], **arguments: Any) -> tuple[Any, ...]:
     """Computes :func:`multistep_triton.functional.n_step_extend` twice.
 
     Returns:
@@ -76,11 +75,13 @@ def n_step_extend_verified(
     """
     from multistep_triton.kernels import extend
 
-    expected = reference.n_step_extend_reference(carry, data, **arguments)
-    before = [{key: leaf.clone() for key, leaf in leaves.items()} for leaves in (carry or {}, data)]
+    expected = reference.n_step_extend_reference(carry and carry.clone(), data, **arguments)
+    held = {key: carry.pieces(key, arguments["time_dim"]) for key in data} if carry else {}
+    read = {"frames held back": held, "data": {key: [leaf] for key, leaf in data.items()}}
+    before = {what: {key: [each.clone() for each in views] for key, views in of.items()} for what, of in read.items()}
     got = extend.launch_n_step_extend(carry, data, **arguments)
-    _check_unchanged(carry or {}, before[0], "frames held back")
-    _check_unchanged(data, before[1], "data")
+    for what, leaves in read.items():
+        _check_unchanged(leaves, before[what], what)
     call = _Call(carry, data, got[2], expected[2], **arguments)
     _check(call.outputs(got, expected), expected[2].ndim, call.window)
     return got
@@ -104,7 +105,7 @@ def gather_future_verified(value: Tensor, steps: Tensor) -> Tensor:
 class _Call:
     """The arguments of one call and the steps that came of it; its stream is the frames of carry and data."""
 
-    carry: Mapping[Any, Tensor] | None
+    carry: Ring | None
     data: Mapping[Any, Tensor]
     got_steps: Tensor
     steps: Tensor
@@ -120,7 +121,7 @@ class _Call:
 
     def stream(self, key: Hashable) -> Tensor:
         leaf = self.data[key]
-        return torch.cat((self.carry[key], leaf), self.time_dim) if self.carry else leaf
+        return torch.cat((self.carry.frames(key, self.time_dim), leaf), self.time_dim) if self.carry else leaf
 
     def outputs(self, got: Sequence[Any], expected: Sequence[Any]) -> Iterator[_Output]:
         """What both computed; what explains the rest comes first."""
@@ -139,7 +140,11 @@ class _Call:
         for key, leaves in _pairs(got[0], expected[0]):
             end = " at the end of the window" if key in self.gathered_keys else ""
             yield _Output(key, f"{key}{end}", *leaves, COPIED)
-        for key, leaves in _pairs(got[5], expected[5]):
+        rings = [
+            {} if each is None else {key: each.frames(key, self.time_dim) for key in each.leaves}
+            for each in (got[5], expected[5])
+        ]
+        for key, leaves in _pairs(*rings):
             yield _Output(key, f"{key} of the frames held back", *leaves, COPIED, first=steps.shape[-1])
 
     def window(self, output: _Output, frame: tuple[int, ...], item: int) -> str:
@@ -160,7 +165,7 @@ class _Call:
 
         columns: dict[str, Callable[[int], str]] = {}
         if self.carry:
-            carried = self.carry[self.done_key].shape[self.time_dim]
+            carried = self.carry.count
             columns["frame"] = lambda t: f"held back [{t}]" if t < carried else f"data [{t - carried}]"
         for key in self.reward_keys:
             rewards = _items(self.stream(key)[at], 1)
@@ -220,11 +225,13 @@ def _check(outputs: Iterable[_Output], dims: int, window: Callable[[_Output, tup
     )
 
 
-def _check_unchanged(leaves: Mapping[Any, Tensor], before: Mapping[Any, Tensor], what: str) -> None:
+def _check_unchanged(leaves: Mapping[Any, list[Tensor]], before: Mapping[Any, list[Tensor]], what: str) -> None:
     """Raises an error if the kernels wrote where they read, and undoes it."""
-    if written := [key for key, leaf in leaves.items() if different_bits(leaf, before[key]).any()]:
+    pairs = {key: list(zip(views, before[key], strict=True)) for key, views in leaves.items()}
+    if written := [key for key, each in pairs.items() if any(different_bits(*pair).any() for pair in each)]:
         for key in written:
-            leaves[key].copy_(before[key])
+            for view, copy in pairs[key]:
+                view.copy_(copy)
         raise EquivalenceError(f"the kernels wrote into {written} of the {what}", key=written[0], what=what)
 
 

@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 def extend(n_steps: int, observation: torch.Tensor, **entries: torch.Tensor) -> Callable[[], Any]:
-    """A first call and one in steady state."""
+    """Calls from the first one to those in steady state."""
     rollout = make_rollout(observation.shape[:2], observation.shape[2])
     for data in (rollout, rollout["next"]):
         data["observation"] = observation
@@ -49,7 +49,7 @@ def extend(n_steps: int, observation: torch.Tensor, **entries: torch.Tensor) -> 
 
     def run() -> None:
         transform = MultiStepTransform(n_steps, 0.99, backend="triton", traj_key=traj_key)
-        for _ in range(2):
+        for _ in range(n_steps + 2):
             transform.inv(rollout)
 
     return run
@@ -88,6 +88,14 @@ CASES = {
         extend(MANY, torch.zeros(*SHAPE, 20), mask=MASK, traj=TRAJ), widest=16, registers=128
     ),
     "n in a loop, f32[17]": Case(extend(MANY, torch.zeros(*SHAPE, 17)), widest=8),
+    "n=3, a frame per call": Case(extend(FEW, torch.zeros(2, 3, 1, 20)), widest=16),
+    "n=3, a frame per call, mask, ids": Case(
+        extend(FEW, torch.zeros(2, 3, 1, 20), mask=MASK[..., :1], traj=TRAJ[..., :1]), widest=16, registers=128
+    ),
+    "n at most unrolled, a frame per call": Case(
+        extend(UNROLLED_STEPS, torch.zeros(2, 3, 1, 20)), widest=16, registers=128
+    ),
+    "n in a loop, a frame per call": Case(extend(MANY, torch.zeros(2, 3, 1, 20)), widest=16),
     "n_step_return": Case(
         lambda: n_step_return(
             torch.zeros(2, 40), torch.zeros(2, 40, dtype=torch.bool), gamma=0.9, n_steps=5, backend="triton"

@@ -86,7 +86,7 @@ def test_outputs_inputs_and_carry_share_no_memory(cuts):
         part = part.clone()
         before = part.clone()
         out = transform.inv(part)
-        carry = transform._carry.leaves
+        carry = transform._carry.ring.leaves
         carried = addresses(carry.values())
         assert not carried & storages(part)
         assert not carried & storages(*outs)
@@ -100,11 +100,11 @@ def test_the_carry_is_compact():
     transform = MultiStepTransform(3, 0.9)
     for part in make_rollout((4,), 2000).split(500, -1):
         transform.inv(part)
-        for leaf in transform._carry.leaves.values():
+        for leaf in transform._carry.ring.leaves.values():
             assert leaf.shape[1] == 3
             assert leaf.untyped_storage().nbytes() == leaf.nbytes
     assert transform._buffer.batch_size == (4, 3)
-    assert not storages(transform._buffer) & addresses(transform._carry.leaves.values())
+    assert not storages(transform._buffer) & addresses(transform._carry.ring.leaves.values())
 
 
 @pytest.mark.parametrize("n_steps", [1, 3])
@@ -186,4 +186,8 @@ def test_a_thousand_extends_hold_no_more_than_n_frames():
     with PeakMemory() as memory:
         for _ in range(1000):
             transform.inv(rollout)
-    assert memory.alive == sum(leaf.nbytes for leaf in transform._carry.leaves.values()) == rollout.bytes() * 5 // 2000
+    assert (
+        memory.alive
+        == sum(leaf.nbytes for leaf in transform._carry.ring.leaves.values())
+        == rollout.bytes() * 5 // 2000
+    )

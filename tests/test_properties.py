@@ -71,7 +71,7 @@ def take(value: Tensor, ends: Tensor) -> Tensor:
 
 
 def frame_bytes(value: Tensor) -> Tensor:
-    return value.contiguous().view(torch.uint8) if value.numel() else value
+    return value.clone(memory_format=torch.contiguous_format).view(torch.uint8) if value.numel() else value
 
 
 def check_transform(stream, done_at="start"):

@@ -171,7 +171,7 @@ def test_a_non_tensor_repeated_across_calls_is_held_once():
     for part in rollout.split(10, -1):
         out = transform.inv(part.clone().set("task", "".join(["wa", "lk"])))
         assert isinstance(out.get("task"), NonTensorData)
-        assert transform._carry.objects == {("task",): ["walk"]}
+        assert transform._carry.structure.objects == {("task",): ["walk"]}
 
 
 def test_only_the_non_tensors_of_frames_held_back_are_kept():
@@ -180,7 +180,7 @@ def test_only_the_non_tensors_of_frames_held_back_are_kept():
     transform = MultiStepTransform(N_STEPS, 0.9)
     for part in rollout.split(10, -1):
         transform.inv(part)
-        assert len(transform._carry.objects["info",]) == N_STEPS
+        assert len(transform._carry.structure.objects["info",]) == N_STEPS
     assert transform.inv(rollout[:0]) is None
 
 
@@ -319,5 +319,5 @@ def test_gradients_flow_through_the_reference():
     data = TensorDict({"next": {"reward": reward, "done": torch.zeros(1, 4, dtype=torch.bool)}}, [1, 4])
     transform = MultiStepTransform(2, 0.5, backend="reference")
     transform.inv(data)["next", "reward"].sum().backward()
-    assert not any(leaf.requires_grad for leaf in transform._carry.leaves.values())
+    assert not any(leaf.requires_grad for leaf in transform._carry.ring.leaves.values())
     assert reward.grad.tolist() == [[1.0, 1.5, 0.5, 0.0]]

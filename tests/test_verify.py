@@ -14,6 +14,7 @@ from rollouts import make_rollout, window_ends, window_sums
 from multistep_triton import EquivalenceError, MultiStep, MultiStepTransform, gather_future, n_step_return
 from multistep_triton.functional import Extension
 from multistep_triton.kernels import extend
+from multistep_triton.ring import Ring
 from multistep_triton.rounding import float64_returns
 
 GAMMA = 0.9
@@ -125,7 +126,7 @@ def test_a_fault_in_one_element_is_reported_there(kind, b, t):
 @settings(max_examples=4)
 @given(b=st.integers(0, 1), t=st.integers(0, 2))
 def test_a_fault_in_what_is_held_back(b, t):
-    with fault(lambda out: out.carry["action",][b, t].add_(1) if len(out.steps[0]) == 12 else None):
+    with fault(lambda out: out.carry.leaves["action",][b, t].add_(1) if len(out.steps[0]) == 12 else None):
         error = found()
     assert (error.key, error.frame) == (("action",), (b, t))
     assert error.what == "('action',) of the frames held back"
@@ -259,7 +260,7 @@ def test_after_an_error_the_frames_held_back_are_those_before():
     for part in parts:
         with fault(lambda out: out.steps[0, 0].add_(1)), pytest.raises(EquivalenceError):
             transform.inv(part)
-        with fault(lambda out: out.carry["action",][0, 0].add_(1)), pytest.raises(EquivalenceError):
+        with fault(lambda out: out.carry.leaves["action",][0, 0].add_(1)), pytest.raises(EquivalenceError):
             transform.inv(part)
         out.append(transform.inv(part))
     with fault(lambda out: out.steps[0, 0].add_(1)), pytest.raises(EquivalenceError):
@@ -278,7 +279,8 @@ def test_kernels_that_write_where_they_read_are_reported_and_undone():
 
         def launch_and_write(*sources, which=which, **options):
             out = launch(*sources, **options)
-            sources[which]["action",][0, 0] += 1
+            source = sources[which]
+            (source.pieces(("action",), 1)[0] if isinstance(source, Ring) else source["action",])[0, 0] += 1
             return out
 
         with pytest.MonkeyPatch.context() as patch:

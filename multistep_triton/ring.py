@@ -1,0 +1,122 @@
+"""The ring: where the frames lie that are held back. Owns which slot is whose, and no maths. May import torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Ring:
+    """Frames held back, in slots that the next call may go on writing into.
+
+    A leaf ``[*B, C, ...]`` has ``C`` slots. The oldest of ``count`` frames lies in slot ``first``, every other one in
+    the slot after that of the frame before it, and after the last slot comes the first. A call that goes on from a
+    ring writes into slots that are free, and returns another ring; the frames of the one before are there until the
+    call after. Only one call may do so, and none if the ring was copied, whose frames must not be overwritten.
+    """
+
+    def __init__(self, leaves: Mapping[Any, Tensor], first: int, count: int, capacity: int, time_first: bool) -> None:
+        self.leaves = dict(leaves)
+        self.first = first
+        self.count = count
+        self.capacity = capacity
+        self.time_first = time_first
+        """Whether the frames of a slot lie side by side in memory, ``[C, *B, ...]``, and not those of a row."""
+        self._free: list[None] = [None]
+
+    @classmethod
+    def of(cls, leaves: Mapping[Any, Tensor], count: int) -> Ring:
+        """A copy of these leaves, ``[*B, count, ...]``."""
+        copies = {key: leaf.clone(memory_format=torch.contiguous_format) for key, leaf in leaves.items()}
+        return cls(copies, 0, count, count, False)
+
+    def claim(self, frames: Iterable[Tensor]) -> bool:
+        """Whether leaves of these frames may be written into the free slots by the caller, who is then the only one."""
+        leaf = next(iter(self.leaves.values()))
+        if any(frame.requires_grad for frame in frames) or (
+            leaf.is_inference() and not torch.is_inference_mode_enabled()
+        ):
+            return False
+        try:
+            # Threads may share a ring; only one of them finds the item.
+            self._free.pop()
+        except IndexError:
+            return False
+        return True
+
+    def share(self) -> None:
+        """Says that others may have this ring, or its memory: nobody writes there from now on."""
+        self._free.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, or sent to another process, which may share the memory."""
+        self.share()
+        return self.__dict__
+
+    def with_leaves(self, leaves: Mapping[Any, Tensor], free: bool | None = None) -> Ring:
+        """The same slots of other leaves; to claim one is to claim both, unless ``free`` says so of the new one."""
+        ring = Ring(leaves, self.first, self.count, self.capacity, self.time_first)
+        ring._free = self._free if free is None else [None] * free
+        return ring
+
+    def clone(self) -> Ring:
+        """A copy, free slots and all."""
+        return self.with_leaves({key: leaf.clone() for key, leaf in self.leaves.items()}, free=True)
+
+    def arrange(self, leaf: Tensor, time_dim: int) -> Tensor:
+        """A leaf ``[*B, C, ...]`` in memory whose order is that of the ring's leaves."""
+        return leaf.movedim(time_dim, 0).contiguous().movedim(0, time_dim) if self.time_first else leaf.contiguous()
+
+    def runs(self, begin: int, count: int) -> list[tuple[int, int]]:
+        """First slot and length of the stretches of slots for ``count`` frames from frame ``begin`` on."""
+        slot = (self.first + begin) % max(self.capacity, 1)
+        length = min(count, self.capacity - slot)
+        return [run for run in ((slot, length), (0, count - length)) if run[1]]
+
+    def pieces(self, key: Hashable, time_dim: int, begin: int = 0, count: int | None = None) -> list[Tensor]:
+        """Views ``[*B, k, ...]`` of the frames from ``begin`` on, in order."""
+        leaf, count = self.leaves[key], self.count - begin if count is None else count
+        if count == self.capacity and not self.first:
+            return [leaf]
+        return [leaf.narrow(time_dim, *run) for run in self.runs(begin, count)]
+
+    def frames(self, key: Hashable, time_dim: int) -> Tensor:
+        """The frames, ``[*B, count, ...]``, in order; a view where they lie in order."""
+        pieces = self.pieces(key, time_dim) or [self.leaves[key].narrow(time_dim, 0, 0)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, time_dim)
+
+
+class Place(NamedTuple):
+    """Where a call puts the frames that it holds back: frame ``f`` of carry and data into slot ``first + f``."""
+
+    first: int
+    """Modulo ``capacity``."""
+    capacity: int
+    stay: int
+    """Frames of the carry that lie there already; 0 where the slots are in new memory."""
+    time_first: bool
+
+    def ring(self, leaves: Mapping[Any, Tensor], emitted: int, known: int) -> Ring:
+        """The frames held back, from frame ``emitted`` on."""
+        first = (self.first + emitted) % self.capacity
+        return Ring(leaves, first, known - emitted, self.capacity, self.time_first)
+
+
+def find_place(carry: Ring | None, frames: Collection[Tensor], new: int, n_steps: int) -> Place:
+    """Where to put the frames held back after ``new`` ones came, whose leaves are ``frames``.
+
+    Calls of fewer than ``n_steps`` frames write these into the slots that are free, so that a frame is written twice,
+    whatever ``n_steps``: there, and when it comes out. In longer calls all that is held back is new.
+    """
+    carried = carry.count if carry else 0
+    known = carried + new
+    emitted = max(known - n_steps, 0)
+    if new >= n_steps:
+        return Place(-emitted % n_steps, n_steps, 0, False)
+    if carry and carry.time_first and known <= carry.capacity <= 2 * (n_steps + new) and carry.claim(frames):
+        return Place(carry.first, carry.capacity, carried - emitted, True)
+    capacity = max(min(n_steps, 2 * known) + new, 1)
+    return Place(-emitted % capacity, capacity, 0, True)

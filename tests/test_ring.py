@@ -1,0 +1,161 @@
+"""Frames held back in slots that later calls go on writing into: what that saves, and that nobody's are overwritten."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import kernels, reference_reading
+from rollouts import make_rollout
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from multistep_triton import MultiStepTransform
+from multistep_triton.ring import Ring, find_place
+
+N_STEPS, GAMMA, WIDTH = 5, 0.9, 10_000
+
+
+def stream(frames, width=3):
+    rollout = make_rollout((2,), frames, seed=frames)
+    for data in (rollout, rollout["next"]):
+        data["observation"] = torch.randn(2, frames, width)
+    return rollout
+
+
+def one_by_one(transform, rollout):
+    outs = [transform.inv(frame) for frame in rollout.split(1, 1)]
+    return torch.cat([out for out in outs if out is not None], 1)
+
+
+def equal(one, other):
+    return all(torch.equal(one[key], other[key]) for key in one.keys(True, True))
+
+
+class Written(TorchDispatchMode):
+    """Bytes that operators write into tensors of many bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view and "empty" not in str(function):
+            self.bytes += sum(leaf.nbytes for leaf in tree_leaves(out) if leaf.nbytes >= 4 * WIDTH)
+        return out
+
+
+@pytest.mark.parametrize("n_steps", [2, 10, 50])
+def test_a_byte_is_written_twice_whatever_n(n_steps):
+    """Into the ring and when it comes out, of calls of one frame."""
+    transform, rollout = MultiStepTransform(n_steps, GAMMA), stream(1, WIDTH)
+    for _ in range(3 * n_steps):
+        transform.inv(rollout)
+    for _ in range(2 * n_steps):
+        with Written() as written:
+            transform.inv(rollout)
+        assert written.bytes == 2 * 2 * rollout["observation"].nbytes
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_the_ring_stays_where_it_is_and_holds_no_more_than_it_must(frames):
+    transform, rollout = MultiStepTransform(N_STEPS, GAMMA), stream(frames)
+    for _ in range(10):
+        transform.inv(rollout)
+    before = transform._carry.ring
+    for _ in range(20):
+        transform.inv(rollout)
+        ring = transform._carry.ring
+        assert ring.count == N_STEPS
+        assert ring.capacity <= N_STEPS + frames + 1
+        assert all(ring.leaves[key] is before.leaves[key] for key in before.leaves)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_of_a_transform_do_not_write_into_each_others_frames(duplicate, backend):
+    rollout, other = stream(40), stream(41)[:, :40]
+    first = MultiStepTransform(N_STEPS, GAMMA, backend=backend)
+    with kernels() if backend == "triton" else reference_reading("joined"):
+        begin = one_by_one(first, rollout[:, :13])
+        second = duplicate(first)
+        outs = []
+        for transform, then in ((first, rollout), (second, other)):
+            outs.append([transform.inv(frame) for frame in then[:, 13:16].split(1, 1)])
+        for out, transform, then in zip(outs, (first, second), (rollout, other), strict=True):
+            out += [transform.inv(frame) for frame in then[:, 16:].split(1, 1)]
+            whole = torch.cat((rollout[:, :13], then[:, 13:]), 1)
+            expected = MultiStepTransform(N_STEPS, GAMMA).inv(whole)
+            assert equal(torch.cat([begin, *out], 1), expected)
+
+
+def test_a_call_that_fails_after_it_wrote_leaves_the_frames_as_they_were(monkeypatch):
+    rollout, transform = stream(40), MultiStepTransform(N_STEPS, GAMMA)
+    begin = one_by_one(transform, rollout[:, :20])
+    build = transform._output_leaves
+    for frame in rollout[:, 20:30].split(1, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(transform, "_output_leaves", lambda *arguments: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                transform.inv(frame.clone().zero_())
+        assert transform._output_leaves == build
+    end = one_by_one(transform, rollout[:, 20:])
+    assert equal(torch.cat((begin, end), 1), MultiStepTransform(N_STEPS, GAMMA).inv(rollout))
+
+
+def test_frames_held_back_in_inference_mode_are_gone_on_from_outside_of_it():
+    rollout, transform = stream(30), MultiStepTransform(N_STEPS, GAMMA)
+    with torch.inference_mode():
+        begin = one_by_one(transform, rollout[:, :15])
+    end = one_by_one(transform, rollout[:, 15:])
+    assert equal(torch.cat((begin, end), 1), MultiStepTransform(N_STEPS, GAMMA).inv(rollout))
+
+
+def test_rewards_that_require_grad_keep_their_graph_frame_by_frame():
+    rollout = stream(12)
+    reward = rollout["next", "reward"].requires_grad_()
+    whole = MultiStepTransform(N_STEPS, GAMMA).inv(rollout)["next", "reward"]
+    transform, returns = MultiStepTransform(N_STEPS, GAMMA), []
+    for part in rollout.split(4, 1):
+        out = transform.inv(part)
+        returns += [] if out is None else [out["next", "reward"]]
+    assert torch.equal(torch.cat(returns, 1), whole)
+    # Frames that were held back have no graph.
+    (gradient,) = torch.autograd.grad(returns[0].sum(), reward)
+    assert gradient[:, 4:8].any()
+    assert not gradient[:, :4].any()
+
+
+def test_only_one_call_goes_on_from_a_ring():
+    ring = Ring({"leaf": torch.zeros(8, 2).movedim(0, 1)}, 6, 3, 8, True)
+    assert ring.runs(0, 3) == [(6, 2), (0, 1)]
+    assert [piece.shape[1] for piece in ring.pieces("leaf", 1)] == [2, 1]
+    same = ring.with_leaves(ring.leaves)
+    assert find_place(ring, [], 2, 4) == (6, 8, 2, True)
+    for taken in (ring, same):
+        assert find_place(taken, [], 2, 4).stay == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "new", "n_steps", "stay"),
+    [
+        (3, 1, 3, 2),
+        (3, 2, 3, 1),
+        (3, 3, 3, 0),
+        (3, 6, 3, 0),
+        (4, 4, 9, 4),
+        (5, 4, 9, 0),
+        (3, 1, 1, 0),
+        (8, 1, 8, 0),
+        (3, 0, 2, 0),
+    ],
+)
+def test_where_frames_go(count, new, n_steps, stay):
+    """A new place where the ring is too small, or all that is held back is new."""
+    ring = Ring({"leaf": torch.zeros(2, 8)}, 0, count, 8, True)
+    place = find_place(ring, [], new, n_steps)
+    assert place.stay == stay
+    held = min(count + new, n_steps)
+    assert place.capacity == 8 if stay else place.capacity >= held
+    assert (place.first + count + new - held) % place.capacity == 0 or stay
