@@ -1,6 +1,6 @@
 """What the kernels' path costs on the host: Python per extend, with launches that go nowhere.
 
-Usage: ``python benchmarks/host.py``; needs Triton and no GPU. Kernels are compiled for sm_90 and handed to a driver
+Usage: ``python -m benchmarks.host``; needs Triton and no GPU. Kernels are compiled for sm_90 and handed to a driver
 that does not launch them, so that everything is timed up to the call of the driver's launcher.
 """
 
@@ -17,11 +17,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import stub_driver
 import torch
 import triton
-from test_extend import GAMMA, Case, make_rollout, steady
 
+from benchmarks.cases import GAMMA, Case, make_rollout
+from benchmarks.measure import set_up
 from multistep_triton import MultiStepTransform
 
-CASE = Case(1, 64, 0.0)
+CASE = Case("state", 1, 64, 0.0)
+WARM_UP_CALLS = 5
 REPEATS, CALLS = 15, 1000
 
 
@@ -32,7 +34,7 @@ def microseconds(call) -> str:
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    set_up()
     driver = stub_driver.install("sm_90")
     from multistep_triton.kernels import extend
 
@@ -44,8 +46,9 @@ def main() -> None:
         f"Python {platform.python_version()}; median of {REPEATS} x {CALLS} calls (least to most)"
     )
     for n_steps in (3, 10):
-        transform = steady(MultiStepTransform(n_steps, GAMMA, backend="triton"), rollout)
-        call = partial(transform._inv_call, rollout)
+        call = partial(MultiStepTransform(n_steps, GAMMA, backend="triton")._inv_call, rollout)
+        for _ in range(WARM_UP_CALLS):
+            call()
         before = driver.launches
         call()
         print(f"n={n_steps}, launches: {driver.launches - before}")

@@ -1,13 +1,12 @@
 """Who owns which memory, and how much of it there is."""
 
-import weakref
-
 import pytest
 import torch
 from rollouts import make_rollout
 from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import PeakMemory
 from multistep_triton import MultiStepTransform, gather_future, n_step_return
 
 
@@ -18,35 +17,6 @@ def addresses(leaves):
 
 def storages(*tensordicts):
     return addresses(leaf for data in tensordicts for leaf in data.values(True, True))
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of tensor memory allocated under it: alive now, and at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = self.peak = 0
-        self._sizes = {}
-
-    def _release(self, address):
-        self.alive -= self._sizes.pop(address)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        inputs = {
-            x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)
-        }
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            address = storage.data_ptr()
-            if storage.nbytes() and address not in self._sizes and address not in inputs:
-                self._sizes[address] = storage.nbytes()
-                self.alive += storage.nbytes()
-                weakref.finalize(storage, self._release, address)
-        self.peak = max(self.peak, self.alive)
-        return out
 
 
 class Calls(TorchDispatchMode):

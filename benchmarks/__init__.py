@@ -1,0 +1,1 @@
+"""Benchmarks: run each from the repository's root, ``python -m benchmarks.compare --help`` first."""

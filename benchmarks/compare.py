@@ -1,0 +1,159 @@
+"""Compares every contender on every case: time, memory, operators, launches; as CSV, Markdown and pictures.
+
+Usage: ``python -m benchmarks.compare --out DIR``; ``--quick`` for a first look, ``--cases``, ``--operations`` and
+``--seconds`` for a part. Nothing is timed before it has passed the gate. Inputs are the same in every call, so that
+small ones are in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tensordict import TensorDict
+from torch._dynamo.utils import counters
+from tqdm import tqdm
+
+from benchmarks import plots, report
+from benchmarks.cases import CASES, PIXEL_SOURCE, QUICK, Case, make_rollout, select
+from benchmarks.contenders import CLONE, COMPILED, CONTENDERS, OPERATIONS, Contender, Subject, applies
+from benchmarks.gate import check
+from benchmarks.machine import about
+from benchmarks.measure import cost, in_turns, memory_of, set_up
+
+QUICK_SECONDS = 0.1
+NOT_QUICK = {COMPILED: "left out of --quick: each case compiles for many seconds"}
+
+
+def graphs() -> int:
+    """How many graphs torch.compile has made so far."""
+    return counters["stats"]["unique_graphs"]
+
+
+def prepare(
+    contender: Contender, case: Case, operation: str, rollout: TensorDict, left_out: Mapping[str, str]
+) -> tuple[Subject | None, dict[str, str]]:
+    """What is ready to be timed, None if nothing is; the columns ``status`` and ``note``."""
+    if reason := left_out.get(contender.name) or contender.obstacle(case, rollout.device):
+        return None, {"status": f"skipped: {reason}", "note": ""}
+    compiled = graphs()
+    try:
+        subject = contender.make(case, operation, rollout.device)
+        errors = check(case, rollout, subject)
+        steady = graphs()
+        subject.call(rollout)
+    # Whatever a contender fails with, out of memory among it, the others go on.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        return None, {"status": f"failed: {type(error).__name__}: {reason}", "note": ""}
+    known = contender.known_errors(case)
+    if wrong := [text for key, text in errors.items() if key not in known]:
+        return None, {"status": f"wrong: {'; '.join(wrong)}", "note": ""}
+    if graphs() > steady:
+        return None, {"status": "skipped: recompiles in every call", "note": ""}
+    notes = [f"{key} is wrong" for key in known if key in errors]
+    if steady > compiled:
+        notes.append(f"compiled to {steady - compiled} graphs")
+    return subject, {"status": "ok", "note": "; ".join(notes)}
+
+
+def compare(
+    case: Case,
+    operation: str,
+    rollout: TensorDict,
+    contenders: list[Contender],
+    seconds: float,
+    left_out: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """One row per contender."""
+    prepared = {
+        contender.name: prepare(contender, case, operation, rollout, left_out)
+        for contender in contenders
+        if applies(contender, operation, case)
+    }
+    subjects = {name: subject for name, (subject, _) in prepared.items() if subject}
+    times = in_turns({name: partial(subject.call, rollout) for name, subject in subjects.items()}, seconds)
+    rows = []
+    for name, (subject, verdict) in prepared.items():
+        row = {"case": str(case), **case._asdict(), "operation": operation, "contender": name, **verdict}
+        row["pixels"] = PIXEL_SOURCE if case.kind == "pixels" else ""
+        if subject:
+            time = times[name]
+            if subject.in_torch:
+                row |= cost(partial(subject.call, rollout), rollout.device)._asdict()
+            transitions = subject.transitions([subject.call(rollout)])
+            written = memory_of(transitions) * rollout.numel() // transitions.numel()
+            row |= {
+                "median_ms": time.median * 1e3,
+                "iqr_ms": time.iqr * 1e3,
+                "measurements": len(time.times),
+                "GBps": (memory_of(rollout) + written) / time.median / 1e9,
+                "input_bytes": memory_of(rollout),
+                "output_bytes": written,
+                "row_bytes": case.row_bytes,
+            }
+        rows.append(row)
+    return rows
+
+
+def run(
+    cases: list[Case],
+    operations: list[str],
+    device: torch.device,
+    seconds: float,
+    left_out: Mapping[str, str],
+    contenders: list[Contender] = CONTENDERS,
+) -> pd.DataFrame:
+    """One row per case, operation and contender."""
+    wanted = [
+        (case, operation)
+        for case in cases
+        for operation in operations
+        if any(applies(contender, operation, case) for contender in contenders if contender.name != CLONE)
+    ]
+    rows, rollout, last = [], None, None
+    for case, operation in (progress := tqdm(wanted)):
+        progress.set_description(f"{operation}, {case}")
+        if case != last:
+            rollout, last = make_rollout(case, device), case
+        rows += compare(case, operation, rollout, contenders, seconds, left_out)
+    return report.with_ratios(pd.DataFrame(rows)).assign(**about(device))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cases", default="all", help="state, streaming, pixels, rows, all, or a regular expression")
+    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    parser.add_argument("--quick", action="store_true", help="a few cases of every set, in less than a minute")
+    parser.add_argument("--seconds", type=float, help="to spend on each measurement, 0.5 unless told")
+    parser.add_argument("--out", type=Path, default=Path(".benchmarks"), metavar="DIR")
+    parser.add_argument("--redraw", type=Path, metavar="CSV", help="measure nothing; report and pictures of this file")
+    options = parser.parse_args(arguments)
+    if options.redraw:
+        rows = pd.read_csv(options.redraw, keep_default_na=False, na_values={name: "" for name in report.NUMBERS})
+    else:
+        cases = select(options.cases, QUICK if options.quick else CASES)
+        if not cases:
+            parser.error(f"no case is named like {options.cases!r}; there are, for instance: {CASES[0]}, {CASES[-1]}")
+        set_up()
+        seconds = options.seconds or (QUICK_SECONDS if options.quick else 0.5)
+        left_out = NOT_QUICK if options.quick else {}
+        rows = run(cases, options.operations, torch.device(options.device), seconds, left_out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = f"{rows['device'].iloc[0]}-compare"
+    rows.to_csv(options.out / f"{stem}.csv", index=False, float_format="%.6g")
+    text = report.markdown(rows)
+    (options.out / f"{stem}.md").write_text(text)
+    pictures = plots.draw(rows, options.out)
+    print(report.summary(rows))
+    print("\nWritten:", *[options.out / f"{stem}{suffix}" for suffix in (".csv", ".md")], *pictures, sep="\n    ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Contenders: who can do which operation on which case, or why not, and how to make one.
+
+Operations:
+
+- ``transform``: the inverse of the transform alone;
+- ``extend``: all of ``rb.extend(rollout)``, the transform and writing to the storage;
+- ``store and sample``: store a rollout, then sample as many transitions as it has frames.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import NestedKey, TensorDict
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
+from torchrl.envs.transforms import Transform, rb_transforms
+
+from benchmarks.cases import GAMMA, Case
+from benchmarks.peers import StableBaselines3, VectorizedRing
+from multistep_triton import MultiStepTransform
+from multistep_triton.backends import choose_backend
+
+OPERATIONS = ("transform", "extend", "store and sample")
+TORCHRL, COMPILED = "torchrl", "torchrl, compiled"
+REFERENCE, TRITON = "multistep_triton reference", "multistep_triton triton"
+SB3, RING, CLONE = "stable-baselines3", "FastTD3-style", "clone"
+OURS = (REFERENCE, TRITON)
+
+FLAGS = ("done", "terminated", "truncated")
+NEXT: tuple[NestedKey, ...] = (("next", "reward"), ("next", "observation"))
+PROMISES: tuple[NestedKey, ...] = (
+    *("observation", "steps_to_next_obs", "gamma", "nonterminal"),
+    *NEXT,
+    *(("next", flag) for flag in FLAGS),
+)
+
+
+class Subject(NamedTuple):
+    """A contender that is ready for the rollouts of one case."""
+
+    call: Callable[[TensorDict], Any]
+    """What is timed."""
+    transitions: Callable[[Sequence[Any]], TensorDict]
+    """n-step transitions, from what the last calls returned."""
+    promises: Sequence[NestedKey] = PROMISES
+    """The keys that the gate checks."""
+    done_at: str = "start"
+    """Which frame of the window the done flags are from, "start" or "end"."""
+    in_order: bool = True
+    """The transitions are ``[B, T']``, each frame once, in time order."""
+    in_torch: bool = True
+    """Its work is done by torch, whose operators and memory can be counted."""
+
+
+class Contender(NamedTuple):
+    name: str
+    operations: Sequence[str]
+    make: Callable[[Case, str, torch.device], Subject]
+    """Of a case, an operation and a device."""
+    obstacle: Callable[[Case, torch.device], str | None] = lambda case, device: None
+    """Why it cannot run, None if it can."""
+    known_errors: Callable[[Case], Sequence[str]] = lambda case: ()
+    """Keys of which it is documented that they are wrong, which does not keep it from being timed."""
+
+
+def joined(outputs: Sequence[TensorDict]) -> TensorDict:
+    # A copy of one would have more memory than it, where two of its keys are one tensor.
+    return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), 1)
+
+
+def with_transform(make: Callable[[Case], Transform]) -> Callable[[Case, str, torch.device], Subject]:
+    """Every operation of a transform of torchrl's kind."""
+
+    def subject(case: Case, operation: str, device: torch.device) -> Subject:
+        transform = make(case)
+        if operation == "transform":
+            return Subject(transform._inv_call, joined)
+        storage = LazyTensorStorage(case.envs * case.ring, ndim=2, device=device)
+        buffer = ReplayBuffer(storage=storage, transform=transform)
+        if operation == "extend":
+            return Subject(buffer.extend, lambda _: buffer[:])
+
+        def store_and_sample(rollout: TensorDict) -> TensorDict | None:
+            buffer.extend(rollout)
+            # Until more than n frames have come, there is nothing to sample.
+            return buffer.sample(rollout.numel()) if len(buffer) else None
+
+        return Subject(store_and_sample, lambda samples: samples[-1], in_order=False)
+
+    return subject
+
+
+def ours(backend: str) -> Callable[[Case, str, torch.device], Subject]:
+    return with_transform(lambda case: MultiStepTransform(case.n_steps, GAMMA, backend=backend))
+
+
+def triton_obstacle(case: Case, device: torch.device) -> str | None:
+    try:
+        choose_backend("triton", [torch.empty(0, device=device)])
+    except RuntimeError as error:
+        return str(error)
+    return "interpreted kernels are for debugging" if device.type == "cpu" else None
+
+
+@functools.lru_cache(maxsize=1)
+def compiled_computation(case: Case) -> Callable[..., TensorDict]:
+    """torchrl's computation, compiled for one case: graphs of others count towards the limit of recompilations."""
+    torch._dynamo.reset()
+    return torch.compile(rb_transforms._multi_step_func)
+
+
+def compiled_transform(case: Case) -> Transform:
+    """torchrl's transform with its computation compiled, and no other instance's."""
+    transform = TorchRLMultiStepTransform(case.n_steps, GAMMA)
+    call = TorchRLMultiStepTransform._inv_call
+    scope = {**call.__globals__, "_multi_step_func": compiled_computation(case)}
+    transform._inv_call = FunctionType(call.__code__, scope).__get__(transform)
+    return transform
+
+
+def compiled_obstacle(case: Case, device: torch.device) -> str | None:
+    if case.kind == "rows" or (case.n_steps, case.p_done) != (3, 0.01):
+        return "left out: each case compiles for many seconds, so that only those with n=3 and p=0.01 are run"
+    return None
+
+
+def torchrl_errors(case: Case) -> Sequence[str]:
+    return ["nonterminal"] if case.n_steps == 1 else []
+
+
+def clone(case: Case, operation: str, device: torch.device) -> Subject:
+    return Subject(TensorDict.clone, lambda copies: copies[-1], promises=(), in_order=False)
+
+
+def stable_baselines3(case: Case, operation: str, device: torch.device) -> Subject:
+    peer = StableBaselines3(case)
+    return Subject(
+        peer.store_and_sample,
+        lambda samples: peer.transitions(samples[-1]),
+        promises=("observation", "gamma", *NEXT, ("next", "terminated")),
+        done_at="end",
+        in_order=False,
+        in_torch=False,
+    )
+
+
+def vectorized_ring(case: Case, operation: str, device: torch.device) -> Subject:
+    return Subject(
+        VectorizedRing(case, device).store_and_sample,
+        lambda samples: samples[-1],
+        promises=("observation", "steps_to_next_obs", *NEXT, ("next", "done"), ("next", "truncated")),
+        done_at="end",
+        in_order=False,
+    )
+
+
+CONTENDERS = [
+    Contender(
+        TORCHRL,
+        OPERATIONS,
+        with_transform(lambda case: TorchRLMultiStepTransform(case.n_steps, GAMMA)),
+        known_errors=torchrl_errors,
+    ),
+    Contender(COMPILED, OPERATIONS[:2], with_transform(compiled_transform), compiled_obstacle, torchrl_errors),
+    Contender(REFERENCE, OPERATIONS, ours("reference")),
+    Contender(TRITON, OPERATIONS, ours("triton"), triton_obstacle),
+    Contender(
+        SB3,
+        OPERATIONS[2:],
+        stable_baselines3,
+        lambda case, device: None if device.type == "cpu" else "stores and samples in NumPy, on the CPU",
+    ),
+    Contender(RING, OPERATIONS[2:], vectorized_ring),
+    Contender(CLONE, OPERATIONS, clone),
+]
+
+
+def applies(contender: Contender, operation: str, case: Case) -> bool:
+    """Sampling is compared on observations of a state; its peers store pixels in ways of their own."""
+    sampling = operation == OPERATIONS[2]
+    return operation in contender.operations and (not sampling or case.kind in ("state", "streaming"))

@@ -1,0 +1,107 @@
+"""The gate before every timing: what is about to be timed computes n-step transitions.
+
+The oracle is a plain loop over ``k < n`` in float64, on the frames of the stream, and shares no code with any
+contender. Transitions are identified by the number that the stream writes into their actions. What passed is what is
+timed: the stream leaves it in its steady state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from tensordict import NestedKey, TensorDict
+
+from benchmarks.cases import GAMMA, Case, Stream
+from benchmarks.contenders import FLAGS, Subject
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+class Windows(NamedTuple):
+    """Of every frame, ``[B, K]``."""
+
+    returns: np.ndarray
+    magnitude: np.ndarray
+    """The sum of the absolute terms of the return, of which rounding errors are a fraction."""
+    ends: np.ndarray
+
+
+def oracle(reward: np.ndarray, done: np.ndarray, n_steps: int, gamma: float) -> Windows:
+    """Windows of n frames in float64 ``[B, K]``, cut after the first done and at the last frame."""
+    start = np.arange(reward.shape[1])
+    returns, magnitude = np.zeros(reward.shape), np.zeros(reward.shape)
+    ends, open_ = np.zeros(reward.shape, int), np.ones(reward.shape, bool)
+    for k in range(n_steps):
+        open_ = open_ & (start + k < len(start))
+        reached = np.minimum(start + k, len(start) - 1)
+        term = np.where(open_, gamma**k * reward[:, reached], 0.0)
+        returns, magnitude = returns + term, magnitude + abs(term)
+        ends = np.where(open_, reached, ends)
+        open_ = open_ & ~done[:, reached]
+    return Windows(returns, magnitude, ends)
+
+
+def array(transitions: TensorDict, key: NestedKey) -> np.ndarray:
+    """A leaf, without trailing dimensions of one element."""
+    leaf = transitions[key].cpu().numpy()
+    return leaf.reshape(*transitions.batch_size) if leaf.size == transitions.numel() else leaf
+
+
+def errors_of(case: Case, stream: Stream, transitions: TensorDict, subject: Subject) -> dict[NestedKey, str]:
+    """What is wrong with transitions of the stream, by key."""
+    rollout = stream.rollout.cpu()
+    env, frame = np.divmod(np.arange(stream.envs * stream.length), stream.length)
+    everything = stream.source(env, frame)
+    shape = (stream.envs, stream.length)
+    reward = array(rollout, ("next", "reward"))[everything].reshape(shape).astype(np.float64)
+    done = array(rollout, ("next", "done"))[everything].reshape(shape)
+    windows = oracle(reward, done, case.n_steps, GAMMA)
+
+    env, frame = np.divmod(transitions["action"][..., 0].cpu().numpy().astype(np.int64), stream.length)
+    if subject.in_order and not is_newest(case, stream, env, frame):
+        return {"action": "frames are lost, repeated or out of order"}
+    end = windows.ends[env, frame]
+    steps = end - frame + 1
+    here, there = stream.source(env, frame), stream.source(env, end)
+    flags_at = there if subject.done_at == "end" else here
+    expected = {
+        "observation": array(rollout, "observation")[here],
+        "steps_to_next_obs": steps,
+        "gamma": GAMMA**steps,
+        "nonterminal": ~done[env, frame],
+        ("next", "observation"): array(rollout, ("next", "observation"))[there],
+        ("next", "reward"): windows.returns[env, frame],
+        **{("next", flag): array(rollout, ("next", flag))[flags_at] for flag in FLAGS},
+    }
+    # A float32 sum of n products is wrong by at most n roundings of its terms; twice that for another order of them.
+    tolerance = {
+        ("next", "reward"): 2 * (case.n_steps + 1) * EPS * windows.magnitude[env, frame],
+        "gamma": (steps + 1) * EPS,
+    }
+    errors: dict[NestedKey, str] = {}
+    for key in subject.promises:
+        found = array(transitions, key)
+        wrong = abs(found - expected[key]) > tolerance[key] if key in tolerance else found != expected[key]
+        if wrong.any():
+            name = key if isinstance(key, str) else ".".join(key)
+            errors[key] = f"{name} differs in {wrong.mean():.1%} of elements"
+    return errors
+
+
+def is_newest(case: Case, stream: Stream, env: np.ndarray, frame: np.ndarray) -> bool:
+    """Whether ``[B, T']`` are the newest frames of which n are known, in order; a ring may begin anywhere."""
+    frame = np.roll(frame, -frame[0].argmin(), axis=1)
+    last = stream.length - case.n_steps
+    newest = np.arange(last - frame.shape[1], last)
+    return bool((frame == newest).all() and (env == np.arange(stream.envs)[:, None]).all())
+
+
+def check(case: Case, rollout: TensorDict, subject: Subject) -> dict[NestedKey, str]:
+    """What is wrong, by key, after a stream that takes a new subject to its steady state and a buffer once round."""
+    calls = -(-(case.n_steps + case.ring) // case.frames) + 1
+    stream = Stream(rollout, calls)
+    results: list[Any] = []
+    for part in stream:
+        results = [*results[-2:], subject.call(part)]
+    return errors_of(case, stream, subject.transitions(results), subject)

@@ -1,0 +1,96 @@
+"""Rows of a comparison as Markdown: what it comes to, where it is worst, what was not timed and why, and every row."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from benchmarks.contenders import CLONE, OURS, TORCHRL
+from benchmarks.machine import sentence
+from benchmarks.measure import geometric_mean
+
+RATIO, COPIES = "torchrl_over_this", "this_over_clone"
+NUMBERS = ("median_ms", "iqr_ms", RATIO, COPIES, "GBps", "operators", "launches", "syncs", "peak_bytes")
+WORST = 10
+
+
+def with_ratios(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds how many times faster than torchrl, and how many times slower than a clone; of medians of one run."""
+    rows = rows.reindex(columns=[*rows.columns, *(name for name in NUMBERS if name not in rows)])
+    keys = ["case", "operation"]
+    medians = rows.pivot(index=keys, columns="contender", values="median_ms")
+    by_row = rows[keys].apply(tuple, axis=1)
+    for name, contender in ((RATIO, TORCHRL), (COPIES, CLONE)):
+        base = by_row.map(medians[contender]) if contender in medians else float("nan")
+        rows[name] = base / rows["median_ms"] if name == RATIO else rows["median_ms"] / base
+    return rows
+
+
+def table(rows: pd.DataFrame) -> str:
+    """Markdown of text and numbers; the numbers to the right."""
+    right = [pd.api.types.is_numeric_dtype(rows[name]) for name in rows]
+    lines = [list(rows.columns), ["---:" if number else "---" for number in right]]
+    lines += [["" if pd.isna(value) else shown(value) for value in values] for values in rows.to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shown(value: object) -> str:
+    """Three digits of a number, all before the point."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def ratios_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """Over state cases, by operation and contender: the geometric mean and the smallest ratio to torchrl."""
+    timed = rows[(rows["kind"] == "state") & rows[RATIO].notna() & ~rows["contender"].isin([TORCHRL, CLONE])]
+    found = []
+    for (operation, contender), group in timed.groupby(["operation", "contender"], sort=False):
+        worst = group.loc[group[RATIO].idxmin()]
+        found.append(
+            {
+                "operation": operation,
+                "contender": contender,
+                "cases": len(group),
+                "torchrl / it, geometric mean": geometric_mean(group[RATIO]),
+                "smallest": worst[RATIO],
+                "at": worst["case"],
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def worst_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of all cases, where this package gains least over torchrl."""
+    ours = rows[rows["contender"].isin(OURS) & rows[RATIO].notna()].sort_values(RATIO)
+    return ours.head(WORST)[["operation", "case", "contender", "median_ms", RATIO, COPIES]]
+
+
+def summary(rows: pd.DataFrame) -> str:
+    """The sections that fit a screen."""
+    blank = rows["status"].ne("ok")
+    not_timed = rows[blank].groupby(["contender", "status"], sort=False).size().rename("rows").reset_index()
+    noted = rows[rows["note"].ne("")].groupby(["contender", "note"], sort=False).size().rename("rows").reset_index()
+    sections = {
+        "State cases, ratio to torchrl": ratios_of(rows),
+        f"The {WORST} smallest ratios to torchrl, of all cases": worst_of(rows),
+        "Not timed": not_timed,
+        "Timed, with a note": noted,
+    }
+    return "\n\n".join(f"## {title}\n\n{table(found)}" for title, found in sections.items() if len(found))
+
+
+def markdown(rows: pd.DataFrame) -> str:
+    """All of it: the machine, the summary, and a table per operation."""
+    pictured = f" Pixels are {rows['pixels'].max()}." if rows["pixels"].any() else ""
+    lines = [
+        "# Comparison",
+        sentence(rows.iloc[0].to_dict()) + pictured,
+        "Medians and interquartile ranges of one run in which the contenders took turns. `torchrl_over_this`: how many "
+        "times faster than torchrl. `this_over_clone`: how many times slower than a clone of the input. GB/s: bytes of "
+        "the input and of the output per second. peak_bytes: at the peak, beyond what the call returns.",
+        summary(rows),
+    ]
+    columns = ["case", "contender", *NUMBERS, "note"]
+    for operation, group in rows[rows["status"].eq("ok")].groupby("operation", sort=False):
+        lines += [f"## {operation}", table(group[columns].dropna(axis=1, how="all"))]
+    return "\n\n".join(lines) + "\n"

@@ -1,0 +1,171 @@
+"""The benchmarks: an oracle that is right, a gate that stops what is wrong, rows that say so, files that are written."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from benchmarks import compare, growth, training_step
+from benchmarks.cases import CASES, GAMMA, Case, Stream, make_rollout, select
+from benchmarks.contenders import (
+    CLONE,
+    COMPILED,
+    CONTENDERS,
+    REFERENCE,
+    SB3,
+    TORCHRL,
+    TRITON,
+    Contender,
+    with_transform,
+)
+from benchmarks.gate import check, oracle
+from multistep_triton import MultiStep, MultiStepTransform
+
+CPU = torch.device("cpu")
+CASE = Case("state", 4, 8, 0.2)
+BY_NAME = {contender.name: contender for contender in CONTENDERS}
+
+
+def run(*contenders, case=CASE, operations=("transform",), left_out=None):
+    return compare.run([case], list(operations), CPU, 0.001, left_out or {}, list(contenders))
+
+
+def test_oracle_by_hand():
+    reward, done = np.array([[1.0, 2.0, 4.0, 8.0, 16.0]]), np.array([[False, True, False, False, False]])
+    windows = oracle(reward, done, 3, 0.5)
+    assert windows.returns.tolist() == [[1 + 1, 2, 4 + 4 + 4, 8 + 8, 16]]
+    assert windows.ends.tolist() == [[1, 1, 4, 4, 4]]
+    assert oracle(-reward, done, 3, 0.5).magnitude.tolist() == windows.returns.tolist()
+    assert oracle(reward, done, 1, 0.5).ends.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_a_stream_is_where_its_source_says():
+    stream = Stream(make_rollout(CASE), 5)
+    joined = torch.cat(list(stream), 1)
+    env, frame = np.divmod(joined["action"][..., 0].long().numpy(), stream.length)
+    assert (frame == np.arange(40)).all()
+    assert torch.equal(stream.rollout["observation"][stream.source(env, frame)], joined["observation"])
+    assert len(joined["observation"].flatten(0, 1).unique(dim=0)) == 32
+
+
+class WrongGamma(MultiStepTransform):
+    def __init__(self, n_steps, gamma):
+        super().__init__(n_steps, gamma * 1.001)
+
+
+class NextOfAnotherFrame(MultiStepTransform):
+    def _inv_call(self, tensordict):
+        out = super()._inv_call(tensordict)
+        if out is not None:
+            out["next", "observation"] = out["next", "observation"].roll(1, 1)
+        return out
+
+
+class LosesAFrame(MultiStepTransform):
+    def _inv_call(self, tensordict):
+        return super()._inv_call(tensordict[:, 1:])
+
+
+class EndsAtTheSeam(MultiStep):
+    def __init__(self, n_steps, gamma):
+        super().__init__(gamma, n_steps)
+
+    def _inv_call(self, tensordict):
+        return self(tensordict)
+
+
+FAULTS = {
+    WrongGamma: "next.reward",
+    NextOfAnotherFrame: "next.observation",
+    LosesAFrame: "frames are lost",
+    EndsAtTheSeam: "frames are lost",
+    lambda n_steps, gamma: MultiStepTransform(n_steps, gamma, done_at="end"): "next.done",
+}
+
+
+@pytest.mark.parametrize("operation", ["transform", "extend"])
+@pytest.mark.parametrize(("make", "what"), FAULTS.items(), ids=lambda x: getattr(x, "__name__", "of it"))
+def test_what_is_wrong_is_not_timed(make, what, operation):
+    wrong = Contender("wrong", [operation], with_transform(lambda case: make(case.n_steps, GAMMA)))
+    rows = run(wrong, BY_NAME[REFERENCE], operations=[operation]).set_index("contender")
+    assert rows.loc["wrong", "status"].startswith("wrong: ")
+    assert what in rows.loc["wrong", "status"]
+    assert pd.isna(rows.loc["wrong", "median_ms"])
+    assert rows.loc[REFERENCE, "status"] == "ok"
+    assert rows.loc[REFERENCE, "median_ms"] > 0
+
+
+@pytest.mark.parametrize("name", [SB3, "FastTD3-style"])
+@pytest.mark.parametrize("case", [CASE, Case("state", 2, 3, 0.3, 5), Case("streaming", 64, 1, 0.1, 3)], ids=str)
+def test_peers_that_sample_are_checked(name, case):
+    rollout = make_rollout(case)
+    contender = BY_NAME[name]
+    assert not check(case, rollout, contender.make(case, "store and sample", CPU))
+    other = case._replace(n_steps=case.n_steps + 1)
+    assert ("next", "reward") in check(case, rollout, contender.make(other, "store and sample", CPU))
+
+
+def test_a_documented_error_is_a_note():
+    rows = run(BY_NAME[TORCHRL], case=CASE._replace(n_steps=1))
+    assert rows["status"].tolist() == ["ok"]
+    assert rows["note"].tolist() == ["nonterminal is wrong"]
+
+
+def test_what_fails_is_a_row():
+    def fail(case):
+        raise MemoryError("too large\nby far")
+
+    rows = run(Contender("failing", ["transform"], with_transform(fail)), BY_NAME[CLONE])
+    assert rows["status"].tolist() == ["failed: MemoryError: too large", "ok"]
+
+
+def test_skipped_rows_say_why():
+    rows = run(BY_NAME[TRITON], BY_NAME[COMPILED], BY_NAME[CLONE], left_out={TRITON: "not today"})
+    assert rows["status"].tolist()[0] == "skipped: not today"
+    assert "n=3 and p=0.01" in rows["status"].tolist()[1]
+    assert BY_NAME[TRITON].obstacle(CASE, CPU)
+    assert "NumPy" in BY_NAME[SB3].obstacle(CASE, torch.device("cuda"))
+
+
+def test_cases_are_selected_by_name():
+    assert len(select("all", CASES)) == len(CASES) == len(set(map(str, CASES)))
+    assert {case.kind for case in select("streaming", CASES)} == {"streaming"}
+    assert [str(case) for case in select(r"1x64 p=0 n=3$", CASES)] == ["state 1x64 p=0 n=3"]
+
+
+def test_the_command_writes_files_and_redraws_them(tmp_path, capsys):
+    arguments = ["--quick", "--device", "cpu", "--cases", "state|rows", "--operations", "transform"]
+    compare.main([*arguments, "--seconds", "0.003", "--out", str(tmp_path / "first")])
+    names = {f"cpu-{name}" for name in ("compare.csv", "compare.md", "ratio.png", "p-done.png", "n-steps.png")}
+    assert {path.name for path in (tmp_path / "first").iterdir()} == names | {"cpu-bandwidth.png"}
+    rows = pd.read_csv(tmp_path / "first" / "cpu-compare.csv")
+    assert set(rows.loc[rows["status"] == "ok", "contender"]) == {TORCHRL, REFERENCE, CLONE}
+    assert rows.loc[rows["contender"] == TORCHRL, "torchrl_over_this"].eq(1).all()
+    assert "geometric mean" in capsys.readouterr().out
+    compare.main(["--redraw", str(tmp_path / "first" / "cpu-compare.csv"), "--out", str(tmp_path / "again")])
+    for path in (tmp_path / "first").glob("*.md"):
+        assert (tmp_path / "again" / path.name).read_text() == path.read_text()
+
+
+def test_slopes_are_exponents():
+    values = [2, 4, 8, 16, 32, 64]
+    rows = pd.DataFrame(
+        {"sweep": "n", "contender": TORCHRL, "value": values, "median_ms": [3 * x**1.5 for x in values]}
+    )
+    assert growth.slopes(rows)[["fitted over", "exponent"]].to_numpy().tolist() == [["8 to 64", "1.50"]]
+
+
+def test_growth_keeps_the_number_of_dones():
+    rollout = growth.with_episodes(make_rollout(Case("state", 3, 16, 0.5)), 4)
+    assert rollout["next", "done"].sum(1).flatten().tolist() == [4, 4, 4]
+    assert len(growth.with_keys(rollout, 5)["next"].select(*[f"observation {key}" for key in range(4)]).keys()) == 4
+
+
+def test_a_training_iteration_and_its_limit(monkeypatch, tmp_path):
+    monkeypatch.setattr(training_step, "CASES", [Case("state", 8, 64, 0.01)])
+    training_step.main(["--device", "cpu", "--seconds", "0.001", "--out", str(tmp_path)])
+    rows = pd.read_csv(tmp_path / "cpu-training-step.csv")
+    assert rows["updates"].tolist() == [1] * 3 + [2] * 3
+    free = rows[rows["transform"] == training_step.NONE]
+    assert free["limit"].eq(1).all()
+    assert "would be" in (tmp_path / "cpu-training-step.md").read_text()
