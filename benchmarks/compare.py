@@ -116,13 +116,14 @@ def run(
         for operation in operations
         if any(applies(contender, operation, case) for contender in contenders if contender.name != CLONE)
     ]
+    machine = about(device)
     rows, rollout, last = [], None, None
     for case, operation in (progress := tqdm(wanted)):
         progress.set_description(f"{operation}, {case}")
         if case != last:
             rollout, last = make_rollout(case, device), case
         rows += compare(case, operation, rollout, contenders, seconds, left_out)
-    return report.with_ratios(pd.DataFrame(rows)).assign(**about(device))
+    return report.with_ratios(pd.DataFrame(rows)).assign(**machine)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -147,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = run(cases, options.operations, torch.device(options.device), seconds, left_out)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = f"{rows['device'].iloc[0]}-compare"
-    rows.to_csv(options.out / f"{stem}.csv", index=False, float_format="%.6g")
+    rows.to_csv(options.out / f"{stem}.csv", index=False, float_format="%.10g")
     text = report.markdown(rows)
     (options.out / f"{stem}.md").write_text(text)
     pictures = plots.draw(rows, options.out)

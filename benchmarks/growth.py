@@ -28,7 +28,7 @@ from benchmarks.contenders import CONTENDERS, REFERENCE, TORCHRL, TRITON
 from benchmarks.gate import check
 from benchmarks.machine import about, sentence
 from benchmarks.measure import in_turns, set_up
-from benchmarks.plots import STYLE, below_panels, lines, plain_log
+from benchmarks.plots import STYLE, legend_below, lines, plain_log
 from benchmarks.report import table
 
 FIT_FROM = {"frames": 1 << 14, "episodes per row": 4, "n": 8, "keys": 16}
@@ -116,10 +116,10 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         for axes, (sweep, group) in zip(panels.flat, rows.groupby("sweep", sort=False), strict=True):
             lines(axes, group, "value", "median_ms")
             axes.set(xlabel=sweep, ylabel="ms")
-            plain_log(axes.xaxis, axes.yaxis)
+            plain_log(axes, "xy")
         figure.suptitle("One call of the transform")
         figure.tight_layout()
-        below_panels(figure, panels[0][0])
+        legend_below(figure, *panels[0][0].get_legend_handles_labels())
         figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
@@ -131,8 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     set_up()
     device = torch.device(options.device)
+    machine = about(device)
     measured = [row for point in tqdm(list(points(device))) for row in measure(point, options.seconds)]
-    rows = pd.DataFrame(measured).assign(**about(device))
+    rows = pd.DataFrame(measured).assign(**machine)
     options.out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(options.out / f"{device.type}-growth.csv", index=False, float_format="%.6g")
     draw(rows, options.out / f"{device.type}-growth.png")

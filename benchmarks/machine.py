@@ -32,12 +32,13 @@ def installed(package: str) -> str:
 
 
 def about(device: torch.device) -> dict[str, str | int]:
-    """Columns that are the same in every row of a run."""
+    """Columns that are the same in every row of a run; call it before, for the load that others make."""
     return {
         "cpu": f"{cpuinfo.get_cpu_info()['brand_raw']}, {os.cpu_count()} cores",
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         "device": device.type,
         "threads": THREADS,
+        "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{package: installed(package) for package in PACKAGES},
         "multistep_triton": multistep_triton.__version__,
@@ -50,4 +51,4 @@ def sentence(row: dict[str, str | int]) -> str:
     """The same in words, above a table."""
     where = f"{row['gpu']} beside {row['cpu']}" if row["gpu"] else row["cpu"]
     versions = ", ".join(f"{name} {row[name]}" for name in ("python", *PACKAGES) if row[name])
-    return f"{where}; {row['threads']} threads; {versions}; commit {row['commit'] or 'unknown'}; {row['date']}."
+    return f"{where}; {row['threads']} threads, load {row['load']} beforehand; {versions}; commit {row['commit'] or 'unknown'}; {row['date']}."

@@ -26,6 +26,7 @@ def set_up() -> None:
     """The same ground for everybody: threads, float32 that is float32, memory as a training process has it."""
     os.environ.pop("MULTISTEP_TRITON_BACKEND", None)
     logging.getLogger("torchrl").setLevel(logging.WARNING)
+    torch._logging.set_logs(dynamo=logging.ERROR)
     torch.set_num_threads(THREADS)
     # torchrl's return is a convolution, which on a GPU would round its operands to TF32.
     torch.backends.cudnn.allow_tf32 = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,8 +12,8 @@ matplotlib.use("Agg")
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib import ticker
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from benchmarks.contenders import CLONE, COMPILED, REFERENCE, RING, SB3, TORCHRL, TRITON
@@ -59,13 +60,14 @@ def draw(rows: pd.DataFrame, out: Path) -> list[Path]:
     return paths
 
 
-def plain_log(*scales: Axis) -> None:
-    """Logarithmic, with numbers as people write them."""
-    for scale in scales:
-        scale._set_axes_scale("log")
-        scale.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=12))
-        scale.set_major_formatter("{x:g}")
-        scale.set_minor_formatter(ticker.NullFormatter())
+def plain_log(axes: Axes, names: str) -> None:
+    """Makes "x", "y" or "xy" logarithmic, with numbers as people write them."""
+    for name in names:
+        axes.set(**{f"{name}scale": "log"})
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=12))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str) -> None:
@@ -88,14 +90,15 @@ def ratio_by_case(rows: pd.DataFrame) -> Figure | None:
         ratios = rows[rows["operation"] == operation].pivot(index="case", columns="contender", values=RATIO)
         # Upwards, so that the first case and contender come out on top; one without a ratio leaves its place empty.
         ratios = ratios.reindex(index=cases[::-1], columns=contenders[::-1])
-        ratios.plot.barh(ax=axes, color=COLORS, width=0.8, legend=False)
-        plain_log(axes.xaxis)
+        (ratios - 1).plot.barh(ax=axes, left=1, color=COLORS, width=0.8, legend=False)
+        plain_log(axes, "x")
         axes.axvline(1, color="#333333", linewidth=0.9)
         axes.axvline(10, color="#333333", linewidth=0.9, linestyle="--")
         axes.set(title=operation, xlabel="times faster than torchrl", ylabel="")
         axes.grid(axis="y", visible=False)
     figure.tight_layout()
-    below_panels(figure, panels[0][0])
+    handles, labels = panels[0][-1].get_legend_handles_labels()
+    legend_below(figure, handles[::-1], labels[::-1])
     return figure
 
 
@@ -121,11 +124,11 @@ def time_against(rows: pd.DataFrame, x: str) -> Figure | None:
         # A compiled transform is measured at one point only, which is no line.
         lines(axes, group[group.groupby("contender")[x].transform("nunique") > 1], x, "median_ms")
         axes.set(title=f"{kind} {envs}x{frames}", xlabel=named[x], ylabel="ms")
-        plain_log(axes.yaxis)
-        axes.set_xticks(sorted(group[x].unique()))
+        plain_log(axes, "xy" if x == "n_steps" else "y")
+        axes.set_xticks(ticks := sorted(group[x].unique()), [f"{tick:g}" for tick in ticks])
     figure.suptitle(f"One call of the transform against {named[x]}, {named[other]} = {value}")
     figure.tight_layout()
-    below_panels(figure, panels[0][0])
+    legend_below(figure, *panels[0][0].get_legend_handles_labels())
     return figure
 
 
@@ -137,13 +140,12 @@ def bandwidth(rows: pd.DataFrame) -> Figure | None:
     figure, axes = plt.subplots(figsize=(6, 3.6))
     lines(axes, rows, "row_bytes", "GBps")
     axes.set(xlabel="bytes of an observation", ylabel="GB/s, input and output")
-    plain_log(axes.xaxis, axes.yaxis)
-    axes.set_title("Bandwidth of one call of the transform, 16 MiB of observations, n = 3")
+    plain_log(axes, "xy")
+    axes.set_title("Bandwidth of one call of the transform, n = 3")
     figure.tight_layout()
-    below_panels(figure, axes)
+    legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
-def below_panels(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
     figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4)

@@ -109,10 +109,10 @@ def verdict(rows: pd.DataFrame) -> str:
     for (case, updates), group in rows.groupby(["case", "updates"], sort=False):
         torchrl, ours = (group[group["transform"] == name].iloc[0] for name in (TORCHRL, OURS))
         lines.append(
-            f"- {case}, {updates} updates: with torchrl's transform, extend is "
-            f"{torchrl['extend_share']:.0%} of an iteration; if the transform cost nothing, the iteration would be "
-            f"{torchrl['limit']:.2f} times as fast. With ours it was measured {ours['faster_than_torchrl']:.2f} times as "
-            f"fast, with extend {ours['extend_share']:.0%} of it; {ours['limit']:.2f} times is left to gain."
+            f"- {case}, updates: {updates}. With torchrl's transform, extend is {torchrl['extend_share']:.0%} of an "
+            f"iteration; if the transform cost nothing, that would be {torchrl['limit']:.2f} times as fast. With ours it "
+            f"was {ours['faster_than_torchrl']:.2f} times as fast, with extend {ours['extend_share']:.0%} of it, and "
+            f"{ours['limit']:.2f} times is left to gain."
         )
     return "\n".join(lines)
 
@@ -125,8 +125,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     set_up()
     device = torch.device(options.device)
+    machine = about(device)
     measured = [row for case in tqdm(CASES) for row in measure(case, device, options.seconds)]
-    rows = pd.DataFrame(measured).assign(**about(device))
+    rows = pd.DataFrame(measured).assign(**machine)
     options.out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(options.out / f"{device.type}-training-step.csv", index=False, float_format="%.6g")
     text = "\n\n".join(
