@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +19,6 @@ from torch.utils.benchmark import Measurement, Timer
 THREADS = 2
 ROUNDS = 3
 """How often the contenders take turns."""
-MIB = 1 << 20
 
 
 def set_up() -> None:
@@ -132,14 +131,10 @@ def launches_and_syncs(call: Callable[[], Any]) -> tuple[int, int]:
             call()
         torch.cuda.synchronize()
     events = profiler.events()
-    # The profiler draws the range once more on the GPU, beside what ran there.
-    on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA and event.name != "call"]
-    (span,) = [event.time_range for event in events if event.name == "call" and event not in on_gpu][:1]
+    # The profiler draws the range on the GPU once more, beside what ran there.
+    ran = [event for event in events if event.device_type == DeviceType.CUDA and event.name != "call"]
+    span = next(event.time_range for event in events if event.device_type == DeviceType.CPU and event.name == "call")
     waits = [
         event for event in events if "Synchronize" in event.name and span.start <= event.time_range.start <= span.end
     ]
-    return len(on_gpu), len(waits)
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    return statistics.geometric_mean(values)
+    return len(ran), len(waits)

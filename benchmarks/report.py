@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from statistics import geometric_mean
+
 import pandas as pd
 
 from benchmarks.contenders import CLONE, OURS, TORCHRL
 from benchmarks.machine import sentence
-from benchmarks.measure import geometric_mean
 
 RATIO, COPIES = "torchrl_over_this", "this_over_clone"
 NUMBERS = ("median_ms", "iqr_ms", RATIO, COPIES, "GBps", "operators", "launches", "syncs", "peak_bytes")

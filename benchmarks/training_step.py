@@ -110,8 +110,8 @@ def verdict(rows: pd.DataFrame) -> str:
         torchrl, ours = (group[group["transform"] == name].iloc[0] for name in (TORCHRL, OURS))
         lines.append(
             f"- {case}, updates: {updates}. With torchrl's transform, extend is {torchrl['extend_share']:.0%} of an "
-            f"iteration; if the transform cost nothing, that would be {torchrl['limit']:.2f} times as fast. With ours it "
-            f"was {ours['faster_than_torchrl']:.2f} times as fast, with extend {ours['extend_share']:.0%} of it, and "
+            f"iteration; if the transform cost nothing, that would be {torchrl['limit']:.2f} times as fast. With ours, "
+            f"it was {ours['faster_than_torchrl']:.2f} times as fast and extend {ours['extend_share']:.0%} of it; "
             f"{ours['limit']:.2f} times is left to gain."
         )
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from benchmarks.contenders import (
     with_transform,
 )
 from benchmarks.gate import check, oracle
+from benchmarks.measure import launches_and_syncs
 from multistep_triton import MultiStep, MultiStepTransform
 
 CPU = torch.device("cpu")
@@ -150,6 +151,15 @@ def test_the_command_writes_files_and_redraws_them(tmp_path, capsys):
     compare.main(["--redraw", str(tmp_path / "first" / "cpu-compare.csv"), "--out", str(tmp_path / "again")])
     for path in (tmp_path / "first").glob("*.md"):
         assert (tmp_path / "again" / path.name).read_text() == path.read_text()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_launches_and_waits_of_a_gpu():
+    x = torch.ones(1000, device="cuda")
+    assert launches_and_syncs(lambda: x + 1) == (1, 0)
+    launches, waits = launches_and_syncs(lambda: (x + 1).sum().item())
+    assert launches >= 3
+    assert waits >= 1
 
 
 def test_slopes_are_exponents():
