@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pandas as pd
@@ -24,7 +25,7 @@ from benchmarks.cases import CASES, PIXEL_SOURCE, QUICK, Case, make_rollout, sel
 from benchmarks.contenders import CLONE, COMPILED, CONTENDERS, OPERATIONS, Contender, Subject, applies
 from benchmarks.gate import check
 from benchmarks.machine import about
-from benchmarks.measure import cost, in_turns, memory_of, set_up
+from benchmarks.measure import cost, in_turns, memory_of, preemptions, set_up
 
 QUICK_SECONDS = 0.1
 NOT_QUICK = {COMPILED: "left out of --quick: each case compiles for many seconds"}
@@ -77,7 +78,9 @@ def compare(
         if applies(contender, operation, case)
     }
     subjects = {name: subject for name, (subject, _) in prepared.items() if subject}
+    begin, before = perf_counter(), preemptions()
     times = in_turns({name: partial(subject.call, rollout) for name, subject in subjects.items()}, seconds)
+    disturbed = (preemptions() - before) / (perf_counter() - begin)
     rows = []
     for name, (subject, verdict) in prepared.items():
         row = {"case": str(case), **case._asdict(), "operation": operation, "contender": name, **verdict}
@@ -96,6 +99,7 @@ def compare(
                 "input_bytes": memory_of(rollout),
                 "output_bytes": written,
                 "row_bytes": case.row_bytes,
+                report.PREEMPTIONS: disturbed,
             }
         rows.append(row)
     return rows
@@ -137,7 +141,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--redraw", type=Path, metavar="CSV", help="measure nothing; report and pictures of this file")
     options = parser.parse_args(arguments)
     if options.redraw:
-        rows = pd.read_csv(options.redraw, keep_default_na=False, na_values={name: "" for name in report.NUMBERS})
+        rows = pd.read_csv(
+            options.redraw, keep_default_na=False, na_values=dict.fromkeys([*report.NUMBERS, report.PREEMPTIONS], "")
+        )
     else:
         cases = select(options.cases, QUICK if options.quick else CASES)
         if not cases:

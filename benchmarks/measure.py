@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -33,6 +34,11 @@ def set_up() -> None:
     # Until it has seen one, whether a contender pays a page fault for every 4 kB it writes depends on what ran before
     # it. A training process has freed such blocks long ago; so has this one, before any contender runs.
     torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def preemptions() -> int:
+    """How often others have taken a core from this process; two threads that wait for each other then lose 8 ms."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], seconds: float, rounds: int = ROUNDS) -> dict[str, Measurement]:

@@ -66,7 +66,7 @@ def plain_log(axes: Axes, names: str) -> None:
         axes.set(**{f"{name}scale": "log"})
         axis = axes.xaxis if name == "x" else axes.yaxis
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=12))
-        axis.set_major_formatter("{x:g}")
+        axis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
         axis.set_minor_formatter(ticker.NullFormatter())
 
 

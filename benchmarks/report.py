@@ -11,7 +11,10 @@ from benchmarks.machine import sentence
 
 RATIO, COPIES = "torchrl_over_this", "this_over_clone"
 NUMBERS = ("median_ms", "iqr_ms", RATIO, COPIES, "GBps", "operators", "launches", "syncs", "peak_bytes")
+PREEMPTIONS = "preemptions_per_s"
 WORST = 10
+DISTURBED = 50
+"""Preemptions per second from which on times are those of a busy machine."""
 
 
 def with_ratios(rows: pd.DataFrame) -> pd.DataFrame:
@@ -35,7 +38,7 @@ def table(rows: pd.DataFrame) -> str:
 
 
 def shown(value: object) -> str:
-    """Three digits of a number, all before the point."""
+    """Three digits of a number, and all of those before the point."""
     if not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -77,7 +80,10 @@ def summary(rows: pd.DataFrame) -> str:
         "Not timed": not_timed,
         "Timed, with a note": noted,
     }
-    return "\n\n".join(f"## {title}\n\n{table(found)}" for title, found in sections.items() if len(found))
+    text = "\n\n".join(f"## {title}\n\n{table(found)}" for title, found in sections.items() if len(found))
+    if (disturbed := (rows.loc[~blank, PREEMPTIONS] > DISTURBED).mean()) > 0:
+        text = f"**Other processes disturbed {disturbed:.0%} of what was timed. Measure on an idle machine.**\n\n{text}"
+    return text
 
 
 def markdown(rows: pd.DataFrame) -> str:
