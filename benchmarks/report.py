@@ -69,6 +69,25 @@ def worst_of(rows: pd.DataFrame) -> pd.DataFrame:
     return ours.head(WORST)[["operation", "case", "contender", "median_ms", RATIO, COPIES]]
 
 
+def excerpt(rows: pd.DataFrame) -> str:
+    """The table in README: of n=3, every shape at p=0.01 and one at every p."""
+    chosen = rows[rows["contender"].isin([TORCHRL, *OURS, CLONE]) & rows["n_steps"].eq(3) & rows["status"].eq("ok")]
+    chosen = chosen[~chosen["kind"].eq("rows") & (chosen["p_done"].eq(0.01) | chosen["case"].str.contains("1024x128"))]
+    lines = []
+    for case, group in chosen.groupby("case", sort=False):
+        of = group.set_index(["operation", "contender"])
+        ours = next(name for name in OURS if ("transform", name) in of.index)
+        line = {"case": case.removesuffix(" n=3"), "input MB": f"{of['input_bytes'].iloc[0] / 1e6:.3g}"}
+        for contender, name in ((TORCHRL, "torchrl"), (ours, "ours"), (CLONE, "clone")):
+            row = of.loc[("transform", contender)]
+            line[f"{name}, ms"] = f"{row['median_ms']:.3g} [{row['iqr_ms']:.2g}]"
+        line["torchrl / ours"] = of.loc[("transform", ours), RATIO]
+        line["ours / clone"] = of.loc[("transform", ours), COPIES]
+        line["all of extend: torchrl / ours"] = of.loc[("extend", ours), RATIO]
+        lines.append(line)
+    return table(pd.DataFrame(lines))
+
+
 def summary(rows: pd.DataFrame) -> str:
     """The sections that fit a screen."""
     blank = rows["status"].ne("ok")
