@@ -44,10 +44,9 @@ class Case(NamedTuple):
         width = f"x{4 * self.width}B" if self.kind == "rows" else ""
         return f"{self.kind} {self.envs}x{self.frames}{width} p={self.p_done:g} n={self.n_steps}"
 
-    @property
-    def ring(self) -> int:
-        """Frames per environment that a buffer holds: two rollouts, and no window longer than it."""
-        return max(2 * self.frames, self.n_steps + 1)
+    def capacity(self, sampled: bool) -> int:
+        """Frames per environment that a buffer holds: two rollouts, and if windows are read there, no less than one."""
+        return max(2 * self.frames, self.n_steps + 1) if sampled else 2 * self.frames
 
     @property
     def row_bytes(self) -> int:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks import plots, report
 from benchmarks.cases import CASES, PIXEL_SOURCE, QUICK, Case, make_rollout, select
 from benchmarks.contenders import CLONE, COMPILED, CONTENDERS, OPERATIONS, Contender, Subject, applies
-from benchmarks.gate import check
+from benchmarks.gate import TooSlow, check
 from benchmarks.machine import about
 from benchmarks.measure import cost, in_turns, memory_of, preemptions, set_up
 
@@ -48,6 +48,8 @@ def prepare(
         errors = check(case, rollout, subject)
         steady = graphs()
         subject.call(rollout)
+    except TooSlow as slow:
+        return None, {"status": f"skipped: {slow}", "note": ""}
     # Whatever a contender fails with, out of memory among it, the others go on.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
@@ -141,9 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--redraw", type=Path, metavar="CSV", help="measure nothing; report and pictures of this file")
     options = parser.parse_args(arguments)
     if options.redraw:
-        rows = pd.read_csv(
-            options.redraw, keep_default_na=False, na_values=dict.fromkeys([*report.NUMBERS, report.PREEMPTIONS], "")
-        )
+        rows = report.read(options.redraw)
     else:
         cases = select(options.cases, QUICK if options.quick else CASES)
         if not cases:

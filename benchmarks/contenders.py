@@ -80,7 +80,7 @@ def with_transform(make: Callable[[Case], Transform]) -> Callable[[Case, str, to
         transform = make(case)
         if operation == "transform":
             return Subject(transform._inv_call, joined)
-        storage = LazyTensorStorage(case.envs * case.ring, ndim=2, device=device)
+        storage = LazyTensorStorage(case.envs * case.capacity(operation == OPERATIONS[2]), ndim=2, device=device)
         buffer = ReplayBuffer(storage=storage, transform=transform)
         if operation == "extend":
             return Subject(buffer.extend, lambda _: buffer[:])

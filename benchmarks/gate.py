@@ -7,6 +7,7 @@ timed: the stream leaves it in its steady state.
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from tensordict import NestedKey, TensorDict
 from benchmarks.cases import GAMMA, Case, Stream
 from benchmarks.contenders import FLAGS, Subject
 
+SECONDS = 45.0
 EPS = float(np.finfo(np.float32).eps)
 
 
@@ -97,11 +99,23 @@ def is_newest(case: Case, stream: Stream, env: np.ndarray, frame: np.ndarray) ->
     return bool((frame == newest).all() and (env == np.arange(stream.envs)[:, None]).all())
 
 
+class TooSlow(Exception):
+    """To check a contender would take longer than it is worth."""
+
+
 def check(case: Case, rollout: TensorDict, subject: Subject) -> dict[NestedKey, str]:
-    """What is wrong, by key, after a stream that takes a new subject to its steady state and a buffer once round."""
-    calls = -(-(case.n_steps + case.ring) // case.frames) + 1
+    """What is wrong, by key, after a stream that takes a new subject to its steady state and a buffer once round.
+
+    Raises:
+        TooSlow: the stream would take more than ``SECONDS``.
+    """
+    calls = -(-(case.n_steps + case.capacity(not subject.in_order)) // case.frames) + 1
     stream = Stream(rollout, calls)
     results: list[Any] = []
-    for part in stream:
+    for call, part in enumerate(stream):
+        begin = perf_counter()
         results = [*results[-2:], subject.call(part)]
+        # The first calls compile.
+        if call > 2 and (seconds := perf_counter() - begin) * (calls - call) > SECONDS:
+            raise TooSlow(f"a call takes {seconds:.1f} s, and to check it takes {calls - call} more")
     return errors_of(case, stream, subject.transitions(results), subject)

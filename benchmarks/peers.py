@@ -17,7 +17,7 @@ class StableBaselines3:
 
     def __init__(self, case: Case):
         self.buffer = NStepReplayBuffer(
-            case.ring * case.envs,
+            case.capacity(True) * case.envs,
             spaces.Box(-np.inf, np.inf, (case.width,)),
             spaces.Box(-np.inf, np.inf, (ACTION_WIDTH,)),
             device="cpu",
@@ -66,7 +66,7 @@ class VectorizedRing:
     """
 
     def __init__(self, case: Case, device: torch.device):
-        self.n_steps, self.size, self.stored = case.n_steps, case.ring, 0
+        self.n_steps, self.size, self.stored = case.n_steps, case.capacity(True), 0
         self.frames: TensorDict | None = None
         self.offsets = torch.arange(case.n_steps, device=device)
         self.discounts = GAMMA ** self.offsets.float()

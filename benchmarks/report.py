@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import geometric_mean
 
 import pandas as pd
@@ -27,6 +28,11 @@ def with_ratios(rows: pd.DataFrame) -> pd.DataFrame:
         base = by_row.map(medians[contender]) if contender in medians else float("nan")
         rows[name] = base / rows["median_ms"] if name == RATIO else rows["median_ms"] / base
     return rows
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Rows as they were written."""
+    return pd.read_csv(path, keep_default_na=False, na_values=dict.fromkeys([*NUMBERS, PREEMPTIONS], ""))
 
 
 def table(rows: pd.DataFrame) -> str:

@@ -43,7 +43,7 @@ class Learner:
     """A buffer and what learns from it."""
 
     def __init__(self, case: Case, transform: Transform | None, device: torch.device):
-        storage = LazyTensorStorage(case.envs * case.ring, ndim=2, device=device)
+        storage = LazyTensorStorage(case.envs * case.capacity(True), ndim=2, device=device)
         self.buffer = ReplayBuffer(storage=storage, transform=transform, batch_size=BATCH)
         network = MLP(in_features=case.width, out_features=ACTIONS, num_cells=[HIDDEN, HIDDEN], device=device)
         actor = QValueActor(network, in_keys=["observation"], spec=OneHot(ACTIONS, device=device))

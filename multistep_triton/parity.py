@@ -64,8 +64,8 @@ def find_difference(ours: TensorDictBase, theirs: TensorDictBase, n_steps: int) 
 
 def ulps(n_steps: int) -> int:
     """How far apart two right answers can be, in float32 ulps, taking an ulp as eps times the value."""
-    # A rounding is half an ulp, and rewards are not negative, so that nothing cancels. In the nested sum gamma is
-    # rounded once and used up to n - 1 times, each time with a product and a sum: 3 (n - 1) roundings. torchrl's
+    # A rounding is half an ulp, and rewards are not negative, so that nothing cancels. In our sum up to n - 1 parts are
+    # joined to others, with a power of gamma, a product and a sum: 3 (n - 1) roundings. torchrl's
     # convolution rounds each power, each product and n - 1 sums: n + 1. Together 4 n - 2 roundings, 2 n - 1 ulps. The
     # discount is less: ours is rounded once; torchrl's, gamma rounded and raised to the n-th power, n times and the
     # power itself, which is good to 2 ulps: n / 2 + 2.5 ulps.

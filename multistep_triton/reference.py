@@ -14,7 +14,7 @@ reads frames of another, but no window that comes out does: it has ended before.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ Leaves = dict[Hashable, Tensor]
 
 # Up to this many bytes, joining carry and data costs less than the calls it takes to read them where they lie.
 _JOIN_BYTES = 1 << 16
-
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 # torch selects no single elements of these; their bits are those of the signed ones.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -87,14 +85,12 @@ def n_step_extend_reference(
     inside = ~_boundaries(*flags, stride)
     if not hold:
         inside[max(known - 1, 0) :: max(known, 1)] = False
-    goes_on = _slide(inside.to(torch.int32).neg_(), n_steps, stride)
-    lengths = _window_lengths(goes_on)
+    lengths, totals = _windows(inside, [stream(key) for key in reward_keys], n_steps, stride, gamma)
     steps = _compact(cut(lengths), torch.int64)
     nonterminal = _compact(cut(inside), torch.bool)
-    returns = {}
-    for key in reward_keys:
-        total = _window_returns(stream(key), goes_on, stride, gamma)
-        returns[key] = _compact(cut(total), _return_dtype(data[key]))
+    returns = {
+        key: _compact(cut(total), _return_dtype(data[key])) for key, total in zip(reward_keys, totals, strict=True)
+    }
 
     # A window that starts in the carry ends in the carry or in the first n - 1 new frames; every other one lies in the
     # new data, and is read there. Where all is small, it is read from the stream.
@@ -144,45 +140,48 @@ def n_step_extend_reference(
     return leaves, returns, steps, _discounts(steps, n_steps, gamma), nonterminal, ring
 
 
-def _window_lengths(goes_on: list[Tensor]) -> Tensor:
-    """Frames in the windows, int32 ``[M]``; ``goes_on[i]`` is 0 where frame ``t + i`` is a boundary, else all bits.
+def _windows(
+    inside: Tensor, rewards: list[Tensor], n_steps: int, stride: int, gamma: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Lengths, int32 ``[M]``, and discounted sums ``[M, *F]`` of the windows of ``n_steps`` frames.
 
-    Back from the window's end: from a boundary on there is one frame, from every other one more than from the next.
+    Windows of 1, 2, 4, ... frames are joined: as many sums as ``n_steps`` has binary digits, or twice as many.
+    ``inside`` ``[N]`` is False at boundaries.
     """
-    steps = torch.ones_like(goes_on[-1])
-    for on in reversed(goes_on[:-1]):
-        steps.bitwise_and_(on).add_(1)
-    return steps
+    length, on = 1, inside
+    block = torch.ones_like(inside, dtype=torch.int32), [_accumulated(reward) for reward in rewards]
+    whole = None
+    while True:
+        if n_steps & length:
+            whole = block if whole is None else _append(on, block, whole, length * stride, gamma**length)
+        if 2 * length > n_steps:
+            return whole
+        block = _append(on, block, block, length * stride, gamma**length)
+        on = on[: block[0].shape[0]] & on[length * stride :]
+        length *= 2
 
 
-def _window_returns(reward: Tensor, goes_on: list[Tensor], stride: int, gamma: float) -> Tensor:
-    """The n-step returns ``[M, *F]`` of the first frames of ``reward`` ``[N, *F]``.
+def _append(
+    on: Tensor, first: tuple[Tensor, list[Tensor]], then: tuple[Tensor, list[Tensor]], shift: int, weight: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Windows of ``first`` which, where the trajectory is ``on`` to their end, go on with those of ``then``.
 
-    Back from the window's end, from ``R = r(t + n - 1)``: ``R = r(t + i) + gamma * R``, or ``r(t + i)`` alone if
-    ``t + i`` is a boundary. The boundary selects, it never multiplies, so that a NaN or Inf after it does not reach
-    the frames before it.
+    A boundary selects, it never multiplies, so that a NaN or Inf after it does not reach the frames before it.
     """
-    stream = reward.to(torch.float64 if _return_dtype(reward) == torch.float64 else torch.float32)
-    rewards = _slide(stream, len(goes_on), stride)
-    returns = rewards[-1]
-    for here, on in zip(reversed(rewards[:-1]), reversed(goes_on[:-1]), strict=True):
-        returns = torch.add(here, _select(returns, on.view(-1, *[1] * (here.ndim - 1))), alpha=gamma)
-    return returns
+    count = max(then[0].shape[0] - shift, 0)
+    on = on[:count]
+    lengths = torch.addcmul(first[0][:count], on, then[0][shift:])
+    totals = []
+    for total, further in zip(first[1], then[1], strict=True):
+        total = total[:count]
+        goes_on = on.view(-1, *[1] * (total.ndim - 1))
+        totals.append(torch.where(goes_on, torch.add(total, further[shift:], alpha=weight), total))
+    return lengths, totals
 
 
-def _select(value: Tensor, on: Tensor) -> Tensor:
-    """``value`` where all bits are on, 0 where none is."""
-    if value.requires_grad:
-        return torch.where(on.bool(), value, 0.0)
-    # A third of the time that torch.where takes on a CPU.
-    bits = _BITS[value.dtype]
-    return value.view(bits).bitwise_and(on).view(value.dtype)
-
-
-def _slide(stream: Tensor, count: int, stride: int) -> list[Tensor]:
-    """Views of ``stream`` ``[N, ...]`` at frame ``t + i`` of every frame ``t`` that has so many, for ``i < count``."""
-    frames = max(stream.shape[0] - (count - 1) * stride, 0)
-    return [stream[i * stride : i * stride + frames] for i in range(count)]
+def _accumulated(reward: Tensor) -> Tensor:
+    """Rewards in the precision in which they are summed."""
+    return reward.to(torch.float64 if _return_dtype(reward) == torch.float64 else torch.float32)
 
 
 def _boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, stride: int) -> Tensor:
@@ -254,9 +253,8 @@ def _lay_out(pieces: list[Tensor], place: Place, time_dim: int) -> Tensor:
     return leaf
 
 
-def _write(leaf: Tensor, frames: Tensor, runs: Iterable[tuple[int, int]], time_dim: int) -> None:
+def _write(leaf: Tensor, frames: Tensor, runs: list[tuple[int, int]], time_dim: int) -> None:
     """Writes frames into runs of slots."""
-    at = 0
-    for slot, count in runs:
-        leaf.narrow(time_dim, slot, count).copy_(frames.narrow(time_dim, at, count))
-        at += count
+    parts = frames.split_with_sizes([count for _, count in runs], time_dim) if runs else ()
+    for (slot, count), part in zip(runs, parts, strict=True):
+        leaf.narrow(time_dim, slot, count).copy_(part)

@@ -9,11 +9,12 @@ from torch import Tensor
 def float64_returns(stream: Tensor, steps: Tensor, gamma: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The n-step returns of ``stream`` ``[*B, S, *F]`` in float64, ``[*B, E, *F]``, and a bound of the error.
 
-    Back from the window's end, ``R = r(t + i) + gamma * R``. In a precision of unit roundoff ``u``, gamma and the
-    product are each off by ``u gamma |R|``, the sum by ``u |r + gamma R|``, and what was off before counts gamma
-    times. What is accumulated is then rounded to ``dtype``.
+    The bound holds for sums in any order: each of the ``steps - 1`` times that two parts of a window are joined, the
+    power of gamma, the product with it and the sum are rounded. In a precision of unit roundoff ``u`` that is, to
+    first order, at most ``3 (steps - 1) u`` times the sum of the absolute terms. What is accumulated is then rounded to
+    ``dtype``.
 
-    Source: running error analysis, N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.3.
+    Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1.
     """
     time_dim, frames = steps.ndim - 1, steps.shape[-1]
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
@@ -23,13 +24,12 @@ def float64_returns(stream: Tensor, steps: Tensor, gamma: float, dtype: torch.dt
     beyond = rewards.new_zeros((*rewards.shape[:time_dim], longest, *rewards.shape[time_dim + 1 :]))
     rewards = torch.cat((rewards, beyond), time_dim)
     lengths = steps[(..., *[None] * (rewards.ndim - steps.ndim))]
-    total = error = torch.zeros_like(rewards.narrow(time_dim, 0, frames))
+    total = magnitude = torch.zeros_like(rewards.narrow(time_dim, 0, frames))
     for i in reversed(range(longest)):
-        future = gamma * total
-        here = rewards.narrow(time_dim, i, frames) + future
-        rounded = gamma * error + 2 * (unit * future.abs()) + unit * here.abs() + tiny
-        error = torch.where(lengths > i + 1, rounded, 0.0)
-        total = torch.where(lengths > i, here, 0.0)
+        here = rewards.narrow(time_dim, i, frames)
+        total = torch.where(lengths > i, here + gamma * total, 0.0)
+        magnitude = torch.where(lengths > i, here.abs() + gamma * magnitude, 0.0)
+    error = 3 * (lengths - 1) * (unit * magnitude + tiny)
     if dtype != accumulated:
         unit, tiny = torch.finfo(dtype).eps / 2, torch.finfo(dtype).tiny * torch.finfo(dtype).eps
         error = error + unit * (total.abs() + error) + tiny

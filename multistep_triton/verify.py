@@ -135,7 +135,7 @@ class _Call:
         )
         for key, sums in _pairs(got[1], expected[1]):
             exact, bound = float64_returns(self.stream(key), steps, self.gamma, sums[1].dtype)
-            source = "twice the error against float64 that the reference's sum of these rewards may have"
+            source = "twice the error against float64 that a sum of these rewards may have"
             yield _Output(key, f"the n-step return of {key}", *sums, source, 2 * bound, exact)
         for key, leaves in _pairs(got[0], expected[0]):
             end = " at the end of the window" if key in self.gathered_keys else ""

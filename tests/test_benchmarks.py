@@ -1,11 +1,13 @@
 """The benchmarks: an oracle that is right, a gate that stops what is wrong, rows that say so, and their files."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from benchmarks import compare, growth, training_step
+from benchmarks import compare, gate, growth, training_step
 from benchmarks.cases import CASES, GAMMA, Case, Stream, make_rollout, select
 from benchmarks.contenders import (
     CLONE,
@@ -115,6 +117,12 @@ def test_a_documented_error_is_a_note():
     rows = run(BY_NAME[TORCHRL], case=CASE._replace(n_steps=1))
     assert rows["status"].tolist() == ["ok"]
     assert rows["note"].tolist() == ["nonterminal is wrong"]
+
+
+def test_what_takes_too_long_to_check_is_a_row(monkeypatch):
+    monkeypatch.setattr(gate, "SECONDS", 0.0)
+    (status,) = run(BY_NAME[REFERENCE], case=CASE._replace(n_steps=10 * CASE.frames))["status"]
+    assert re.fullmatch(r"skipped: a call takes .* s, and to check it takes \d+ more", status)
 
 
 def test_what_fails_is_a_row():
