@@ -8,6 +8,7 @@ small ones are in the cache.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -89,7 +90,7 @@ def compare(
         row["pixels"] = PIXEL_SOURCE if case.kind == "pixels" else ""
         if subject:
             time = times[name]
-            if subject.in_torch:
+            if subject.counted:
                 row |= cost(partial(subject.call, rollout), rollout.device)._asdict()
             transitions = subject.transitions([subject.call(rollout)])
             written = memory_of(transitions) * rollout.numel() // transitions.numel()
@@ -142,16 +143,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(".benchmarks"), metavar="DIR")
     parser.add_argument("--redraw", type=Path, metavar="CSV", help="measure nothing; report and pictures of this file")
     options = parser.parse_args(arguments)
+    try:
+        cases = select(options.cases, QUICK if options.quick else CASES)
+        device = torch.empty(0, device=options.device).device
+    except (re.error, RuntimeError, AssertionError) as error:
+        parser.error(str(error).partition("\n")[0])
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds must be more than 0, got {options.seconds}")
     if options.redraw:
+        if not options.redraw.is_file():
+            parser.error(f"--redraw must be a CSV of an earlier run, got {options.redraw}")
         rows = report.read(options.redraw)
     else:
-        cases = select(options.cases, QUICK if options.quick else CASES)
         if not cases:
             parser.error(f"no case is named like {options.cases!r}; there are, for instance: {CASES[0]}, {CASES[-1]}")
         set_up()
         seconds = options.seconds or (QUICK_SECONDS if options.quick else 0.5)
         left_out = NOT_QUICK if options.quick else {}
-        rows = run(cases, options.operations, torch.device(options.device), seconds, left_out)
+        rows = run(cases, options.operations, device, seconds, left_out)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = f"{rows['device'].iloc[0]}-compare"
     rows.to_csv(options.out / f"{stem}.csv", index=False, float_format="%.10g")

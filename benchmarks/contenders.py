@@ -53,8 +53,8 @@ class Subject(NamedTuple):
     """Which frame of the window the done flags are from, "start" or "end"."""
     in_order: bool = True
     """The transitions are ``[B, T']``, each frame once, in time order."""
-    in_torch: bool = True
-    """Its work is done by torch, whose operators and memory can be counted."""
+    counted: bool = True
+    """Its work is done by operators that torch dispatches one by one, which can be counted, and their memory."""
 
 
 class Contender(NamedTuple):
@@ -73,17 +73,19 @@ def joined(outputs: Sequence[TensorDict]) -> TensorDict:
     return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), 1)
 
 
-def with_transform(make: Callable[[Case], Transform]) -> Callable[[Case, str, torch.device], Subject]:
+def with_transform(
+    make: Callable[[Case], Transform], counted: bool = True
+) -> Callable[[Case, str, torch.device], Subject]:
     """Every operation of a transform of torchrl's kind."""
 
     def subject(case: Case, operation: str, device: torch.device) -> Subject:
         transform = make(case)
         if operation == "transform":
-            return Subject(transform._inv_call, joined)
+            return Subject(transform._inv_call, joined, counted=counted)
         storage = LazyTensorStorage(case.envs * case.capacity(operation == OPERATIONS[2]), ndim=2, device=device)
         buffer = ReplayBuffer(storage=storage, transform=transform)
         if operation == "extend":
-            return Subject(buffer.extend, lambda _: buffer[:])
+            return Subject(buffer.extend, lambda _: buffer[:], counted=counted)
 
         def store_and_sample(rollout: TensorDict) -> TensorDict | None:
             buffer.extend(rollout)
@@ -145,7 +147,7 @@ def stable_baselines3(case: Case, operation: str, device: torch.device) -> Subje
         promises=("observation", "gamma", *NEXT, ("next", "terminated")),
         done_at="end",
         in_order=False,
-        in_torch=False,
+        counted=False,
     )
 
 
@@ -166,7 +168,9 @@ CONTENDERS = [
         with_transform(lambda case: TorchRLMultiStepTransform(case.n_steps, GAMMA)),
         known_errors=torchrl_errors,
     ),
-    Contender(COMPILED, OPERATIONS[:2], with_transform(compiled_transform), compiled_obstacle, torchrl_errors),
+    Contender(
+        COMPILED, OPERATIONS[:2], with_transform(compiled_transform, counted=False), compiled_obstacle, torchrl_errors
+    ),
     Contender(REFERENCE, OPERATIONS, ours("reference")),
     Contender(TRITON, OPERATIONS, ours("triton"), triton_obstacle),
     Contender(

@@ -63,6 +63,10 @@ def errors_of(case: Case, stream: Stream, transitions: TensorDict, subject: Subj
     env, frame = np.divmod(transitions["action"][..., 0].cpu().numpy().astype(np.int64), stream.length)
     if subject.in_order and not is_newest(case, stream, env, frame):
         return {"action": "frames are lost, repeated or out of order"}
+    # Uniform draws with replacement from twice as many frames or more find three quarters of their number.
+    distinct = np.unique(env * stream.length + frame).size
+    if not subject.in_order and (env.size != rollout.numel() or distinct < env.size / 4):
+        return {"action": f"{rollout.numel()} frames are not what is sampled, or too few of them"}
     end = windows.ends[env, frame]
     steps = end - frame + 1
     here, there = stream.source(env, frame), stream.source(env, end)
@@ -84,7 +88,8 @@ def errors_of(case: Case, stream: Stream, transitions: TensorDict, subject: Subj
     errors: dict[NestedKey, str] = {}
     for key in subject.promises:
         found = array(transitions, key)
-        wrong = abs(found - expected[key]) > tolerance[key] if key in tolerance else found != expected[key]
+        # NaN is within no tolerance.
+        wrong = ~(abs(found - expected[key]) <= tolerance[key]) if key in tolerance else found != expected[key]
         if wrong.any():
             name = key if isinstance(key, str) else ".".join(key)
             errors[key] = f"{name} differs in {wrong.mean():.1%} of elements"

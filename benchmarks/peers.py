@@ -27,16 +27,13 @@ class StableBaselines3:
         )
 
     def store_and_sample(self, rollout: TensorDict) -> ReplayBufferSamples:
-        for frame in rollout.unbind(1):
-            following = frame["next"]
-            self.buffer.add(
-                frame["observation"].numpy(),
-                following["observation"].numpy(),
-                frame["action"].numpy(),
-                following["reward"].squeeze(-1).numpy(),
-                following["done"].squeeze(-1).numpy(),
-                [{"TimeLimit.truncated": truncated} for truncated in following["truncated"].flatten().tolist()],
-            )
+        observation, action = rollout["observation"].numpy(), rollout["action"].numpy()
+        following = rollout["next"]
+        later, reward = following["observation"].numpy(), following["reward"].squeeze(-1).numpy()
+        done, truncated = following["done"].squeeze(-1).numpy(), following["truncated"].squeeze(-1).t().tolist()
+        for t, flags in enumerate(truncated):
+            infos = [{"TimeLimit.truncated": flag} for flag in flags]
+            self.buffer.add(observation[:, t], later[:, t], action[:, t], reward[:, t], done[:, t], infos)
         return self.buffer.sample(rollout.numel())
 
     @staticmethod
@@ -75,8 +72,10 @@ class VectorizedRing:
         envs, frames = rollout.batch_size
         if self.frames is None:
             self.frames = rollout.new_zeros((envs, self.size))
-        slots = torch.arange(self.stored, self.stored + frames, device=self.offsets.device) % self.size
-        self.frames[:, slots] = rollout
+        slot = self.stored % self.size
+        length = min(frames, self.size - slot)
+        self.frames[:, slot : slot + length] = rollout[:, :length]
+        self.frames[:, : frames - length] = rollout[:, length:]
         self.stored += frames
 
     def sample(self, batch: int) -> TensorDict:

@@ -107,7 +107,8 @@ def summary(rows: pd.DataFrame) -> str:
     }
     text = "\n\n".join(f"## {title}\n\n{table(found)}" for title, found in sections.items() if len(found))
     if (disturbed := (rows.loc[~blank, PREEMPTIONS] > DISTURBED).mean()) > 0:
-        text = f"**Other processes disturbed {disturbed:.0%} of what was timed. Measure on an idle machine.**\n\n{text}"
+        busy = f"cores were taken from this process more than {DISTURBED} times a second"
+        text = f"**In {disturbed:.0%} of what was timed, {busy}. Measure on an idle machine.**\n\n{text}"
     return text
 
 

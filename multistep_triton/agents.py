@@ -46,7 +46,7 @@ def n_step_extend_agents(
     after = time_dim + agent_dims
     marks = [key for key in (mask_key, traj_key) if key is not None]
     # Both computations write into the ring, or none.
-    free = carry is not None and carry.claim(data.values())
+    free = carry is not None and carry.may_write(data.values())
 
     def of_agents(leaves: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
         rows = {key: leaves[key].movedim(time_dim, after) for key in agent_keys}
@@ -64,7 +64,7 @@ def n_step_extend_agents(
         leaves, before = view(data), None
         if carry is not None:
             olds = {key: carry.arrange(leaf, dim) for key, leaf in view(carry.leaves).items()}
-            before = carry.with_leaves(olds, free=free)
+            before = carry.with_leaves(olds, free)
         return n_step_extend(
             before,
             leaves,

@@ -241,6 +241,10 @@ class Held:
         structure = Frames(frames.batch_size, nodes=frames.nodes, objects=frames.objects, kinds=frames.kinds)
         return cls(structure, Ring.of(frames.leaves, frames.batch_size[-1]))
 
+    def clone(self) -> Held:
+        """A copy, of the frames alone."""
+        return Held.of(self.frames())
+
     def frames(self) -> Frames:
         """A copy of the frames, ``[*B, c]``, in order."""
         ring, structure = self.ring, self.structure

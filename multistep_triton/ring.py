@@ -14,18 +14,27 @@ class Ring:
 
     A leaf ``[*B, C, ...]`` has ``C`` slots. The oldest of ``count`` frames lies in slot ``first``, every other one in
     the slot after that of the frame before it, and after the last slot comes the first. A call that goes on from a
-    ring writes into slots that are free, and returns another ring; the frames of the one before are there until the
-    call after. Only one call may do so, and none if the ring was copied, whose frames must not be overwritten.
+    ring writes into slots that are free, and returns another ring: if it fails, the frames of the one before are there.
+    After the next call they may not be.
     """
 
-    def __init__(self, leaves: Mapping[Any, Tensor], first: int, count: int, capacity: int, time_first: bool) -> None:
+    def __init__(
+        self,
+        leaves: Mapping[Any, Tensor],
+        first: int,
+        count: int,
+        capacity: int,
+        time_first: bool,
+        free: bool = True,
+    ) -> None:
         self.leaves = dict(leaves)
         self.first = first
         self.count = count
         self.capacity = capacity
         self.time_first = time_first
         """Whether the frames of a slot lie side by side in memory, ``[C, *B, ...]``, and not those of a row."""
-        self._free: list[None] = [None]
+        self.free = free
+        """Whether the slots that hold no frame may be written into."""
 
     @classmethod
     def of(cls, leaves: Mapping[Any, Tensor], count: int) -> Ring:
@@ -33,38 +42,20 @@ class Ring:
         copies = {key: leaf.clone(memory_format=torch.contiguous_format) for key, leaf in leaves.items()}
         return cls(copies, 0, count, count, False)
 
-    def claim(self, frames: Iterable[Tensor]) -> bool:
-        """Whether leaves of these frames may be written into the free slots by the caller, who is then the only one."""
-        leaf = next(iter(self.leaves.values()))
-        if any(frame.requires_grad for frame in frames) or (
-            leaf.is_inference() and not torch.is_inference_mode_enabled()
-        ):
+    def may_write(self, frames: Iterable[Tensor]) -> bool:
+        """Whether leaves of these frames may be written into the free slots."""
+        if not self.free or any(frame.requires_grad for frame in frames):
             return False
-        try:
-            # Threads may share a ring; only one of them finds the item.
-            self._free.pop()
-        except IndexError:
-            return False
-        return True
+        # What was made in inference mode cannot be written into outside of it.
+        return torch.is_inference_mode_enabled() or not any(leaf.is_inference() for leaf in self.leaves.values())
 
-    def share(self) -> None:
-        """Says that others may have this ring, or its memory: nobody writes there from now on."""
-        self._free.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is copied, or sent to another process, which may share the memory."""
-        self.share()
-        return self.__dict__
-
-    def with_leaves(self, leaves: Mapping[Any, Tensor], free: bool | None = None) -> Ring:
-        """The same slots of other leaves; to claim one is to claim both, unless ``free`` says so of the new one."""
-        ring = Ring(leaves, self.first, self.count, self.capacity, self.time_first)
-        ring._free = self._free if free is None else [None] * free
-        return ring
+    def with_leaves(self, leaves: Mapping[Any, Tensor], free: bool = True) -> Ring:
+        """The same slots of other leaves."""
+        return Ring(leaves, self.first, self.count, self.capacity, self.time_first, free)
 
     def clone(self) -> Ring:
         """A copy, free slots and all."""
-        return self.with_leaves({key: leaf.clone() for key, leaf in self.leaves.items()}, free=True)
+        return self.with_leaves({key: leaf.clone() for key, leaf in self.leaves.items()}, self.free)
 
     def arrange(self, leaf: Tensor, time_dim: int) -> Tensor:
         """A leaf ``[*B, C, ...]`` in memory whose order is that of the ring's leaves."""
@@ -116,7 +107,7 @@ def find_place(carry: Ring | None, frames: Collection[Tensor], new: int, n_steps
     emitted = max(known - n_steps, 0)
     if new >= n_steps:
         return Place(-emitted % n_steps, n_steps, 0, False)
-    if carry and carry.time_first and known <= carry.capacity <= 2 * (n_steps + new) and carry.claim(frames):
+    if carry and carry.time_first and known <= carry.capacity <= 2 * (n_steps + new) and carry.may_write(frames):
         return Place(carry.first, carry.capacity, carried - emitted, True)
     capacity = max(min(n_steps, 2 * known) + new, 1)
     return Place(-emitted % capacity, capacity, 0, True)

@@ -135,7 +135,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         self._set_arguments(
             n_steps, gamma, reward_keys, done_key, done_keys, mask_key, backend, done_at, traj_key, match_reward_shape
         )
-        # Replaced by every call, the frames before it are there until the next one.
+        # Replaced by every call; the next one may overwrite the frames of the one before.
         self._carry: Held | None = None
         # A replay buffer calls its transforms outside its own lock.
         self._lock = threading.RLock()
@@ -270,12 +270,20 @@ class MultiStepTransform(MultiStepBase, Transform):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the lock, which every process and every copy has of its own."""
-        if self._carry is not None:
-            self._carry.ring.share()
-        state: dict[str, Any] = super().__getstate__()
+        """All but the lock, and the frames held back copied: every process and every copy has its own."""
+        with self._lock:
+            state: dict[str, Any] = super().__getstate__()
+            state["_carry"] = self._carry and self._carry.clone()
         del state["_lock"]
         return state
+
+    def clone(self) -> MultiStepTransform:
+        """A copy without parent and container, with a copy of the frames held back."""
+        with self._lock:
+            twin: MultiStepTransform = super().clone()
+            twin._carry = self._carry and self._carry.clone()
+        twin._lock = threading.RLock()
+        return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What :meth:`__getstate__` returned, and a new lock."""

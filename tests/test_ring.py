@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+import threading
+import time
 
 import pytest
 import torch
 from conftest import kernels, reference_reading
 from rollouts import make_rollout
+from tensordict import NonTensorData, NonTensorStack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,6 +17,7 @@ from multistep_triton import MultiStepTransform
 from multistep_triton.ring import Ring, find_place
 
 N_STEPS, GAMMA, WIDTH = 5, 0.9, 10_000
+DUPLICATES = [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)), MultiStepTransform.clone]
 
 
 def stream(frames, width=3):
@@ -73,7 +77,7 @@ def test_the_ring_stays_where_it_is_and_holds_no_more_than_it_must(frames):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("duplicate", DUPLICATES)
 def test_copies_of_a_transform_do_not_write_into_each_others_frames(duplicate, backend):
     rollout, other = stream(40), stream(41)[:, :40]
     first = MultiStepTransform(N_STEPS, GAMMA, backend=backend)
@@ -90,6 +94,34 @@ def test_copies_of_a_transform_do_not_write_into_each_others_frames(duplicate, b
             assert equal(torch.cat([begin, *out], 1), expected)
 
 
+@pytest.mark.parametrize("duplicate", DUPLICATES)
+def test_copies_that_are_made_while_another_thread_extends_are_whole(duplicate):
+    numbers = torch.arange(40_000).view(1, -1)
+    transform, begun, stop = MultiStepTransform(N_STEPS, GAMMA), threading.Event(), threading.Event()
+
+    def extend():
+        frame = make_rollout((1,), 2, seed=0)
+        for number in numbers.split(2, 1):
+            if stop.is_set():
+                break
+            frame["observation"] = number
+            transform.inv(frame)
+            begun.set()
+
+    thread = threading.Thread(target=extend)
+    thread.start()
+    begun.wait()
+    copies = []
+    for _ in range(60):
+        copies.append(duplicate(transform))
+        time.sleep(0.002)
+    assert thread.is_alive()
+    stop.set()
+    thread.join()
+    for each in copies:
+        assert (each._buffer["observation"].diff() == 1).all()
+
+
 def test_a_call_that_fails_after_it_wrote_leaves_the_frames_as_they_were(monkeypatch):
     rollout, transform = stream(40), MultiStepTransform(N_STEPS, GAMMA)
     begin = one_by_one(transform, rollout[:, :20])
@@ -104,12 +136,21 @@ def test_a_call_that_fails_after_it_wrote_leaves_the_frames_as_they_were(monkeyp
     assert equal(torch.cat((begin, end), 1), MultiStepTransform(N_STEPS, GAMMA).inv(rollout))
 
 
-def test_frames_held_back_in_inference_mode_are_gone_on_from_outside_of_it():
-    rollout, transform = stream(30), MultiStepTransform(N_STEPS, GAMMA)
-    with torch.inference_mode():
-        begin = one_by_one(transform, rollout[:, :15])
-    end = one_by_one(transform, rollout[:, 15:])
-    assert equal(torch.cat((begin, end), 1), MultiStepTransform(N_STEPS, GAMMA).inv(rollout))
+@pytest.mark.parametrize("noted", [False, True])
+def test_frames_held_back_in_inference_mode_are_gone_on_from_outside_of_it(noted):
+    """And the other way round; objects are numbered anew in every call."""
+    rollout, transform, outs = stream(30), MultiStepTransform(N_STEPS, GAMMA), []
+    expected = MultiStepTransform(N_STEPS, GAMMA).inv(rollout)
+    if noted:
+        rollout["note"] = NonTensorStack(*(NonTensorData(str(i)) for i in range(60))).view(2, 30)
+    for t, frame in enumerate(rollout.split(1, 1)):
+        with torch.inference_mode(t % 7 in (1, 2, 5)):
+            outs.append(transform.inv(frame))
+    out = torch.cat([out for out in outs if out is not None], 1)
+    if noted:
+        notes = out.pop("note").tolist()
+        assert notes == [[str(30 * b + t) for t in range(30 - N_STEPS)] for b in range(2)]
+    assert equal(out, expected)
 
 
 def test_rewards_that_require_grad_keep_their_graph_frame_by_frame():
@@ -127,14 +168,13 @@ def test_rewards_that_require_grad_keep_their_graph_frame_by_frame():
     assert not gradient[:, :4].any()
 
 
-def test_only_one_call_goes_on_from_a_ring():
+def test_runs_of_slots_turn_at_the_last_one():
     ring = Ring({"leaf": torch.zeros(8, 2).movedim(0, 1)}, 6, 3, 8, True)
     assert ring.runs(0, 3) == [(6, 2), (0, 1)]
+    assert ring.runs(2, 1) == [(0, 1)]
     assert [piece.shape[1] for piece in ring.pieces("leaf", 1)] == [2, 1]
-    same = ring.with_leaves(ring.leaves)
     assert find_place(ring, [], 2, 4) == (6, 8, 2, True)
-    for taken in (ring, same):
-        assert find_place(taken, [], 2, 4).stay == 0
+    assert find_place(ring.with_leaves(ring.leaves, free=False), [], 2, 4).stay == 0
 
 
 @pytest.mark.parametrize(
