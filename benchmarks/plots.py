@@ -9,11 +9,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from benchmarks.contenders import CLONE, COMPILED, REFERENCE, RING, SB3, TORCHRL, TRITON
@@ -77,28 +79,38 @@ def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str) -> None:
 
 
 def ratio_by_case(rows: pd.DataFrame) -> Figure | None:
-    """Bars, one panel per operation."""
-    rows = rows[rows[RATIO].notna() & ~rows["contender"].isin([TORCHRL, CLONE])]
+    """A number per case, one panel per operation and contender; shapes downwards, n and p(done) to the right."""
+    rows = rows[rows[RATIO].notna() & ~rows["contender"].isin([TORCHRL, COMPILED, CLONE]) & (rows["kind"] != "rows")]
     if rows.empty:
         return None
-    operations, cases = rows["operation"].unique(), rows["case"].unique()
+    rows = rows.assign(shape=rows["case"].str.replace(r" p=.*", "", regex=True))
+    shown = [
+        (title, group.pivot(index="shape", columns=["n_steps", "p_done"], values=RATIO))
+        for title, group in rows.groupby(["operation", "contender"], sort=False)
+    ]
+    columns = sorted(set().union(*(ratios.columns for _, ratios in shown)))
+    heights = [len(ratios) for _, ratios in shown]
     figure, panels = plt.subplots(
-        1, len(operations), figsize=(2 + 3.5 * len(operations), 1.5 + 0.25 * len(cases)), sharey=True, squeeze=False
+        len(shown),
+        1,
+        figsize=(2 + 0.6 * len(columns), 1 + 0.75 * len(shown) + 0.25 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
     )
-    contenders = [name for name in COLORS if name in set(rows["contender"])]
-    for axes, operation in zip(panels[0], operations, strict=True):
-        ratios = rows[rows["operation"] == operation].pivot(index="case", columns="contender", values=RATIO)
-        # Upwards, so that the first case and contender come out on top; one without a ratio leaves its place empty.
-        ratios = ratios.reindex(index=cases[::-1], columns=contenders[::-1])
-        (ratios - 1).plot.barh(ax=axes, left=1, color=COLORS, width=0.8, legend=False)
-        plain_log(axes, "x")
-        axes.axvline(1, color="#333333", linewidth=0.9)
-        axes.axvline(10, color="#333333", linewidth=0.9, linestyle="--")
-        axes.set(title=operation, xlabel="times faster than torchrl", ylabel="")
-        axes.grid(axis="y", visible=False)
-    figure.tight_layout()
-    handles, labels = panels[0][-1].get_legend_handles_labels()
-    legend_below(figure, handles[::-1], labels[::-1])
+    for axes, ((operation, contender), ratios) in zip(panels[:, 0], shown, strict=True):
+        ratios = ratios.reindex(
+            columns=columns, index=[shape for shape in rows["shape"].unique() if shape in ratios.index]
+        )
+        axes.imshow(np.log10(ratios), aspect="auto", cmap="RdBu", norm=TwoSlopeNorm(0, -1, 2))
+        for (row, column), ratio in np.ndenumerate(ratios):
+            text = "" if np.isnan(ratio) else f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
+            axes.text(column, row, text, ha="center", va="center", color="white" if ratio > 20 else "black")
+        axes.set_xticks(range(len(columns)), [f"n={n}\np={p:g}" for n, p in columns], fontsize=7)
+        axes.set_yticks(range(len(ratios)), ratios.index)
+        axes.set_title(f"{operation}: {contender}", loc="left")
+        axes.grid(visible=False)
+    figure.suptitle("Times faster than torchrl")
     return figure
 
 

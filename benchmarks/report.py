@@ -32,7 +32,8 @@ def with_ratios(rows: pd.DataFrame) -> pd.DataFrame:
 
 def read(path: Path) -> pd.DataFrame:
     """Rows as they were written."""
-    return pd.read_csv(path, keep_default_na=False, na_values=dict.fromkeys([*NUMBERS, PREEMPTIONS], ""))
+    blank = [*NUMBERS, PREEMPTIONS, "measurements", "input_bytes", "output_bytes", "row_bytes"]
+    return pd.read_csv(path, keep_default_na=False, na_values=dict.fromkeys(blank, ""))
 
 
 def table(rows: pd.DataFrame) -> str:
