@@ -111,8 +111,8 @@ def verdict(rows: pd.DataFrame) -> str:
         lines.append(
             f"- {case}, updates: {updates}. With torchrl's transform, extend is {torchrl['extend_share']:.0%} of an "
             f"iteration, which would be {torchrl['limit']:.2f} times as fast if the transform cost nothing. With ours, "
-            f"extend takes {ours['extend_ms']:.1f} ms instead of {torchrl['extend_ms']:.1f}, {ours['extend_share']:.0%} "
-            f"of an iteration; {ours['limit']:.2f} times is left to gain."
+            f"extend takes {ours['extend_ms']:.1f} ms instead of {torchrl['extend_ms']:.1f}, "
+            f"{ours['extend_share']:.0%} of an iteration; {ours['limit']:.2f} times is left to gain."
         )
     return "\n".join(lines)
 

@@ -1,13 +1,14 @@
 """The benchmarks: an oracle that is right, a gate that stops what is wrong, rows that say so, and their files."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from benchmarks import compare, gate, growth, training_step
+from benchmarks import compare, gate, growth, report, training_step
 from benchmarks.cases import CASES, GAMMA, Case, Stream, make_rollout, select
 from benchmarks.contenders import (
     CLONE,
@@ -117,6 +118,24 @@ def test_a_documented_error_is_a_note():
     rows = run(BY_NAME[TORCHRL], case=CASE._replace(n_steps=1))
     assert rows["status"].tolist() == ["ok"]
     assert rows["note"].tolist() == ["nonterminal is wrong"]
+
+
+RESULTS = Path(compare.__file__).parent / "results"
+
+
+def test_readme_quotes_the_results_that_are_committed():
+    readme = (RESULTS.parent.parent / "README.md").read_text()
+    rows = report.read(RESULTS / "cpu-compare.csv")
+    assert report.excerpt(rows) in readme
+    assert report.table(report.ratios_of(rows)) in readme
+    slopes = report.table(growth.slopes(pd.read_csv(RESULTS / "cpu-growth.csv")))
+    assert slopes in readme
+    assert slopes in (RESULTS / "cpu-growth.md").read_text()
+    verdict = training_step.verdict(pd.read_csv(RESULTS / "cpu-training-step.csv"))
+    assert verdict in readme
+    assert verdict in (RESULTS / "cpu-training-step.md").read_text()
+    for kind in ("ratio", "p-done", "n-steps", "bandwidth", "growth"):
+        assert (RESULTS / f"cpu-{kind}.png").is_file()
 
 
 def test_what_takes_too_long_to_check_is_a_row(monkeypatch):
