@@ -49,7 +49,7 @@ def extend(n_steps: int, observation: torch.Tensor, **entries: torch.Tensor) -> 
 
     def run() -> None:
         transform = MultiStepTransform(n_steps, 0.99, backend="triton", traj_key=traj_key)
-        for _ in range(n_steps + 2):
+        for _ in range(2 if rollout.shape[-1] > n_steps else n_steps + 2):
             transform.inv(rollout)
 
     return run

@@ -76,10 +76,12 @@ def test_the_ring_stays_where_it_is_and_holds_no_more_than_it_must(frames):
         assert all(ring.leaves[key] is before.leaves[key] for key in before.leaves)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("duplicate", DUPLICATES)
+@pytest.mark.parametrize(
+    ("duplicate", "backend"), [*((each, "reference") for each in DUPLICATES), (copy.copy, "triton")]
+)
 def test_copies_of_a_transform_do_not_write_into_each_others_frames(duplicate, backend):
-    rollout, other = stream(40), stream(41)[:, :40]
+    frames = 40 if backend == "reference" else 24
+    rollout, other = stream(frames), stream(41)[:, :frames]
     first = MultiStepTransform(N_STEPS, GAMMA, backend=backend)
     with kernels() if backend == "triton" else reference_reading("joined"):
         begin = one_by_one(first, rollout[:, :13])
