@@ -200,8 +200,8 @@ def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
     gathered = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     out = (coded(gathered.data_ptr()),)
     copy = plan.places["value"], (coded(new),), (coded(0),), out, out
-    lengths = coded(lengths), coded(0), *plan.steps
-    _run(plan, value.device, (), (), 0.0, (), lengths, (), (), (copy,))
+    windows = coded(lengths), coded(0), *plan.steps
+    _run(plan, value.device, (), (), 0.0, (), windows, (), (), (copy,))
     return gathered
 
 

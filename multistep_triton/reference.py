@@ -56,10 +56,10 @@ def n_step_extend_reference(
     emitted = max(known - n_steps, 0) if hold else known
     place = find_place(carry, data.values(), new, n_steps)
     # If so, new frames are written into it, and all that comes out is read there.
-    in_ring = place.stay > 0
+    ring = carry if place.stay > 0 else None
     n_steps = max(min(n_steps, known), 1)
     rows = math.prod(lead)
-    stride = rows if in_ring else 1
+    stride = rows if ring else 1
 
     def old(key: Hashable, begin: int = 0, count: int | None = None) -> list[Tensor]:
         return carry.pieces(key, time_dim, begin, count) if carry else []
@@ -67,12 +67,12 @@ def n_step_extend_reference(
     def stream(key: Hashable) -> Tensor:
         """Carry and data as one, ``[N, *F]``, and after it frames that no window reads."""
         pieces = [*old(key), data[key]]
-        if in_ring:
+        if ring:
             return torch.cat([piece.movedim(time_dim, 0) for piece in pieces]).flatten(0, time_dim)
         joined = _join(pieces, time_dim).flatten(0, time_dim).contiguous()
         return joined if hold else _pad(joined, n_steps - 1)
 
-    row = 1 if in_ring else known
+    row = 1 if ring else known
     apart = (*(math.prod(lead[dim + 1 :]) * row for dim in range(time_dim)), stride)
 
     def cut(value: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ def n_step_extend_reference(
         strides = [step * math.prod(tail) for step in apart]
         return value.as_strided((*lead, emitted, *tail), (*strides, *value.stride()[1:]))
 
-    flags = [None if key is None else stream(key).flatten() for key in (done_key, mask_key, traj_key)]
-    inside = ~_boundaries(*flags, stride)
+    mask, traj = (None if key is None else stream(key).flatten() for key in (mask_key, traj_key))
+    inside = ~_boundaries(stream(done_key).flatten(), mask, traj, stride)
     if not hold:
         inside[max(known - 1, 0) :: max(known, 1)] = False
     lengths, totals = _windows(inside, [stream(key) for key in reward_keys], n_steps, stride, gamma)
@@ -97,12 +97,12 @@ def n_step_extend_reference(
     small = sum(leaf.nbytes for leaf in data.values()) <= _JOIN_BYTES
     seam = emitted if small else min(carried, emitted)
     near = min(carried + n_steps - 1, known)
-    if in_ring or seam == emitted:
-        begin = (place.first if in_ring else 0) * stride
+    if ring or seam == emitted:
+        begin = (place.first if ring else 0) * stride
         dtype = _index_dtype((known + n_steps + place.capacity) * rows)
         ends = torch.arange(begin - stride, begin - stride + lengths.shape[0], dtype=dtype, device=steps.device)
         ends.add_(lengths, alpha=stride)
-        source_rows = cut(ends.remainder_(place.capacity * rows) if in_ring else ends).flatten()
+        source_rows = cut(ends.remainder_(place.capacity * rows) if ring else ends).flatten()
     else:
         # Windows that end in the carry have no row here; they get any, and are overwritten below.
         data_rows = _end_rows(cut(lengths), new, -carried).clamp_(min=0)
@@ -110,8 +110,8 @@ def n_step_extend_reference(
 
     def gather(key: Hashable) -> Tensor:
         shape = (*lead, emitted)
-        if in_ring:
-            return _take(carry.leaves[key].movedim(time_dim, 0), source_rows, shape)
+        if ring:
+            return _take(ring.leaves[key].movedim(time_dim, 0), source_rows, shape)
         if seam == emitted:
             return _take(_join([*old(key), data[key]], time_dim), source_rows, shape)
         future = _take(data[key], data_rows, shape)
@@ -122,9 +122,9 @@ def n_step_extend_reference(
 
     leaves, held = dict(data), {}
     for key, leaf in data.items() if hold else ():
-        if in_ring:
-            older, held[key] = old(key, 0, emitted), carry.leaves[key]
-            _write(held[key], leaf, carry.runs(carried, new), time_dim)
+        if ring:
+            older, held[key] = old(key, 0, emitted), ring.leaves[key]
+            _write(held[key], leaf, ring.runs(carried, new), time_dim)
         else:
             if emitted < carried:
                 older, newer = old(key, 0, emitted), [*old(key, emitted), leaf]
@@ -136,8 +136,8 @@ def n_step_extend_reference(
             leaves[key] = torch.cat(older, time_dim) if older else leaf.narrow(time_dim, 0, 0).clone()
     for key in gathered_keys:
         leaves[key] = gather(key)
-    ring = place.ring(held, emitted, known) if hold else None
-    return leaves, returns, steps, _discounts(steps, n_steps, gamma), nonterminal, ring
+    after = place.ring(held, emitted, known) if hold else None
+    return leaves, returns, steps, _discounts(steps, n_steps, gamma), nonterminal, after
 
 
 def _windows(
@@ -154,8 +154,8 @@ def _windows(
     while True:
         if n_steps & length:
             whole = block if whole is None else _append(on, block, whole, length * stride, gamma**length)
-        if 2 * length > n_steps:
-            return whole
+            if 2 * length > n_steps:
+                return whole
         block = _append(on, block, block, length * stride, gamma**length)
         on = on[: block[0].shape[0]] & on[length * stride :]
         length *= 2
