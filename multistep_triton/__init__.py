@@ -1,4 +1,4 @@
-"""n-step transitions for replay buffers: a drop-in for torchrl's ``MultiStepTransform``.
+"""n-step transitions for replay buffers: a drop-in for torchrl's ``MultiStepTransform``, or when they are sampled.
 
 Importing this package imports no Triton.
 """
@@ -7,11 +7,20 @@ from pathlib import Path as _Path
 
 from multistep_triton.functional import NStepReturn, gather_future, n_step_return
 from multistep_triton.postproc import MultiStep
+from multistep_triton.replay_buffer import NStepReplayBuffer
 from multistep_triton.transform import MultiStepTransform
 from multistep_triton.verify import EquivalenceError
 
 __version__ = "0.1.0"
-__all__ = ["EquivalenceError", "MultiStep", "MultiStepTransform", "NStepReturn", "gather_future", "n_step_return"]
+__all__ = [
+    "EquivalenceError",
+    "MultiStep",
+    "MultiStepTransform",
+    "NStepReplayBuffer",
+    "NStepReturn",
+    "gather_future",
+    "n_step_return",
+]
 
 # In a checkout the subpackage ``kernels`` lies beside this folder, in an installation inside it.
 _here = _Path(__file__).parent

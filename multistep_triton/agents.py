@@ -1,7 +1,7 @@
 """A done flag for every agent: each agent is a row of its own.
 
 Leaves ``[*B, T, *A, ...]`` of the agents are read as ``[*B, *A, T, ...]``, views in another order, so that what
-computes windows knows rows and no agents. May import ``functional``.
+computes windows knows rows and no agents. May import ``functional`` and ``sampling``.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from multistep_triton.functional import Extension, n_step_extend
 from multistep_triton.ring import Ring
+from multistep_triton.sampling import Samples, n_step_sample
 
 
 def n_step_extend_agents(
@@ -92,4 +94,75 @@ def n_step_extend_agents(
         agents.discount.movedim(after, time_dim),
         agents.nonterminal.movedim(after, time_dim),
         held,
+    )
+
+
+def n_step_sample_agents(
+    samples: Samples,
+    data: Mapping[Any, Tensor],
+    *,
+    agent_dims: int,
+    agent_keys: Collection[Hashable],
+    reward_keys: Collection[Hashable],
+    gathered_keys: Collection[Hashable],
+    done_key: Hashable,
+    mask_key: Hashable | None,
+    traj_key: Hashable | None,
+    **arguments: Any,
+) -> Extension:
+    """:func:`multistep_triton.sampling.n_step_sample` with a done flag ``[C, *R, *A]`` or ``[C, *R, *A, 1]``.
+
+    Keyword Args:
+        agent_dims: the number of dimensions ``A``.
+        agent_keys: leaves ``[C, *R, *A, ...]`` whose windows are those of their agent, ``done_key`` among them. The
+            windows of the others end where that of any agent ends.
+
+    Returns:
+        Extension: steps, discount and nonterminal are ``[N, *A]``.
+    """
+    dims, device = len(samples.index), data[done_key].device
+    sizes = data[done_key].shape[dims : dims + agent_dims]
+    marks = [key for key in (mask_key, traj_key) if key is not None]
+    of_agents = {key: data[key] for key in agent_keys}
+    for key in marks:
+        mark = data[key].flatten(dims - 1) if data[key].ndim > dims else data[key]
+        of_agents[key] = mark[(..., *[None] * agent_dims)].expand(*mark.shape, *sizes)
+    rest = {key: leaf for key, leaf in data.items() if key not in agent_keys}
+    rest[done_key] = data[done_key].flatten(dims).any(-1)
+    every = torch.meshgrid(
+        torch.arange(samples.index[0].shape[0], device=device),
+        *(torch.arange(size, device=device) for size in sizes),
+        indexing="ij",
+    )
+    frame, *agent = (each.flatten() for each in every)
+    each_agent = samples._replace(
+        index=[*(dim[frame] for dim in samples.index), *agent],
+        n_steps=None if samples.n_steps is None else samples.n_steps[frame],
+    )
+
+    def sample(picked: Samples, leaves: Mapping[Any, Tensor]) -> Extension:
+        return n_step_sample(
+            picked,
+            leaves,
+            reward_keys=[key for key in reward_keys if key in leaves],
+            gathered_keys=[key for key in gathered_keys if key in leaves],
+            done_key=done_key,
+            mask_key=mask_key,
+            traj_key=traj_key,
+            **arguments,
+        )
+
+    def back(value: Tensor) -> Tensor:
+        return value.view(every[0].shape + value.shape[1:])
+
+    frames, agents = sample(samples, rest), sample(each_agent, of_agents)
+    leaves = {key: back(leaf) for key, leaf in agents.leaves.items() if key not in marks}
+    returns = {key: back(value) for key, value in agents.returns.items()}
+    return Extension(
+        {**frames.leaves, **leaves},
+        {**frames.returns, **returns},
+        back(agents.steps),
+        back(agents.discount),
+        back(agents.nonterminal),
+        None,
     )

@@ -5,7 +5,7 @@ Owns what is written where; no maths. May import ``roles``, ``frames``, ``functi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from multistep_triton.roles import (
     find_roles,
     key_list,
     original,
+    with_saved,
 )
 
 DONE_AT = ("start", "end")
@@ -172,34 +173,18 @@ class MultiStepBase:
         Without ``hold`` windows are cut at the last frame, all frames come out, and with no carry either an entry
         that does not change is the data's own.
         """
-        roles = self._roles
-        if self._match_reward_shape and not roles.rewards:
-            raise ValueError("match_reward_shape must be False where reward_keys is empty, got True")
+        roles = self._checked_roles()
         frames = data if isinstance(data, Frames) else Frames.read(data, without=roles.written)
         agents = check_entries(frames, roles)
         if carry is not None:
             frames.follow(carry.structure)
         time_dim, leaves, before = len(frames.batch_size) - 1, frames.leaves, None if carry is None else carry.ring
-        gathered = frozenset([path for path in leaves if roles.is_gathered(path)])
-        # A done key that is gathered is one leaf more, which is not.
-        saved = {kept: path for path, kept in roles.saved.items() if path in leaves}
+        arguments = {**self._arguments(roles, leaves), "time_dim": time_dim, "n_steps": self._n_steps, "hold": hold}
+        saved = roles.saved_in(leaves)
         if saved:
-            leaves = {**leaves, **{kept: leaves[path] for kept, path in saved.items()}}
+            leaves = with_saved(leaves, saved)
             if before is not None:
-                olds = before.leaves
-                before = before.with_leaves({**olds, **{kept: olds[path] for kept, path in saved.items()}})
-        arguments: dict[str, Any] = {
-            "time_dim": time_dim,
-            "reward_keys": roles.rewards,
-            "gathered_keys": gathered,
-            "done_key": roles.done,
-            "mask_key": roles.mask if roles.mask in leaves else None,
-            "traj_key": roles.traj,
-            "n_steps": self._n_steps,
-            "gamma": float(self._gamma),
-            "hold": hold,
-            "backend": self._backend,
-        }
+                before = before.with_leaves(with_saved(before.leaves, saved))
         if agents:
             keys = agent_paths(leaves, roles, frames.batch_size, agents)
             extension = n_step_extend_agents(before, leaves, agent_dims=len(agents), agent_keys=keys, **arguments)
@@ -214,6 +199,24 @@ class MultiStepBase:
         for kept in saved:
             del held.leaves[kept]
         return emitted, frames.hold(held)
+
+    def _checked_roles(self) -> Roles:
+        roles = self._roles
+        if self._match_reward_shape and not roles.rewards:
+            raise ValueError("match_reward_shape must be False where reward_keys is empty, got True")
+        return roles
+
+    def _arguments(self, roles: Roles, leaves: Mapping[KeyPath, Tensor]) -> dict[str, Any]:
+        """What to compute with these leaves, in the words of the seam."""
+        return {
+            "reward_keys": roles.rewards,
+            "gathered_keys": frozenset([path for path in leaves if roles.is_gathered(path)]),
+            "done_key": roles.done,
+            "mask_key": roles.mask if roles.mask in leaves else None,
+            "traj_key": roles.traj,
+            "gamma": float(self._gamma),
+            "backend": self._backend,
+        }
 
     def _output_leaves(self, extension: Extension, roles: Roles, agents: torch.Size) -> dict[KeyPath, Tensor]:
         leaves = extension.leaves

@@ -16,6 +16,17 @@ def check_positive_int(name: str, value: int) -> int:
     return value
 
 
+def check_steps(name: str, value: int | tuple[int, int]) -> int | tuple[int, int]:
+    """Checks that ``value`` is an int >= 1, or a pair of such, the smaller one first."""
+    pair = value if isinstance(value, tuple | list) else (value, value)
+    if len(pair) != 2 or not all(isinstance(each, int) and not isinstance(each, bool) for each in pair):
+        raise ValueError(f"{name} must be an int >= 1 or a pair of them, (low, high), got {value!r}")
+    low, high = pair
+    if not 1 <= low <= high:
+        raise ValueError(f"{name} must be an int >= 1 or a pair (low, high) with 1 <= low <= high, got {value!r}")
+    return (low, high) if isinstance(value, tuple | list) else value
+
+
 def check_gamma(value: float) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"gamma must be a finite number in [0, 1], got {value!r}")

@@ -70,6 +70,18 @@ class Frames:
             frames._read_objects(value, path)
         return frames._find_kinds()
 
+    @classmethod
+    def read_storage(
+        cls, data: TensorDictBase, ndim: int, without: Collection[KeyPath] = ()
+    ) -> tuple[Frames, dict[KeyPath, Any]]:
+        """Reads the tensordict of a storage of ``ndim`` dimensions; its non-tensor entries apart, as they are."""
+        frames = cls(data.batch_size[:ndim])
+        non_tensors: dict[KeyPath, Any] = {}
+        frames._read(data, (), ndim, without, non_tensors)
+        # What is sampled has one dimension in the place of these, which has no name.
+        frames.nodes = {path: node._replace(names=None) for path, node in frames.nodes.items()}
+        return frames, non_tensors
+
     def _find_kinds(self) -> Frames:
         ndim, objects = len(self.batch_size), self.objects
         self.kinds = {

@@ -27,7 +27,7 @@ Leaves = dict[Hashable, Tensor]
 _JOIN_BYTES = 1 << 16
 
 # torch selects no single elements of these; their bits are those of the signed ones.
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 def gather_future_reference(value: Tensor, steps: Tensor) -> Tensor:
@@ -82,14 +82,14 @@ def n_step_extend_reference(
         return value.as_strided((*lead, emitted, *tail), (*strides, *value.stride()[1:]))
 
     mask, traj = (None if key is None else stream(key).flatten() for key in (mask_key, traj_key))
-    inside = ~_boundaries(stream(done_key).flatten(), mask, traj, stride)
+    inside = ~find_boundaries(stream(done_key).flatten(), mask, traj, stride)
     if not hold:
         inside[max(known - 1, 0) :: max(known, 1)] = False
-    lengths, totals = _windows(inside, [stream(key) for key in reward_keys], n_steps, stride, gamma)
+    lengths, totals = sum_windows(inside, [stream(key) for key in reward_keys], n_steps, stride, gamma)
     steps = _compact(cut(lengths), torch.int64)
     nonterminal = _compact(cut(inside), torch.bool)
     returns = {
-        key: _compact(cut(total), _return_dtype(data[key])) for key, total in zip(reward_keys, totals, strict=True)
+        key: _compact(cut(total), return_dtype(data[key])) for key, total in zip(reward_keys, totals, strict=True)
     }
 
     # A window that starts in the carry ends in the carry or in the first n - 1 new frames; every other one lies in the
@@ -137,10 +137,10 @@ def n_step_extend_reference(
     for key in gathered_keys:
         leaves[key] = gather(key)
     after = place.ring(held, emitted, known) if hold else None
-    return leaves, returns, steps, _discounts(steps, n_steps, gamma), nonterminal, after
+    return leaves, returns, steps, discounts(steps, n_steps, gamma), nonterminal, after
 
 
-def _windows(
+def sum_windows(
     inside: Tensor, rewards: list[Tensor], n_steps: int, stride: int, gamma: float
 ) -> tuple[Tensor, list[Tensor]]:
     """Lengths, int32 ``[M]``, and discounted sums ``[M, *F]`` of the windows of ``n_steps`` frames.
@@ -181,10 +181,10 @@ def _append(
 
 def _accumulated(reward: Tensor) -> Tensor:
     """Rewards in the precision in which they are summed."""
-    return reward.to(torch.float64 if _return_dtype(reward) == torch.float64 else torch.float32)
+    return reward.to(torch.float64 if return_dtype(reward) == torch.float64 else torch.float32)
 
 
-def _boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, stride: int) -> Tensor:
+def find_boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, stride: int) -> Tensor:
     """Boundaries ``[N]``: done, or invalid, or followed by an invalid frame or by one of another trajectory."""
     if mask is not None:
         done = done | ~mask
@@ -195,11 +195,11 @@ def _boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, stride: 
     return done
 
 
-def _return_dtype(reward: Tensor) -> torch.dtype:
+def return_dtype(reward: Tensor) -> torch.dtype:
     return reward.dtype if reward.is_floating_point() else torch.get_default_dtype()
 
 
-def _discounts(steps: Tensor, n_steps: int, gamma: float) -> Tensor:
+def discounts(steps: Tensor, n_steps: int, gamma: float) -> Tensor:
     """``gamma ** steps``, float32, each power rounded once."""
     powers = torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=torch.float32, device=steps.device)
     return powers.index_select(0, steps.view(-1)).view(steps.shape)
@@ -224,10 +224,15 @@ def _index_dtype(largest: int) -> torch.dtype:
 
 def _take(value: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Rows of ``value``, counted over its first dimensions, as many as ``shape`` has, as a new ``[*shape, *F]``."""
-    if signed := _SIGNED.get(value.dtype):
-        return _take(value.view(signed), rows, shape).view(value.dtype)
     time_dim = len(shape) - 1
-    return value.flatten(0, time_dim).index_select(0, rows).view(*shape, *value.shape[time_dim + 1 :])
+    return take(value.flatten(0, time_dim), rows).view(*shape, *value.shape[time_dim + 1 :])
+
+
+def take(value: Tensor, rows: Tensor) -> Tensor:
+    """Rows of ``value`` ``[N, *F]``, bit for bit, in new memory."""
+    if signed := SIGNED.get(value.dtype):
+        return value.view(signed).index_select(0, rows).view(value.dtype)
+    return value.index_select(0, rows)
 
 
 def _join(pieces: list[Tensor], dim: int) -> Tensor:

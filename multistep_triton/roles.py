@@ -42,6 +42,10 @@ class Roles(NamedTuple):
         """Whether an entry lies beside the done flag or below."""
         return path[: len(self.done) - 1] == self.done[:-1]
 
+    def saved_in(self, leaves: Mapping[KeyPath, Tensor]) -> dict[KeyPath, KeyPath]:
+        """Of the done keys that are gathered and in ``leaves``: the done key, by the entry that keeps it as it came."""
+        return {kept: path for path, kept in self.saved.items() if path in leaves}
+
     def is_gathered(self, path: KeyPath) -> bool:
         """Whether an entry is read at the end of the window; a done key may name a whole group that is not."""
         if path[0] != "next" or path in self.kept:
@@ -76,6 +80,11 @@ def find_roles(
     kept = frozenset((*rewards, *(saved.values() if done_at == "end" else dones)))
     needed = (done, *rewards) if traj is None else (done, *rewards, traj)
     return Roles(done, mask, traj, rewards, needed, saved, kept, frozenset(written))
+
+
+def with_saved(leaves: Mapping[KeyPath, Tensor], saved: Mapping[KeyPath, KeyPath]) -> dict[KeyPath, Tensor]:
+    """Leaves, and those that are in them under another path once more."""
+    return {**leaves, **{kept: leaves[path] for kept, path in saved.items()}}
 
 
 def original(path: KeyPath) -> KeyPath:

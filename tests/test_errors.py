@@ -292,7 +292,7 @@ def test_a_failing_backend_leaves_the_carry_as_it_was(monkeypatch, backend):
             if backend == "triton":
                 patch.setattr(importlib.import_module("multistep_triton.kernels.extend"), "_run", fail)
             else:
-                patch.setattr(reference, "_discounts", fail)
+                patch.setattr(reference, "discounts", fail)
             with pytest.raises(RuntimeError, match="out of memory"):
                 transform.inv(rollout[:, 20:])
         assert torch.equal(transform.inv(rollout[:, 20:])["observation"], rollout["observation"][:, 17:27])

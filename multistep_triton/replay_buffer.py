@@ -1,0 +1,301 @@
+"""NStepReplayBuffer: single steps are stored, n-step transitions are sampled.
+
+Owns where frames lie in a storage, and how a replay buffer samples. May import ``base``, ``frames`` and ``sampling``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_nn_modules
+from torch import Tensor
+from torchrl.data import ImmutableDatasetWriter, RoundRobinWriter, TensorDictReplayBuffer, TensorStorage
+from torchrl.data.replay_buffers.samplers import ConsumingSampler
+from torchrl.data.replay_buffers.utils import pin_memory_output
+
+from multistep_triton.agents import n_step_sample_agents
+from multistep_triton.base import MultiStepBase
+from multistep_triton.checks import check_steps
+from multistep_triton.frames import Frames, KeyPath
+from multistep_triton.roles import agent_paths, check_entries, with_saved
+from multistep_triton.sampling import Samples, n_step_sample
+
+Steps = int | tuple[int, int]
+
+# What a call of ``sample`` asks for, in its own thread alone: batches that are prefetched have the buffer's.
+_steps_of_call: ContextVar[Steps | None] = ContextVar("n_steps of a call", default=None)
+
+_ARGUMENTS = frozenset(name for name, value in vars(MultiStepBase).items() if isinstance(value, property))
+
+
+class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
+    """A replay buffer that stores single steps and computes n-step transitions of the frames that are sampled.
+
+    With ``n = n_steps`` and ``e(t)`` the smallest of ``t + n - 1``, the first boundary at or after ``t``, and the
+    newest frame that is stored:
+
+    .. math::
+        steps(t) = e(t) - t + 1, \\quad reward'(t) = \\sum_{i=0}^{steps(t)-1} \\gamma^i reward(t + i), \\quad
+        next'(t) = next(e(t))
+
+    A boundary is a frame that is done; with a mask in the data, one that is invalid or followed by an invalid frame;
+    with ``traj_key``, one that is followed by a frame of another trajectory. The storage is a ring: the newest frame
+    is where windows end, as the oldest one follows it there, and nothing that was not written is read.
+
+    ``extend`` takes 1-step transitions ``[*B, T]``, time last, any number of frames at a time, and stores them as they
+    are; nothing is held back. A storage of ``ndim`` dimensions holds frames of ``ndim - 1`` batch dimensions. What is
+    sampled, ``[N]``, has the keys, dtypes and rules of :class:`MultiStepTransform`: ``steps_to_next_obs`` (int64),
+    ``gamma`` (float32, ``gamma ** steps``) and ``nonterminal`` (bool) at the root; under ``"next"`` every reward key
+    holds the n-step return, ``<reward_key>_orig`` the reward as it came and, with exactly one reward key,
+    ``original_reward`` the same; done keys are those of frame ``e(t)`` and ``<done_key>_orig`` as they came, or with
+    ``done_at="start"`` as they came; every other entry is the one of frame ``e(t)``, bit for bit. The other root
+    entries are those of frame ``t``, and ``"index"`` says where it lies. The result is new memory on the storage's
+    device, on which everything is computed; the host does not wait for it.
+
+    Keyword Args:
+        n_steps: frames in a full window, an int >= 1, or a pair ``(low, high)``: every sampled frame then draws its
+            own from ``low .. high``, uniformly, with the buffer's ``generator``. Can be set at any time; nothing is
+            stored anew.
+        gamma: discount per step, a finite number in [0, 1]; can be set at any time.
+        reward_keys: rewards under ``"next"``, ``[*B, T, *F]``, floating point, integer or bool. Defaults to
+            ``["reward"]``.
+        done_key: the done flag under ``"next"`` that ends trajectories, bool ``[*B, T]``, ``[*B, T, 1]`` or, per
+            agent, of a reward's shape. Defaults to ``"done"``.
+        done_keys: done flags under ``"next"``, of which ``done_at`` speaks. Defaults to ``["done", "truncated",
+            "terminated"]``; ``done_key`` is one of them in any case; those that are not in the data are ignored.
+        traj_key: root entry of trajectory ids, integers ``[*B, T]`` or ``[*B, T, 1]``, such as ``("collector",
+            "traj_ids")``; a change is a boundary. Defaults to None.
+        mask_key: root entry, bool ``[*B, T]`` or ``[*B, T, 1]``, False where a frame is padding; ignored if it is
+            not in the data. An invalid frame's window is itself. Defaults to ``"mask"``.
+        done_at: ``"end"``: done keys are those of frame ``e(t)``, which is what a bootstrapped target needs;
+            ``"start"``: those of frame ``t``. Defaults to ``"end"``.
+        match_reward_shape: whether ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` have the shape of the first
+            reward. Defaults to False.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which runs both and compares every sample.
+        **kwargs: those of :class:`torchrl.data.TensorDictReplayBuffer`. The storage is a ``LazyTensorStorage``,
+            ``LazyMemmapStorage`` or another ``TensorStorage`` of a tensordict, the writer a ``RoundRobinWriter`` (the
+            default one is) or, for a storage that is filled before, an ``ImmutableDatasetWriter``.
+
+    Raises:
+        TypeError: storage, writer or sampler is of another kind.
+        ValueError: an argument breaks its rule.
+
+    Source: R. S. Sutton, Learning to predict by the methods of temporal differences, Machine Learning 3, 1988.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
+        >>> rb = NStepReplayBuffer(
+        ...     n_steps=2, gamma=0.5, storage=LazyTensorStorage(4), sampler=SamplerWithoutReplacement(shuffle=False)
+        ... )
+        >>> reward, done = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([False, False, True, False])
+        >>> indices = rb.extend(TensorDict({"next": {"reward": reward, "done": done}}, batch_size=[4]))
+        >>> rb.sample(4)["next", "reward"]
+        tensor([2., 4., 4., 8.])
+        >>> rb.sample(4, n_steps=1)["next", "reward"]
+        tensor([1., 2., 4., 8.])
+    """
+
+    def __init__(
+        self,
+        *,
+        n_steps: Steps,
+        gamma: float,
+        reward_keys: Sequence[NestedKey] | None = None,
+        done_key: NestedKey | None = None,
+        done_keys: Sequence[NestedKey] | None = None,
+        traj_key: NestedKey | None = None,
+        mask_key: NestedKey | None = None,
+        done_at: str = "end",
+        match_reward_shape: bool = False,
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        self._changes = 0
+        self._set_arguments(
+            n_steps,
+            gamma,
+            reward_keys,
+            done_key,
+            done_keys,
+            mask_key,
+            backend,
+            done_at,
+            traj_key,
+            match_reward_shape,
+        )
+        super().__init__(**kwargs)
+
+    @property
+    def n_steps(self) -> Steps:
+        """Frames in a full window, or between which numbers of them each sampled frame draws its own."""
+        return self._n_steps
+
+    @n_steps.setter
+    def n_steps(self, value: Steps) -> None:
+        self._n_steps = check_steps("n_steps", value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute and, if it is one of the arguments, counts that."""
+        super().__setattr__(name, value)
+        if name in _ARGUMENTS:
+            # Batches that were prefetched before are of the arguments before.
+            self._changes += 1
+
+    def _init(self) -> None:
+        super()._init()
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Checks that frames lie in the storage in the order in which they came."""
+        if not isinstance(self._storage, TensorStorage):
+            raise TypeError(f"storage must be a TensorStorage, such as LazyTensorStorage, got {self._storage}")
+        if not isinstance(self._writer, RoundRobinWriter | ImmutableDatasetWriter):
+            raise TypeError(f"writer must be a RoundRobinWriter, which stores in order, got {self._writer}")
+        if isinstance(self._sampler, ConsumingSampler):
+            raise TypeError(
+                f"sampler must leave frames where windows read them, got {self._sampler}; consume_after_n_samples "
+                f"must be None"
+            )
+
+    def sample(
+        self,
+        batch_size: int | None = None,
+        return_info: bool = False,
+        include_info: bool | None = None,
+        *,
+        n_steps: Steps | None = None,
+    ) -> TensorDictBase:
+        """Samples frames and computes their n-step transitions.
+
+        Args:
+            batch_size, return_info, include_info: as in torchrl.
+
+        Keyword Args:
+            n_steps: instead of the buffer's, for this call.
+
+        Returns:
+            TensorDict ``[batch_size]``; a tuple of this and the sampler's info if ``return_info``.
+        """
+        token = _steps_of_call.set(None if n_steps is None else check_steps("n_steps", n_steps))
+        try:
+            with self._up_to_date():
+                return super().sample(batch_size, return_info, include_info)
+        finally:
+            _steps_of_call.reset(token)
+
+    @contextlib.contextmanager
+    def _up_to_date(self) -> Iterator[None]:
+        """Within, the next batch in the queue is one that was computed with today's arguments, or those of this call.
+
+        It is of the frames that were sampled for it: no sampler draws anew.
+        """
+        if not self._prefetch:
+            yield
+            return
+        with self._futures_lock:
+            queue, changes = self._prefetch_queue, self._changes
+            if queue and (_steps_of_call.get() is not None or getattr(queue[0], "changes", None) != changes):
+                _, info = queue[0].result()
+                queue[0] = Future()
+                with self._replay_lock, self._write_lock:
+                    data = self._n_step_at(info["index"])
+                queue[0].set_result(self._finished(data, info))
+            yield
+            for future in queue:
+                future.changes = getattr(future, "changes", changes)
+
+    def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
+        # Where a call has more frames than there are slots, several of them go into one, and torch may keep any.
+        frames, storage = max(data.shape[self.dim_extend], 1), self._storage
+        rows = max(data.shape[: storage.ndim].numel() // frames, 1)
+        with self._replay_lock:
+            parts = [
+                super(NStepReplayBuffer, self)._extend(part, update_priority=update_priority)
+                for part in data.split(-(-storage.max_size // rows), self.dim_extend)
+            ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _set_index_in_td(self, tensordict: TensorDictBase, index: Tensor | int | None) -> None:
+        # torchrl's takes the indices, which are those of frames with time first, for some with time last.
+        ndim, dim = self._storage.ndim, self.dim_extend
+        if ndim == 1 or not isinstance(index, Tensor):
+            super()._set_index_in_td(tensordict, index)
+            return
+        shape = tensordict.batch_size[:ndim]
+        if len(shape) < ndim or index.shape[0] != shape.numel():
+            # One frame, which has no time.
+            shape, dim = shape[: ndim - 1], 0
+        lead = list(shape)
+        lead[0], lead[dim] = lead[dim], lead[0]
+        tensordict.set("index", index.view(*lead, ndim).transpose(0, dim))
+
+    def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict[str, Any]]:
+        self._check_parts()
+        with self._replay_lock, self._write_lock:
+            index, info = self._sampler.sample(self._storage, batch_size)
+            if self._sample_unit is not None:
+                index, info = self._sample_unit.expand(index, info, self._storage)
+            if taken := [key for key in info if key[0] == "next"]:
+                raise TypeError(
+                    f"sampler must leave the entries under 'next' as they are, as they are those of the windows, got "
+                    f"{self._sampler}, which writes {taken}"
+                )
+            info["index"] = index
+            if self._writer.tracks_generations:
+                info["index_generation"] = self._writer.generations_of(index)
+            data = self._n_step_at(index)
+        return self._finished(data, info)
+
+    @pin_memory_output
+    def _finished(self, data: TensorDictBase, info: dict[str, Any]) -> tuple[TensorDictBase, dict[str, Any]]:
+        """What was read from the storage, as a sample of torchrl's buffer leaves it."""
+        data = self._collate_fn(data)
+        if self._transform is not None and len(self._transform):
+            with data.unlock_(), set_dispatch_td_nn_modules(True):
+                data = self._transform(data)
+        return data, info
+
+    def _n_step_at(self, index: Tensor | tuple[Tensor, ...]) -> TensorDict:
+        """The n-step transitions of the frames that lie at an index of the storage."""
+        storage, roles = self._storage, self._checked_roles()
+        data, ndim = storage._storage, storage.ndim
+        if not isinstance(data, TensorDictBase):
+            raise TypeError(f"storage must be one of a tensordict, got {type(data).__name__}")
+        frames, objects = Frames.read_storage(data, ndim, without=roles.written)
+        agents = check_entries(frames, roles)
+        leaves = with_saved(frames.leaves, roles.saved_in(frames.leaves))
+        arguments = self._arguments(roles, leaves)
+        device = leaves[roles.done].device
+        each = [torch.as_tensor(dim, device=device) for dim in (index if isinstance(index, tuple) else (index,))]
+        shape = each[0].shape
+        live = -(-len(storage) // max(data.shape[1:ndim].numel(), 1))
+        newest = (getattr(self._writer, "_cursor", 0) - 1) % live
+        low, high = steps if isinstance(steps := _steps_of_call.get() or self._n_steps, tuple) else (steps, steps)
+        drawn = None
+        if low < high:
+            drawn = torch.randint(low, high + 1, (shape.numel(),), generator=storage._rng, device=device)
+        samples = Samples([dim.reshape(-1) for dim in each], newest, live, drawn)
+        if agents:
+            keys = agent_paths(leaves, roles, frames.batch_size, agents)
+            extension = n_step_sample_agents(
+                samples, leaves, agent_dims=len(agents), agent_keys=keys, n_steps=high, **arguments
+            )
+        else:
+            extension = n_step_sample(samples, leaves, n_steps=high, **arguments)
+        entries: dict[KeyPath, Any] = self._output_leaves(extension, roles, agents)
+        if objects:
+            steps = extension.steps.flatten(1).amin(1) if agents else extension.steps
+            end = (samples.index[0] + steps - 1) % live, *samples.index[1:]
+            entries.update(
+                {path: each[end if roles.is_gathered(path) else samples.index] for path, each in objects.items()}
+            )
+        built = frames.build(entries, torch.Size([shape.numel()]))
+        return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])
