@@ -36,7 +36,7 @@ def microseconds(call) -> str:
 def main() -> None:
     set_up()
     driver = stub_driver.install("sm_90")
-    from multistep_triton.kernels import extend
+    from multistep_triton.kernels import launch
 
     rollout = make_rollout(CASE)
     rollout["step_count"] = torch.zeros(CASE.envs, CASE.frames, 1, dtype=torch.int64)
@@ -53,9 +53,9 @@ def main() -> None:
         call()
         print(f"n={n_steps}, launches: {driver.launches - before}")
         print(f"    an extend, all but the launcher of the driver  {microseconds(call)}")
-        run, extend._run = extend._run, lambda *arguments: None
+        run, launch._run = launch._run, lambda *arguments: None
         print(f"    an extend without Triton                       {microseconds(call)}")
-        extend._run = run
+        launch._run = run
 
 
 if __name__ == "__main__":

@@ -5,7 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multistep_triton.kernels.stream import frame_addresses, item_pointers, row_pointers, slot_addresses, tile_frames
+from multistep_triton.kernels.stream import (
+    frame_addresses,
+    item_pointers,
+    output_places,
+    row_pointers,
+    slot_addresses,
+    tile_frames,
+)
 from multistep_triton.kernels.window import window_steps
 
 
@@ -22,26 +29,37 @@ def copy_rows(
     The first ``stay`` frames that are held back lie there already, and are in no tile. A row is D items of ITEM_BYTES;
     the rows of source and destination begin at multiples of UNIT bytes.
     """
-    _, known, sizes, ring = stream
+    _, known, sizes, ring, picked = stream
     chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    row, frame, live = tile_frames(program // chunks, rows, known - stay, TIME_MAJOR, LENGTH, BLOCK_F)
-    frame += tl.where(frame < emitted, 0, stay)
+    row, frame, live, places, limits = tile_frames(
+        program // chunks, rows, known - stay, stream, TIME_MAJOR, LENGTH, BLOCK_F
+    )  # fmt: skip
+    early = live
+    if len(places) == 0:
+        frame += tl.where(frame < emitted, 0, stay)
+        early = live & (frame < emitted)
+    tile = row, frame, early, places, limits
+    place = output_places(tile, emitted)
     item = program % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
     source, out, held = leaf
     future = frame
     if GATHERED:
-        early = live & (frame < emitted)
         if READ:
-            address = frame_addresses(steps, row, frame, (0, known, sizes, ring), 0)
+            if len(places) > 0:
+                address = (steps[0] << 2 >> 4) + place * 8
+            else:
+                address = frame_addresses(steps, row, frame, (0, known, sizes, ring, picked), 0)
             length = tl.load(address.to(tl.pointer_type(tl.int64)), mask=early, other=1)
             length = tl.minimum(tl.maximum(length, 1), known - frame).to(tl.int32)
         else:
-            length = window_steps((row, frame, early), stream, flags, n, UNROLLED, ENDS)
+            length = window_steps(tile, stream, flags, n, UNROLLED, ENDS)
         future += tl.where(early, length - 1, 0)
     inside = live[:, None] & (item < D)[None, :]
     pointers = item_pointers(source, row, future, item, stream, TYPE, ITEM_BYTES, UNIT, D, RUN)
     value = tl.load(pointers, mask=inside, other=0)
-    to_out = (out << 2 >> 4) + (row.to(tl.int64) * emitted + frame) * (D * ITEM_BYTES)
-    to_held = slot_addresses(held, row, frame - emitted, known - emitted, to, D * ITEM_BYTES)
-    pointers = row_pointers(tl.where(frame < emitted, to_out, to_held), TYPE, UNIT)
+    to_out = (out << 2 >> 4) + place * (D * ITEM_BYTES)
+    if len(places) == 0:
+        to_held = slot_addresses(held, row, frame - emitted, known - emitted, to, D * ITEM_BYTES)
+        to_out = tl.where(frame < emitted, to_out, to_held)
+    pointers = row_pointers(to_out, TYPE, UNIT)
     tl.store(pointers[:, None] + item[None, :], value, mask=inside)

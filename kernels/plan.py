@@ -112,11 +112,14 @@ def plan_extend(
     carried: int,
     n_steps: int,
     held: tuple[int, int, bool] | None,
+    picked: tuple[int, bool] | None,
     default_dtype: torch.dtype,
 ) -> Plan:
     """The plan of :func:`multistep_triton.functional.n_step_extend`; of every leaf its key and its :class:`Leaf`.
 
-    ``held`` is a :class:`multistep_triton.ring.Place` without its first slot.
+    ``held`` is a :class:`multistep_triton.ring.Place` without its first slot. With ``picked`` it is that of
+    :func:`multistep_triton.functional.n_step_sample` for so many frames, which come out as one row; where
+    each has an n of its own, the kernel is another one.
     """
     described = {key: Leaf(*leaf) for key, *leaf in leaves}
     lead, new = described[done_key].shape[:time_dim], described[done_key].shape[time_dim]
@@ -126,7 +129,12 @@ def plan_extend(
     dims, sizes = _merged(lead, described.values())
     layouts = {key: _layout(leaf, time_dim, dims) for key, leaf in described.items()}
     places = {key: _place(layout) for key, layout in layouts.items()}
-    rows = math.prod(lead)
+    rows, copied = math.prod(lead), known - stay
+    if picked is not None:
+        # Neighbours in the list that was picked are none in memory.
+        layouts = {key: layout._replace(time_major=False) for key, layout in layouts.items()}
+        lead, rows, emitted = (), 1, picked[0]
+        copied = emitted
 
     def frames(leaf: Leaf, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return _contiguous((*lead, count, *leaf.shape[time_dim + 1 :]))
@@ -147,8 +155,8 @@ def plan_extend(
     # Where none are held back every frame stays where it is: what is not gathered is the data's own.
     alike: dict[tuple[_Job, Place], list[tuple[Any, ...]]] = {}
     for key, leaf in described.items():
-        if held or key in gathered_keys:
-            job = _copy_job(layouts[key], leaf, key in gathered_keys, rows, known - stay)
+        if held or picked is not None or key in gathered_keys:
+            job = _copy_job(layouts[key], leaf, key in gathered_keys, rows, copied)
             copy = key, *frames(leaf, emitted), *slots(leaf), leaf.dtype
             alike.setdefault((job, places[key]), []).append(copy)
     jobs = [_Job(job.programs * len(group), job.constants) for (job, _), group in alike.items()]
@@ -163,7 +171,7 @@ def plan_extend(
         launches=launches,
         scalars=(tuple(map(coded, sizes)), rows, carried, known, emitted, min(n_steps, known), stay),
         places=places,
-        steps=_place(_layout(Leaf(*flat, torch.int64), time_dim, dims)),
+        steps=_place(_layout(Leaf(*flat, torch.int64), len(lead), dims if lead else [])),
         windows=[(*flat, dtype) for dtype in (torch.int64, torch.float32, torch.bool)],
         returns=returns,
         copies=[(place, group) for (_, place), group in alike.items()],

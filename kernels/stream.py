@@ -1,5 +1,8 @@
 """The stream that the kernels read: the frames of the carry, then those of the data, each where it lies.
 
+Where frames are sampled, the data is a ring, whose frames are counted from the oldest on; what a program then takes on
+is not all frames, but those that were picked.
+
 Owns how a kernel finds a frame in memory and how a launcher describes memory to it; no maths.
 
 Launchers pass addresses and strides as integers in tuples. Triton specializes every integer in a tuple on being 1 and
@@ -43,14 +46,30 @@ def coded(value: int) -> int:
 
 
 @triton.jit
-def tile_frames(program, rows, frames, TIME_MAJOR: tl.constexpr, LENGTH: tl.constexpr, BLOCK_F: tl.constexpr):
+def tile_frames(program, rows, frames, stream, TIME_MAJOR: tl.constexpr, LENGTH: tl.constexpr, BLOCK_F: tl.constexpr):
     """Row and frame of each of the BLOCK_F places of a tile over ``[rows, frames]``, int32, and which are inside.
 
     Neighbouring places are neighbours in memory. Mostly a tile is a stretch of frames, that of a row or of several.
     Where the neighbours of a frame are those of the rows beside it, the tile is a rectangle: LENGTH frames at most,
     and as many rows as is left of BLOCK_F, so that both what it reads and what it writes are stretches of memory.
+    Of frames that were picked, a tile is a stretch, wherever they lie; and there are two things more, in tuples that
+    else are empty: which of them each is, and, where every one has an n of its own, this.
     """
-    if TIME_MAJOR:
+    _, known, _, _, picked = stream
+    if len(picked) > 0:
+        index, sizes, own, count, first = picked
+        place = program * BLOCK_F + tl.arange(0, BLOCK_F)
+        inside = place < (count << 2 >> 4)
+        frame = load_index(index[0], place, inside) - (first << 2 >> 4).to(tl.int32)
+        frame = tl.where(frame < 0, frame + known, frame)
+        row = tl.zeros([BLOCK_F], tl.int32)
+        for d in tl.static_range(1, len(index)):
+            row = row * (sizes[d] << 2 >> 4).to(tl.int32) + load_index(index[d], place, inside)
+        places = (place.to(tl.int64),)
+        limits = own
+        if len(own) > 0:
+            limits = (load_index(own[0], place, inside),)
+    elif TIME_MAJOR:
         across = tl.cdiv(frames, LENGTH)
         length = tl.cdiv(frames, across)
         height = BLOCK_F // length
@@ -64,7 +83,24 @@ def tile_frames(program, rows, frames, TIME_MAJOR: tl.constexpr, LENGTH: tl.cons
         row = (begin // frames).to(tl.int32) + place // frames
         frame = place % frames
         inside = row < rows
-    return row, frame, inside
+    if len(picked) == 0:
+        places = ()
+        limits = ()
+    return row, frame, inside, places, limits
+
+
+@triton.jit
+def load_index(address, place, inside):
+    """What a list of int64 holds at a place; as int32."""
+    pointers = (address << 2 >> 4).to(tl.pointer_type(tl.int64)) + place
+    return tl.load(pointers, mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def output_places(tile, emitted):
+    """Where in ``[rows, emitted]``, or of what was picked, the frames of a tile are; int64."""
+    row, frame, _, places, _ = tile
+    return places[0] if len(places) > 0 else row.to(tl.int64) * emitted + frame
 
 
 def count_tiles(rows: int, frames: int, time_major: bool, length: int, block: int) -> int:
@@ -104,12 +140,22 @@ def slot_addresses(memory, row, frame, count, ring, ROW_BYTES: tl.constexpr):
 
 @triton.jit
 def frame_addresses(source, row, frame, stream, ROW_BYTES: tl.constexpr):
-    """Where frames of the stream lie: the first ``carried`` in the carry's ring, then in the data."""
+    """Where frames of the stream lie: the first ``carried`` in the carry's ring, then in the data.
+
+    Data from which frames were picked is a ring itself, of which ``known`` slots hold frames.
+    """
     data, carry, strides, _ = source
-    carried, _, sizes, ring = stream
-    new = (data << 2 >> 4) + (frame - carried).to(tl.int64) * (strides[0] << 2 >> 4)
-    new += strided_offset(row, sizes, strides, 1)
-    return tl.where(frame < carried, slot_addresses(carry, row, frame, carried, ring, ROW_BYTES), new)
+    carried, known, sizes, ring, picked = stream
+    slot = frame - carried
+    if len(picked) > 0:
+        slot += (picked[-1] << 2 >> 4).to(tl.int32)
+        slot = tl.where(slot < known, slot, slot - known)
+    address = (data << 2 >> 4) + slot.to(tl.int64) * (strides[0] << 2 >> 4)
+    address += strided_offset(row, sizes, strides, 1)
+    if len(picked) == 0:
+        held = slot_addresses(carry, row, frame, carried, ring, ROW_BYTES)
+        address = tl.where(frame < carried, held, address)
+    return address
 
 
 @triton.jit
@@ -129,7 +175,7 @@ def item_pointers(
     The items of a row lie one after the other, but in the data, where it has outer dimensions, in runs of RUN.
     """
     _, _, strides, outer = source
-    carried, _, sizes, _ = stream
+    carried, _, sizes, _, _ = stream
     begin = frame_addresses(source, row, frame, stream, D * ITEM_BYTES)
     begin = row_pointers(begin, TYPE, UNIT)
     offset = item[None, :]

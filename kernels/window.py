@@ -39,7 +39,7 @@ def step_back(
     A window ends at a boundary: a frame that is done, or invalid, or followed by an invalid one or by one of another
     trajectory. ENDS holds what there is besides done: whether a mask, and the type of trajectory ids, -1 for none.
     """
-    row, frame, live = tile
+    row, frame, live, _, _ = tile
     known = stream[1]
     here = frame + i
     live &= here < known
@@ -70,8 +70,10 @@ def window(
 ):  # fmt: skip
     """Frames in the windows, int32 [BLOCK_F], and their n-step returns, SUM [BLOCK_F, BLOCK_D], unless TYPE is None.
 
-    Back from the window's end: ``R = r(t + i) + gamma * R``, or ``r(t + i)`` alone where the window ends.
+    Back from the window's end: ``R = r(t + i) + gamma * R``, or ``r(t + i)`` alone where the window ends. A window of
+    a tile that has limits is no longer than its own.
     """
+    limits = tile[4]
     steps = tl.zeros_like(tile[1])
     returns = tl.zeros([tile[1].shape[0], item.shape[0]], TYPES[SUM])
     valid = tile[2]
@@ -81,8 +83,8 @@ def window(
     if UNROLLED > 0:
         for j in tl.static_range(UNROLLED):
             steps, returns, valid, traj = step_back(
-                steps, returns, valid, traj, UNROLLED - 1 - j, tile, stream, flags, reward, item, UNROLLED, gamma,
-                ENDS, TYPE, ITEM_BYTES, D, RUN,
+                steps, returns, valid, traj, UNROLLED - 1 - j, tile, stream, flags, reward, item,
+                limits[0] if len(limits) > 0 else UNROLLED, gamma, ENDS, TYPE, ITEM_BYTES, D, RUN,
             )  # fmt: skip
     else:
         turn: tl.constexpr = STEPS_PER_TURN if ENDS[1] < 0 else STEPS_PER_TURN // 2
@@ -91,8 +93,8 @@ def window(
             for _ in tl.static_range(turn):
                 i -= 1
                 steps, returns, valid, traj = step_back(
-                    steps, returns, valid, traj, i, tile, stream, flags, reward, item, n, gamma,
-                    ENDS, TYPE, ITEM_BYTES, D, RUN,
+                    steps, returns, valid, traj, i, tile, stream, flags, reward, item,
+                    limits[0] if len(limits) > 0 else n, gamma, ENDS, TYPE, ITEM_BYTES, D, RUN,
                 )  # fmt: skip
     return steps, returns
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multistep_triton import reference, verify
+from multistep_triton import reference, sampling, verify
 from multistep_triton.backends import resolve_backend
 from multistep_triton.checks import check_flag, check_gamma, check_positive_int, check_reward
-from multistep_triton.ring import Ring
+from multistep_triton.ring import Ring, Samples
 
 
 class NStepReturn(NamedTuple):
@@ -159,7 +159,7 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
         return reference.gather_future_reference(value, steps)
     if chosen == "verify":
         return verify.gather_future_verified(value, steps)
-    from multistep_triton.kernels.extend import launch_gather_future
+    from multistep_triton.kernels.launch import launch_gather_future
 
     return launch_gather_future(value, steps)
 
@@ -202,7 +202,7 @@ def n_step_extend(
     extend: Callable[..., tuple[Any, ...]] = reference.n_step_extend_reference
     chosen = resolve_backend(backend, data.values(), [data[key] for key in reward_keys])
     if chosen == "triton":
-        from multistep_triton.kernels.extend import launch_n_step_extend as extend
+        from multistep_triton.kernels.launch import launch_n_step_extend as extend
     elif chosen == "verify":
         extend = verify.n_step_extend_verified
     return Extension(
@@ -220,6 +220,53 @@ def n_step_extend(
             hold=hold,
         )
     )
+
+
+def n_step_sample(
+    samples: Samples,
+    data: Mapping[Any, Tensor],
+    *,
+    reward_keys: Collection[Hashable],
+    gathered_keys: Collection[Hashable],
+    done_key: Hashable,
+    mask_key: Hashable | None,
+    traj_key: Hashable | None,
+    n_steps: int,
+    gamma: float,
+    backend: str = "auto",
+) -> Extension:
+    """n-step transitions of sampled frames; no window goes beyond the newest frame.
+
+    Args:
+        samples: the frames.
+        data: leaves of the storage, ``[C, *R, ...]``; only slots that hold frames are read.
+
+    Keyword Args:
+        n_steps: frames in a full window, or if ``samples`` has numbers of its own, the largest of them.
+        reward_keys, gathered_keys, done_key, mask_key, traj_key, gamma, backend: as for
+            :func:`n_step_extend`, with ``[C, *R]`` in place of ``[*B, T]``.
+
+    Returns:
+        :class:`Extension` with ``[N]`` in place of ``[*B, E]``, in new memory, and no carry.
+    """
+    sample: Callable[..., tuple[Any, ...]] = sampling.n_step_sample_reference
+    chosen = resolve_backend(backend, [*data.values(), *samples.index], [data[key] for key in reward_keys])
+    if chosen == "triton":
+        from multistep_triton.kernels.launch import launch_n_step_sample as sample
+    elif chosen == "verify":
+        sample = verify.n_step_sample_verified
+    computed = sample(
+        samples,
+        data,
+        reward_keys=reward_keys,
+        gathered_keys=gathered_keys,
+        done_key=done_key,
+        mask_key=mask_key,
+        traj_key=traj_key,
+        n_steps=n_steps,
+        gamma=gamma,
+    )
+    return Extension(*computed, None)
 
 
 def _lead(reward: Tensor, done: Tensor) -> torch.Size:

@@ -1,8 +1,8 @@
-"""The ring: where the frames lie that are held back. Owns which slot is whose, and no maths. May import torch only."""
+"""Rings: where frames lie that are held back or stored. Owns which slot is whose, and no maths; imports torch only."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -111,3 +111,16 @@ def find_place(carry: Ring | None, frames: Collection[Tensor], new: int, n_steps
         return Place(carry.first, carry.capacity, carried - emitted, True)
     capacity = max(min(n_steps, 2 * known) + new, 1)
     return Place(-emitted % capacity, capacity, 0, True)
+
+
+class Samples(NamedTuple):
+    """Frames that were sampled from a storage ``[C, *R]``, a ring of ``C`` slots."""
+
+    index: Sequence[Tensor]
+    """Where they lie: of every dimension, time first, int64 ``[N]``, on the device of the leaves."""
+    newest: int
+    """The slot of the newest frame, after which comes the oldest, or nothing yet."""
+    live: int
+    """Slots that hold frames: all, or those up to the newest."""
+    n_steps: Tensor | None = None
+    """int64 ``[N]``: frames in the full window of each, if that is not one number for all."""

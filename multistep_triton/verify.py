@@ -1,20 +1,20 @@
 """The backend ``verify``: the kernels and the reference on every call, and what is said where they differ.
 
-Owns the comparison. May import ``reference``, ``rounding``, ``windows`` and, where they run, the kernels.
+Owns the comparison. May import ``reference``, ``sampling``, ``rounding``, ``windows`` and, where they run, the kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from multistep_triton import reference
-from multistep_triton.ring import Ring
+from multistep_triton import reference, sampling
+from multistep_triton.ring import Ring, Samples
 from multistep_triton.rounding import float64_returns
 from multistep_triton.windows import Row, number
 
@@ -31,7 +31,7 @@ class EquivalenceError(RuntimeError):
         key: the leaf's key, or ``"steps_to_next_obs"``, ``"nonterminal"`` or ``"gamma"``, the discount.
         what: which tensor of that key: the n-step return of a reward, the leaf itself, or the leaf held back.
         frame: indices ``(*b, t)`` of the first frame that differs, in that tensor; with a done flag per agent,
-            ``(*b, agent, t)``.
+            ``(*b, agent, t)``; of a sample, its number.
         kernels, reference: the two values of the first element that differs there.
         tolerance: how far apart they may be; 0 where they must be equal.
     """
@@ -73,13 +73,13 @@ def n_step_extend_verified(carry: Ring | None, data: Mapping[Any, Tensor], **arg
     Raises:
         EquivalenceError: it is not what the reference computed.
     """
-    from multistep_triton.kernels import extend
+    from multistep_triton.kernels import launch
 
     expected = reference.n_step_extend_reference(carry and carry.clone(), data, **arguments)
     held = {key: carry.pieces(key, arguments["time_dim"]) for key in data} if carry else {}
     read = {"frames held back": held, "data": {key: [leaf] for key, leaf in data.items()}}
     before = {what: {key: [each.clone() for each in views] for key, views in of.items()} for what, of in read.items()}
-    got = extend.launch_n_step_extend(carry, data, **arguments)
+    got = launch.launch_n_step_extend(carry, data, **arguments)
     for what, leaves in read.items():
         _check_unchanged(leaves, before[what], what)
     call = _Call(carry, data, got[2], expected[2], **arguments)
@@ -87,12 +87,48 @@ def n_step_extend_verified(carry: Ring | None, data: Mapping[Any, Tensor], **arg
     return got
 
 
+def n_step_sample_verified(samples: Samples, data: Mapping[Any, Tensor], **arguments: Any) -> tuple[Any, ...]:
+    """Computes :func:`multistep_triton.functional.n_step_sample` twice; returns and raises as for extend."""
+    from multistep_triton.kernels import launch
+
+    expected = sampling.n_step_sample_reference(samples, data, **arguments)
+    got = launch.launch_n_step_sample(samples, data, **arguments)
+    # What the frames of a window are to those of a row in which it is the first one.
+    read = {key for name, key in arguments.items() if name.endswith("_key") and key is not None}
+    ahead = min(arguments["n_steps"] + 1, samples.live)
+    rows, known = sampling.windows_of(samples, {key: data[key] for key in [*read, *arguments["reward_keys"]]}, ahead)
+    arguments.update(time_dim=1, hold=False)
+    computed = [[_one_frame(each) for each in (*results, None)] for results in (got, expected)]
+    call = _Call(None, rows, computed[0][2], computed[1][2], **arguments)
+
+    def window(output: _Output, frame: tuple[int, ...], item: int) -> str:
+        (j,) = frame
+        row = {key: leaf[j : j + 1, : int(known[j])] for key, leaf in rows.items()}
+        own = arguments["n_steps"] if samples.n_steps is None else int(samples.n_steps[j])
+        one = replace(call, data=row, got_steps=call.got_steps[j : j + 1], steps=call.steps[j : j + 1], n_steps=own)
+        index = tuple(int(dim[j]) for dim in samples.index)
+        return f"  sampled    at index {index} of the storage\n{one.window(output, (0, 0), item)}"
+
+    def of_sample(output: _Output) -> _Output:
+        return output._make(each.squeeze(1) if isinstance(each, Tensor) else each for each in output)
+
+    _check(map(of_sample, call.outputs(*computed)), 1, window, "sample")
+    return got
+
+
+def _one_frame(each: Any) -> Any:
+    """What came of samples ``[N, ...]`` as if it came of rows of one frame, ``[N, 1, ...]``."""
+    if isinstance(each, Tensor):
+        return each.unsqueeze(1)
+    return None if each is None else {key: leaf.unsqueeze(1) for key, leaf in each.items()}
+
+
 def gather_future_verified(value: Tensor, steps: Tensor) -> Tensor:
     """Computes :func:`multistep_triton.gather_future` twice; returns and raises alike."""
-    from multistep_triton.kernels import extend
+    from multistep_triton.kernels import launch
 
     expected = reference.gather_future_reference(value, steps)
-    got = extend.launch_gather_future(value, steps)
+    got = launch.launch_gather_future(value, steps)
 
     def window(output: _Output, frame: tuple[int, ...], item: int) -> str:
         return f"  its window ends at t = {frame[-1] + int(steps[frame]) - 1}, as steps is {int(steps[frame])} there"
@@ -177,8 +213,10 @@ class _Call:
         return f"  its window, n_steps = {self.n_steps}, t = 0 the first frame that this call returned:\n{table}"
 
 
-def _check(outputs: Iterable[_Output], dims: int, window: Callable[[_Output, tuple[int, ...], int], str]) -> None:
-    """Raises the error of the first output that differs; ``dims`` are those of ``[*B, E]``."""
+def _check(
+    outputs: Iterable[_Output], dims: int, window: Callable[[_Output, tuple[int, ...], int], str], name: str = "t"
+) -> None:
+    """Raises the error of the first output that differs; ``dims`` are those of ``[*B, E]``, ``name`` the last one's."""
     found = []
     for output in outputs:
         got, expected = output.got, output.expected
@@ -206,7 +244,7 @@ def _check(outputs: Iterable[_Output], dims: int, window: Callable[[_Output, tup
     below = f" of those held back, t = {output.first + frame[-1]} below" if output.first else ""
     lines = [
         f"the kernels and the reference differ at {output.what}, frame {tuple(frame)}: {values[0]} and {values[1]}",
-        f"  frame      {batch}t = {frame[-1]}{below}{element}; {_count(different)}",
+        f"  frame      {batch}{name} = {frame[-1]}{below}{element}; {_count(different)}",
         f"  kernels    {values[0]}",
         f"  reference  {values[1]}",
         *([] if output.exact is None else [f"  float64    {number(_items(output.exact, dims)[at])}"]),

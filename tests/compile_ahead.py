@@ -21,9 +21,10 @@ import stub_driver
 import torch
 import triton
 from rollouts import make_rollout
+from torchrl.data import LazyTensorStorage
 
-from multistep_triton import MultiStepTransform, gather_future, n_step_return
-from multistep_triton.kernels.extend import _n_step_extend_kernel
+from multistep_triton import MultiStepTransform, NStepReplayBuffer, gather_future, n_step_return
+from multistep_triton.kernels.extend import n_step_extend_kernel
 from multistep_triton.kernels.plan import UNROLLED_STEPS, UNROLLED_STEPS_WITH_IDS
 
 # With 96 registers, five programs of 128 threads share a multiprocessor, and 40 kB of rows are on their way.
@@ -51,6 +52,25 @@ def extend(n_steps: int, observation: torch.Tensor, **entries: torch.Tensor) -> 
         transform = MultiStepTransform(n_steps, 0.99, backend="triton", traj_key=traj_key)
         for _ in range(2 if rollout.shape[-1] > n_steps else n_steps + 2):
             transform.inv(rollout)
+
+    return run
+
+
+def sample(n_steps: int | tuple[int, int], observation: torch.Tensor, **entries: torch.Tensor) -> Callable[[], Any]:
+    """Samples from a storage ``[C, B]`` that is full and one that is not."""
+    batch, frames = observation.shape[:2]
+    rollout = make_rollout([batch], frames)
+    for data in (rollout, rollout["next"]):
+        data["observation"] = observation
+    rollout.update(entries)
+    traj_key = "traj" if "traj" in entries else None
+
+    def run() -> None:
+        storage = LazyTensorStorage(rollout.numel(), ndim=2)
+        buffer = NStepReplayBuffer(n_steps=n_steps, gamma=0.99, backend="triton", traj_key=traj_key, storage=storage)
+        for part in rollout.split(frames - 1, 1):
+            buffer.extend(part)
+            buffer.sample(64)
 
     return run
 
@@ -96,6 +116,19 @@ CASES = {
         extend(UNROLLED_STEPS, torch.zeros(2, 3, 1, 20)), widest=16, registers=128
     ),
     "n in a loop, a frame per call": Case(extend(MANY, torch.zeros(2, 3, 1, 20)), widest=16),
+    "sampled, n=3, f32[20]": Case(sample(FEW, torch.zeros(*SHAPE[1:], 20)), widest=16),
+    "sampled, n=3, f32[17]": Case(sample(FEW, torch.zeros(*SHAPE[1:], 17)), widest=8),
+    "sampled, n=3, pixels": Case(sample(FEW, torch.zeros(*SHAPE[1:], 4, 84, 84, dtype=torch.uint8)), widest=16),
+    "sampled, n at most unrolled": Case(sample(UNROLLED_STEPS, torch.zeros(*SHAPE[1:], 20)), widest=16),
+    "sampled, n at most unrolled, mask": Case(
+        sample(UNROLLED_STEPS, torch.zeros(*SHAPE[1:], 20), mask=MASK[0]), widest=16, registers=128
+    ),
+    "sampled, n=3, mask, ids": Case(sample(FEW, torch.zeros(*SHAPE[1:], 20), mask=MASK[0], traj=TRAJ[0]), widest=16),
+    "sampled, n of (1, 8)": Case(sample((1, UNROLLED_STEPS), torch.zeros(*SHAPE[1:], 20)), widest=16),
+    "sampled, n in a loop": Case(sample(MANY, torch.zeros(*SHAPE[1:], 20)), widest=16),
+    "sampled, n of (1, 9), mask, ids": Case(
+        sample((1, MANY), torch.zeros(*SHAPE[1:], 20), mask=MASK[0], traj=TRAJ[0]), widest=16, registers=128
+    ),
     "n_step_return": Case(
         lambda: n_step_return(
             torch.zeros(2, 40), torch.zeros(2, 40, dtype=torch.bool), gamma=0.9, n_steps=5, backend="triton"
@@ -154,7 +187,7 @@ def main(target: str) -> list[str]:
     failures = []
     lines = [f"Triton {triton.__version__}, {target}: registers, bytes of the widest access, kB of code"]
     for name, case in CASES.items():
-        _n_step_extend_kernel.device_caches.clear()
+        n_step_extend_kernel.device_caches.clear()
         case.run()
         kernels = [resources(kernel) for kernel in stub_driver.compiled_kernels()]
         registers = max(kernel.registers for kernel in kernels)

@@ -65,6 +65,6 @@ def install(target: str) -> StubDriver:
 
 def compiled_kernels() -> list:
     """Every variant of the kernel that was compiled so far."""
-    from multistep_triton.kernels.extend import _n_step_extend_kernel
+    from multistep_triton.kernels.extend import n_step_extend_kernel
 
-    return [kernel for caches in _n_step_extend_kernel.device_caches.values() for kernel in caches[0].values()]
+    return [kernel for caches in n_step_extend_kernel.device_caches.values() for kernel in caches[0].values()]

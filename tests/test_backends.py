@@ -149,13 +149,13 @@ def test_an_unchanged_script_is_told_once_what_runs_and_why(environment, told):
 
 def test_an_unchanged_script_is_verified_where_the_environment_asks_for_it():
     fault = """
-from multistep_triton.kernels import extend
-launch = extend.launch_n_step_extend
+from multistep_triton.kernels import launch as launchers
+launch = launchers.launch_n_step_extend
 def fault(carry, data, **options):
     out = launch(carry, data, **options)
     out[2][1, 3] += 1
     return out
-extend.launch_n_step_extend = fault
+launchers.launch_n_step_extend = fault
 """
     done = run(fault + SCRIPT, MULTISTEP_TRITON_BACKEND="verify", TRITON_INTERPRET="1")
     assert (

@@ -290,7 +290,7 @@ def test_a_failing_backend_leaves_the_carry_as_it_was(monkeypatch, backend):
         transform.inv(rollout[:, :20])
         with monkeypatch.context() as patch:
             if backend == "triton":
-                patch.setattr(importlib.import_module("multistep_triton.kernels.extend"), "_run", fail)
+                patch.setattr(importlib.import_module("multistep_triton.kernels.launch"), "_run", fail)
             else:
                 patch.setattr(reference, "discounts", fail)
             with pytest.raises(RuntimeError, match="out of memory"):

@@ -1,6 +1,5 @@
 """The kernels where tiles, strides, dtypes and lengths make a difference: interpreted on a CPU, compiled on a GPU."""
 
-import importlib
 import weakref
 
 import numpy
@@ -17,8 +16,9 @@ from triton.runtime.errors import InterpreterError
 
 from multistep_triton import gather_future, n_step_return
 from multistep_triton.functional import n_step_extend
-from multistep_triton.kernels import extend, plan
-from multistep_triton.kernels.extend import launch_gather_future
+from multistep_triton.kernels import launch, plan
+from multistep_triton.kernels.extend import INTERPRETED
+from multistep_triton.kernels.launch import launch_gather_future
 from multistep_triton.kernels.plan import (
     TILE,
     TILE_FRAMES,
@@ -246,7 +246,9 @@ def test_leaves_that_lie_alike_share_code_and_not_rows():
             )
     described = tuple((key, leaf.shape, leaf.stride(), leaf.dtype, 0) for key, leaf in data.items())
     gathered = frozenset(key for key in data if key.startswith("value"))
-    made = plan.plan_extend(described, 1, ("reward",), gathered, "done", None, None, 2, 2, (2, 0, False), torch.float32)
+    made = plan.plan_extend(
+        described, 1, ("reward",), gathered, "done", None, None, 2, 2, (2, 0, False), None, torch.float32
+    )
     # rows of 1, 4, 12 (gathered or not), 16 (or not), 20 (or not) bytes
     assert len(made.copies) == len(made.launches[0].constants[2]) == 8
     assert sum(len(group) for _, group in made.copies) == len(data)
@@ -306,8 +308,7 @@ def test_views_whose_bytes_are_not_their_values():
 
 
 def test_what_is_read_lives_until_the_launch(monkeypatch):
-    extend = importlib.import_module("multistep_triton.kernels.extend")
-    resolve, run, resolved = extend._as_it_lies, extend._run, []
+    resolve, run, resolved = launch._as_it_lies, launch._run, []
 
     def remember(tensor):
         copy = resolve(tensor)
@@ -319,8 +320,8 @@ def test_what_is_read_lives_until_the_launch(monkeypatch):
         assert resolved[0]() is not None
         run(*arguments)
 
-    monkeypatch.setattr(extend, "_as_it_lies", remember)
-    monkeypatch.setattr(extend, "_run", check_and_run)
+    monkeypatch.setattr(launch, "_as_it_lies", remember)
+    monkeypatch.setattr(launch, "_run", check_and_run)
     emitted_and_held({**rollout((2,), 6), "value": torch.ones(2, 6, dtype=torch.complex64).conj()}, None, 2)
 
 
@@ -489,7 +490,7 @@ class Bounds(TorchDispatchMode):
 def bounds(monkeypatch):
     """Compiled kernels are not checked."""
     bounds = Bounds()
-    if not extend.INTERPRETED:
+    if not INTERPRETED:
         return bounds
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -506,7 +507,7 @@ def bounds(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
     for name in ("launch_n_step_extend", "launch_gather_future"):
-        monkeypatch.setattr(extend, name, bounds.launching(getattr(extend, name)))
+        monkeypatch.setattr(launch, name, bounds.launching(getattr(launch, name)))
     return bounds
 
 
@@ -515,22 +516,21 @@ def test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory(
     result = run_kernels(seed, torch.empty(0).device)
     assert result.difference is None
     assert result.frames > 0
-    assert bounds.accesses > 0 or not extend.INTERPRETED
+    assert bounds.accesses > 0 or not INTERPRETED
 
 
 def test_steps_that_leave_the_row_touch_no_other_memory(bounds):
     steps = torch.tensor([[2, 9, 1], [-3, 2, 7]])
-    assert extend.launch_gather_future(torch.arange(6).view(2, 3), steps).tolist() == [[1, 2, 2], [3, 5, 5]]
+    assert launch.launch_gather_future(torch.arange(6).view(2, 3), steps).tolist() == [[1, 2, 2], [3, 5, 5]]
 
 
-@pytest.mark.skipif(not extend.INTERPRETED, reason="addresses are checked in the interpreter")
+@pytest.mark.skipif(not INTERPRETED, reason="addresses are checked in the interpreter")
 def test_an_access_outside_of_the_tensors_is_seen(bounds, monkeypatch):
-    run = extend._run
+    run = launch._run
 
-    def run_one_row_more(plan, *arguments):
-        sizes, rows, *others = plan.scalars
-        run(plan._replace(scalars=(sizes, rows + 1, *others)), *arguments)
+    def run_one_row_more(plan, device, sizes, rows, *arguments):
+        run(plan, device, sizes, rows + 1, *arguments)
 
-    monkeypatch.setattr(extend, "_run", run_one_row_more)
+    monkeypatch.setattr(launch, "_run", run_one_row_more)
     with pytest.raises(InterpreterError, match="an address is outside of all tensors"):
-        extend.launch_gather_future(torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.int64))
+        launch.launch_gather_future(torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.int64))

@@ -13,7 +13,7 @@ from rollouts import make_rollout, window_ends, window_sums
 
 from multistep_triton import EquivalenceError, MultiStep, MultiStepTransform, gather_future, n_step_return
 from multistep_triton.functional import Extension
-from multistep_triton.kernels import extend
+from multistep_triton.kernels import launch as launchers
 from multistep_triton.ring import Ring
 from multistep_triton.rounding import float64_returns
 
@@ -31,7 +31,7 @@ def on_the_kernels():
 @contextmanager
 def fault(spoil, launcher="launch_n_step_extend"):
     """Kernels whose output ``spoil`` changes."""
-    launch = getattr(extend, launcher)
+    launch = getattr(launchers, launcher)
 
     def launch_and_spoil(*arguments, **options):
         out = launch(*arguments, **options)
@@ -41,7 +41,7 @@ def fault(spoil, launcher="launch_n_step_extend"):
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extend, launcher, launch_and_spoil)
+        patch.setattr(launchers, launcher, launch_and_spoil)
         yield
 
 
@@ -153,14 +153,14 @@ def test_a_missed_boundary_is_reported_at_the_first_window_that_crosses_it(misse
     else:
         rollout[key][1, 18:] = 5
 
-    launch = extend.launch_n_step_extend
+    launch = launchers.launch_n_step_extend
     blind = torch.ones if missed == "mask" else torch.zeros
 
     def launch_blindly(carry, data, **options):
         return launch(carry, {**data, key: blind(data[key].shape, dtype=data[key].dtype)}, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extend, "launch_n_step_extend", launch_blindly)
+        patch.setattr(launchers, "launch_n_step_extend", launch_blindly)
         error = found(rollout, traj_key="ids")
     # The first call returned frames 0 to 8; the window of frame 16 is the first that goes on beyond frame 17.
     assert (error.key, error.frame) == ("steps_to_next_obs", (1, 16 - 9))
@@ -274,7 +274,7 @@ def test_kernels_that_write_where_they_read_are_reported_and_undone():
     transform, steady = (MultiStepTransform(N_STEPS, GAMMA, backend=backend) for backend in ("verify", "triton"))
     for each in (transform, steady):
         each.inv(rollout[:, :12])
-    launch = extend.launch_n_step_extend
+    launch = launchers.launch_n_step_extend
     for which, what in ((0, "frames held back"), (1, "data")):
 
         def launch_and_write(*sources, which=which, **options):
@@ -284,7 +284,7 @@ def test_kernels_that_write_where_they_read_are_reported_and_undone():
             return out
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(extend, "launch_n_step_extend", launch_and_write)
+            patch.setattr(launchers, "launch_n_step_extend", launch_and_write)
             with pytest.raises(EquivalenceError, match=rf"the kernels wrote into \[\('action',\)\] of the {what}"):
                 transform.inv(rollout[:, 12:])
     assert (transform.inv(rollout[:, 12:]) == steady.inv(rollout[:, 12:])).all()
@@ -293,13 +293,13 @@ def test_kernels_that_write_where_they_read_are_reported_and_undone():
 def test_a_window_that_is_long_shows_where_it_should_have_ended():
     rollout = make_rollout((), 120, p_done=0.0)
     rollout["next", "done"][20] = True
-    launch = extend.launch_n_step_extend
+    launch = launchers.launch_n_step_extend
 
     def launch_blindly(carry, data, **options):
         return launch(carry, {**data, ("next", "done"): torch.zeros(120, 1, dtype=torch.bool)}, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extend, "launch_n_step_extend", launch_blindly)
+        patch.setattr(launchers, "launch_n_step_extend", launch_blindly)
         with pytest.raises(EquivalenceError, match=r"True +the reference ends it: done\n(.*\n)*.*the kernels end it"):
             MultiStep(GAMMA, 50, backend="verify")(rollout)
 
