@@ -6,7 +6,6 @@ least squares over the range that is named with it: 1 is proportional, 0 is no g
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from benchmarks.cases import Case, make_rollout
 from benchmarks.contenders import CONTENDERS, REFERENCE, TORCHRL, TRITON
 from benchmarks.gate import check
 from benchmarks.machine import about, sentence
-from benchmarks.measure import in_turns, set_up
+from benchmarks.measure import command, in_turns, set_up
 from benchmarks.plots import STYLE, legend_below, lines, plain_log
 from benchmarks.report import table
 
@@ -124,11 +123,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=0.5, help="to spend on each measurement")
-    parser.add_argument("--out", type=Path, default=Path(".benchmarks"), metavar="DIR")
-    options = parser.parse_args(arguments)
+    options = command(__doc__, seconds=0.5).parse_args(arguments)
     set_up()
     device = torch.device(options.device)
     machine = about(device)

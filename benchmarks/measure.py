@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import resource
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,15 @@ from torch.utils.benchmark import Measurement, Timer
 THREADS = 2
 ROUNDS = 3
 """How often the contenders take turns."""
+
+
+def command(description: str, seconds: float | None) -> argparse.ArgumentParser:
+    """A parser of what every measurement has: a device, the seconds to spend, and where files go."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=seconds, help="to spend on each measurement")
+    parser.add_argument("--out", type=Path, default=Path(".benchmarks"), metavar="DIR")
+    return parser
 
 
 def set_up() -> None:

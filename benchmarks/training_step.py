@@ -7,10 +7,8 @@ update). K is 1, and the rollout's frames / 256, a replay ratio of 1.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -24,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.cases import GAMMA, Case, make_rollout
 from benchmarks.machine import about, sentence
-from benchmarks.measure import in_turns, set_up
+from benchmarks.measure import command, in_turns, set_up
 from benchmarks.report import table
 from multistep_triton import MultiStepTransform
 
@@ -118,11 +116,7 @@ def verdict(rows: pd.DataFrame) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=3.0, help="to spend on each measurement")
-    parser.add_argument("--out", type=Path, default=Path(".benchmarks"), metavar="DIR")
-    options = parser.parse_args(arguments)
+    options = command(__doc__, seconds=3.0).parse_args(arguments)
     set_up()
     device = torch.device(options.device)
     machine = about(device)
