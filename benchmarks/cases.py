@@ -39,14 +39,27 @@ class Case(NamedTuple):
     n_steps: int = 3
     width: int = 17
     """Elements of an observation: float32, of pixels uint8."""
+    batch: int = 0
+    """Transitions in a sample; 0: as many as the rollout has frames."""
 
     def __str__(self) -> str:
-        width = f"x{4 * self.width}B" if self.kind == "rows" else ""
-        return f"{self.kind} {self.envs}x{self.frames}{width} p={self.p_done:g} n={self.n_steps}"
+        batch = f"{self.batch} of " if self.batch else ""
+        width = f"x{4 * self.width}B" if self.kind in ("rows", "sampling") else ""
+        return f"{self.kind} {batch}{self.envs}x{self.frames}{width} p={self.p_done:g} n={self.n_steps}"
 
     def capacity(self, sampled: bool) -> int:
-        """Frames per environment that a buffer holds: two rollouts, and if windows are read there, no less than one."""
+        """Frames per environment that a buffer holds.
+
+        Two rollouts, and if windows are read there, no less than one; where ``batch`` is given, the rollout is as
+        long as the ring.
+        """
+        if self.batch:
+            return self.frames
         return max(2 * self.frames, self.n_steps + 1) if sampled else 2 * self.frames
+
+    @property
+    def sample_size(self) -> int:
+        return self.batch or self.envs * self.frames
 
     @property
     def row_bytes(self) -> int:
@@ -63,12 +76,21 @@ SHAPES = {
 ROW_WIDTHS = (1, 4, 16, 64, 256, 1024, 7056)
 ROW_ELEMENTS = 1 << 22
 """Elements of all observations of a case of the row widths, 16 MiB."""
+SAMPLED = [(1024, 64, 8192), (4096, 32, 32768)]
+"""Environments, frames that a ring holds of each, and transitions in a sample."""
 
 CASES = [
     Case(kind, *shape, p_done, n_steps, int(np.prod(PIXELS)) if kind == "pixels" else 17)
     for kind, shapes in SHAPES.items()
     for shape, n_steps, p_done in product(shapes, N_STEPS, P_DONE)
-] + [Case("rows", max(ROW_ELEMENTS // (64 * width), 1), 64, 0.01, width=width) for width in ROW_WIDTHS]
+]
+CASES += [Case("rows", max(ROW_ELEMENTS // (64 * width), 1), 64, 0.01, width=width) for width in ROW_WIDTHS]
+CASES += [
+    Case("sampling", envs, ring, 0.01, n_steps, width, batch)
+    for (envs, ring, batch), width, n_steps in product(SAMPLED, (64, 100), (3, 8))
+]
+
+KINDS = tuple(dict.fromkeys(case.kind for case in CASES))
 
 QUICK = [
     Case("state", 1, 64, 0.0),
@@ -81,6 +103,8 @@ QUICK = [
     Case("pixels", 8, 64, 0.01, width=int(np.prod(PIXELS))),
     Case("rows", 1024, 64, 0.01, width=1),
     Case("rows", 64, 64, 0.01, width=1024),
+    Case("sampling", 256, 16, 0.01, 3, 64, 2048),
+    Case("sampling", 256, 16, 0.01, 8, 100, 2048),
 ]
 """A few of every set, for a run of under a minute."""
 
@@ -145,18 +169,18 @@ def make_rollout(case: Case, device: torch.device | str = "cpu") -> TensorDict:
 class Stream:
     """Successive rollouts of a case, all different, whose first action element numbers the frames.
 
-    Frame ``g`` of environment ``b`` has the number ``b * length + g``, a whole number that float32 holds.
+    Frame ``g`` of environment ``b`` has the number ``b * length + g``, a whole number that float32 holds. The last
+    rollout is cut where the stream ends.
     """
 
-    def __init__(self, rollout: TensorDict, calls: int):
-        self.rollout, self.calls = rollout, calls
+    def __init__(self, rollout: TensorDict, length: int):
+        self.rollout, self.length = rollout, length
         self.envs, self.frames = rollout.batch_size
-        self.length = self.frames * calls
 
     def __iter__(self) -> Iterator[TensorDict]:
         number = torch.arange(self.envs * self.length, dtype=torch.float32, device=self.rollout["action"].device)
         for call, numbers in enumerate(number.view(self.envs, self.length).split(self.frames, 1)):
-            part = self.rollout.apply(lambda leaf, call=call: leaf.roll((call, call), (0, 1)))
+            part = self.rollout.apply(lambda leaf, call=call: leaf.roll((call, call), (0, 1)))[:, : numbers.shape[1]]
             part["action"][..., 0] = numbers
             yield part
 

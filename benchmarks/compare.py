@@ -1,13 +1,13 @@
 """Compares every contender on every case: time, memory, operators, launches; as CSV, Markdown and pictures.
 
 Usage: ``python -m benchmarks.compare --out DIR``; ``--quick`` for a first look, ``--cases``, ``--operations`` and
-``--seconds`` for a part. Nothing is timed before it has passed the gate. Inputs are the same in every call, so that
-small ones are in the cache.
+``--seconds`` (0.5 unless told) for a part. Files are called after the device and "compare", or the operation if it is
+only one. Nothing is timed before it has passed the gate. Inputs are the same in every call, so that small ones are in
+the cache.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -22,11 +22,11 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 from benchmarks import plots, report
-from benchmarks.cases import CASES, PIXEL_SOURCE, QUICK, Case, make_rollout, select
-from benchmarks.contenders import CLONE, COMPILED, CONTENDERS, OPERATIONS, Contender, Subject, applies
+from benchmarks.cases import CASES, KINDS, PIXEL_SOURCE, QUICK, Case, make_rollout, select
+from benchmarks.contenders import COMPILED, CONTENDERS, FLOORS, OPERATIONS, Contender, Subject, applies
 from benchmarks.gate import TooSlow, check
 from benchmarks.machine import about
-from benchmarks.measure import cost, in_turns, memory_of, preemptions, set_up
+from benchmarks.measure import command, cost, in_turns, memory_of, preemptions, set_up
 
 QUICK_SECONDS = 0.1
 NOT_QUICK = {COMPILED: "left out of --quick: each case compiles for many seconds"}
@@ -93,13 +93,18 @@ def compare(
             if subject.counted:
                 row |= cost(partial(subject.call, rollout), rollout.device)._asdict()
             transitions = subject.transitions([subject.call(rollout)])
-            written = memory_of(transitions) * rollout.numel() // transitions.numel()
+            written = memory_of(transitions)
+            if subject.store:
+                # As many rows are read as come out.
+                read = written
+            else:
+                read, written = memory_of(rollout), written * rollout.numel() // transitions.numel()
             row |= {
                 "median_ms": time.median * 1e3,
                 "iqr_ms": time.iqr * 1e3,
                 "measurements": len(time.times),
-                "GBps": (memory_of(rollout) + written) / time.median / 1e9,
-                "input_bytes": memory_of(rollout),
+                "GBps": (read + written) / time.median / 1e9,
+                "input_bytes": read,
                 "output_bytes": written,
                 "row_bytes": case.row_bytes,
                 report.PREEMPTIONS: disturbed,
@@ -121,7 +126,7 @@ def run(
         (case, operation)
         for case in cases
         for operation in operations
-        if any(applies(contender, operation, case) for contender in contenders if contender.name != CLONE)
+        if any(applies(contender, operation, case) for contender in contenders if contender.name not in FLOORS)
     ]
     machine = about(device)
     rows, rollout, last = [], None, None
@@ -133,14 +138,17 @@ def run(
     return report.with_ratios(pd.DataFrame(rows)).assign(**machine)
 
 
+def stem_of(rows: pd.DataFrame) -> str:
+    """What the files of a run are called: a run of one operation does not take the place of one of several."""
+    operations = rows["operation"].unique()
+    return f"{rows['device'].iloc[0]}-{'compare' if len(operations) > 1 else operations[0].replace(' ', '-')}"
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cases", default="all", help="state, streaming, pixels, rows, all, or a regular expression")
+    parser = command(__doc__, seconds=None)
+    parser.add_argument("--cases", default="all", help=f"{', '.join(KINDS)}, all, or a regular expression")
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--quick", action="store_true", help="a few cases of every set, in less than a minute")
-    parser.add_argument("--seconds", type=float, help="to spend on each measurement, 0.5 unless told")
-    parser.add_argument("--out", type=Path, default=Path(".benchmarks"), metavar="DIR")
     parser.add_argument("--redraw", type=Path, metavar="CSV", help="measure nothing; report and pictures of this file")
     options = parser.parse_args(arguments)
     try:
@@ -162,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
         left_out = NOT_QUICK if options.quick else {}
         rows = run(cases, options.operations, device, seconds, left_out)
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"{rows['device'].iloc[0]}-compare"
+    stem = options.redraw.stem if options.redraw else stem_of(rows)
     rows.to_csv(options.out / f"{stem}.csv", index=False, float_format="%.10g")
     text = report.markdown(rows)
     (options.out / f"{stem}.md").write_text(text)

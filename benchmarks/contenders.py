@@ -4,7 +4,8 @@ Operations:
 
 - ``transform``: the inverse of the transform alone;
 - ``extend``: all of ``rb.extend(rollout)``, the transform and writing to the storage;
-- ``store and sample``: store a rollout, then sample as many transitions as it has frames.
+- ``store and sample``: store a rollout, then sample as many transitions as it has frames;
+- ``sample``: sample a batch, of a ring that is full and begins anywhere.
 """
 
 from __future__ import annotations
@@ -21,15 +22,26 @@ from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransf
 from torchrl.envs.transforms import Transform, rb_transforms
 
 from benchmarks.cases import GAMMA, Case
-from benchmarks.peers import StableBaselines3, VectorizedRing
-from multistep_triton import MultiStepTransform
+from benchmarks.peers import RowGathers, StableBaselines3, VectorizedRing
+from multistep_triton import MultiStepTransform, NStepReplayBuffer
 from multistep_triton.backends import choose_backend
 
-OPERATIONS = ("transform", "extend", "store and sample")
+OPERATIONS = TRANSFORM, EXTEND, STORE_AND_SAMPLE, SAMPLE = ("transform", "extend", "store and sample", "sample")
+OPERATIONS_OF = {
+    "state": OPERATIONS[:3],
+    "streaming": OPERATIONS[:3],
+    # Peers store pixels in ways of their own, so that sampling those is not compared.
+    "pixels": OPERATIONS[:2],
+    "rows": OPERATIONS[:2],
+    "sampling": (SAMPLE,),
+}
+"""By the kind of a case."""
 TORCHRL, COMPILED = "torchrl", "torchrl, compiled"
 REFERENCE, TRITON = "multistep_triton reference", "multistep_triton triton"
-SB3, RING, CLONE = "stable-baselines3", "FastTD3-style", "clone"
-OURS = (REFERENCE, TRITON)
+BUFFER_REFERENCE, BUFFER_TRITON = "NStepReplayBuffer reference", "NStepReplayBuffer triton"
+SB3, RING = "stable-baselines3", "FastTD3-style"
+CLONE, GATHERS = "clone", "row gathers"
+OURS, BUFFERS, FLOORS = (REFERENCE, TRITON), (BUFFER_REFERENCE, BUFFER_TRITON), (CLONE, GATHERS)
 
 FLAGS = ("done", "terminated", "truncated")
 NEXT: tuple[NestedKey, ...] = (("next", "reward"), ("next", "observation"))
@@ -53,6 +65,8 @@ class Subject(NamedTuple):
     """Which frame of the window the done flags are from, "start" or "end"."""
     in_order: bool = True
     """The transitions are ``[B, T']``, each frame once, in time order."""
+    store: Callable[[TensorDict], Any] | None = None
+    """What fills it beforehand; None if what is timed does."""
     counted: bool = True
     """Its work is done by operators that torch dispatches one by one, which can be counted, and their memory."""
 
@@ -80,25 +94,51 @@ def with_transform(
 
     def subject(case: Case, operation: str, device: torch.device) -> Subject:
         transform = make(case)
-        if operation == "transform":
+        if operation == TRANSFORM:
             return Subject(transform._inv_call, joined, counted=counted)
-        storage = LazyTensorStorage(case.envs * case.capacity(operation == OPERATIONS[2]), ndim=2, device=device)
-        buffer = ReplayBuffer(storage=storage, transform=transform)
-        if operation == "extend":
+        buffer = ReplayBuffer(storage=storage_of(case, device, operation != EXTEND), transform=transform)
+        if operation == EXTEND:
             return Subject(buffer.extend, lambda _: buffer[:], counted=counted)
-
-        def store_and_sample(rollout: TensorDict) -> TensorDict | None:
-            buffer.extend(rollout)
-            # Until more than n frames have come, there is nothing to sample.
-            return buffer.sample(rollout.numel()) if len(buffer) else None
-
-        return Subject(store_and_sample, lambda samples: samples[-1], in_order=False)
+        # Until more than n frames have come, there is nothing to sample.
+        return sampled(case, operation, buffer.extend, lambda batch: buffer.sample(batch) if len(buffer) else None)
 
     return subject
 
 
+def storage_of(case: Case, device: torch.device, is_sampled: bool) -> LazyTensorStorage:
+    return LazyTensorStorage(case.envs * case.capacity(is_sampled), ndim=2, device=device)
+
+
+def sampled(
+    case: Case,
+    operation: str,
+    store: Callable[[TensorDict], Any],
+    sample: Callable[[int], Any],
+    transitions: Callable[[Any], TensorDict] = lambda sample: sample,
+    **promised: Any,
+) -> Subject:
+    """A buffer that is stored into and sampled, or filled beforehand and sampled; the rest as in ``Subject``."""
+
+    def call(rollout: TensorDict) -> Any:
+        if operation == STORE_AND_SAMPLE:
+            store(rollout)
+        return sample(case.sample_size)
+
+    before = store if operation == SAMPLE else None
+    return Subject(call, lambda samples: transitions(samples[-1]), in_order=False, store=before, **promised)
+
+
 def ours(backend: str) -> Callable[[Case, str, torch.device], Subject]:
     return with_transform(lambda case: MultiStepTransform(case.n_steps, GAMMA, backend=backend))
+
+
+def buffer_of_ours(backend: str) -> Callable[[Case, str, torch.device], Subject]:
+    def subject(case: Case, operation: str, device: torch.device) -> Subject:
+        storage = storage_of(case, device, True)
+        buffer = NStepReplayBuffer(n_steps=case.n_steps, gamma=GAMMA, backend=backend, storage=storage)
+        return sampled(case, operation, buffer.extend, buffer.sample, done_at="end")
+
+    return subject
 
 
 def triton_obstacle(case: Case, device: torch.device) -> str | None:
@@ -141,23 +181,39 @@ def clone(case: Case, operation: str, device: torch.device) -> Subject:
 
 def stable_baselines3(case: Case, operation: str, device: torch.device) -> Subject:
     peer = StableBaselines3(case)
-    return Subject(
-        peer.store_and_sample,
-        lambda samples: peer.transitions(samples[-1]),
+    return sampled(
+        case,
+        operation,
+        peer.store,
+        peer.buffer.sample,
+        peer.transitions,
         promises=("observation", "gamma", *NEXT, ("next", "terminated")),
         done_at="end",
-        in_order=False,
         counted=False,
     )
 
 
 def vectorized_ring(case: Case, operation: str, device: torch.device) -> Subject:
-    return Subject(
-        VectorizedRing(case, device).store_and_sample,
-        lambda samples: samples[-1],
+    peer = VectorizedRing(case, device)
+    return sampled(
+        case,
+        operation,
+        peer.store,
+        peer.sample,
         promises=("observation", "steps_to_next_obs", *NEXT, ("next", "done"), ("next", "truncated")),
         done_at="end",
-        in_order=False,
+    )
+
+
+def row_gathers(case: Case, operation: str, device: torch.device) -> Subject:
+    rows = RowGathers(case, device)
+    return sampled(
+        case,
+        operation,
+        rows.store,
+        rows.sample,
+        lambda sample: TensorDict(sample, batch_size=case.sample_size),
+        promises=("observation",),
     )
 
 
@@ -171,8 +227,10 @@ CONTENDERS = [
     Contender(
         COMPILED, OPERATIONS[:2], with_transform(compiled_transform, counted=False), compiled_obstacle, torchrl_errors
     ),
-    Contender(REFERENCE, OPERATIONS, ours("reference")),
-    Contender(TRITON, OPERATIONS, ours("triton"), triton_obstacle),
+    Contender(REFERENCE, OPERATIONS[:3], ours("reference")),
+    Contender(TRITON, OPERATIONS[:3], ours("triton"), triton_obstacle),
+    Contender(BUFFER_REFERENCE, OPERATIONS[2:], buffer_of_ours("reference")),
+    Contender(BUFFER_TRITON, OPERATIONS[2:], buffer_of_ours("triton"), triton_obstacle),
     Contender(
         SB3,
         OPERATIONS[2:],
@@ -180,11 +238,10 @@ CONTENDERS = [
         lambda case, device: None if device.type == "cpu" else "stores and samples in NumPy, on the CPU",
     ),
     Contender(RING, OPERATIONS[2:], vectorized_ring),
-    Contender(CLONE, OPERATIONS, clone),
+    Contender(CLONE, OPERATIONS[:3], clone),
+    Contender(GATHERS, OPERATIONS[3:], row_gathers),
 ]
 
 
 def applies(contender: Contender, operation: str, case: Case) -> bool:
-    """Sampling is compared on observations of a state; its peers store pixels in ways of their own."""
-    sampling = operation == OPERATIONS[2]
-    return operation in contender.operations and (not sampling or case.kind in ("state", "streaming"))
+    return operation in contender.operations and operation in OPERATIONS_OF[case.kind]

@@ -2,7 +2,7 @@
 
 The oracle is a plain loop over ``k < n`` in float64, on the frames of the stream, and shares no code with any
 contender. Transitions are identified by the number that the stream writes into their actions. What passed is what is
-timed: the stream leaves it in its steady state.
+timed: the stream leaves it in its steady state, and a ring that is sampled begins in the middle of its memory.
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ def errors_of(case: Case, stream: Stream, transitions: TensorDict, subject: Subj
         return {"action": "frames are lost, repeated or out of order"}
     # Uniform draws with replacement from twice as many frames or more find three quarters of their number.
     distinct = np.unique(env * stream.length + frame).size
-    if not subject.in_order and (env.size != rollout.numel() or distinct < env.size / 4):
-        return {"action": f"{rollout.numel()} frames are not what is sampled, or too few of them"}
+    if not subject.in_order and (env.size != case.sample_size or distinct < env.size / 4):
+        return {"action": f"{case.sample_size} frames are not what is sampled, or too few of them"}
+    if subject.store and np.unique(frame).size < case.frames:
+        return {"action": "some frames of the ring are never sampled"}
     end = windows.ends[env, frame]
     steps = end - frame + 1
     here, there = stream.source(env, frame), stream.source(env, end)
@@ -75,7 +77,7 @@ def errors_of(case: Case, stream: Stream, transitions: TensorDict, subject: Subj
         "observation": array(rollout, "observation")[here],
         "steps_to_next_obs": steps,
         "gamma": GAMMA**steps,
-        "nonterminal": ~done[env, frame],
+        "nonterminal": ~done[env, frame] & (frame < stream.length - 1),
         ("next", "observation"): array(rollout, ("next", "observation"))[there],
         ("next", "reward"): windows.returns[env, frame],
         **{("next", flag): array(rollout, ("next", flag))[flags_at] for flag in FLAGS},
@@ -115,12 +117,15 @@ def check(case: Case, rollout: TensorDict, subject: Subject) -> dict[NestedKey, 
         TooSlow: the stream would take more than ``SECONDS``.
     """
     calls = -(-(case.n_steps + case.capacity(not subject.in_order)) // case.frames) + 1
-    stream = Stream(rollout, calls)
+    # What is stored beforehand ends in the middle of a rollout, and so in the middle of a ring as long as one.
+    stream = Stream(rollout, calls * case.frames - (case.frames // 2 - 1 if subject.store else 0))
     results: list[Any] = []
     for call, part in enumerate(stream):
         begin = perf_counter()
-        results = [*results[-2:], subject.call(part)]
+        results = [*results[-2:], (subject.store or subject.call)(part)]
         # The first calls compile.
         if call > 2 and (seconds := perf_counter() - begin) * (calls - call) > SECONDS:
             raise TooSlow(f"a call takes {seconds:.1f} s, and to check it takes {calls - call} more")
+    if subject.store:
+        results = [subject.call(rollout)]
     return errors_of(case, stream, subject.transitions(results), subject)

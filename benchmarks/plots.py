@@ -18,14 +18,28 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import CLONE, COMPILED, REFERENCE, RING, SB3, TORCHRL, TRITON
-from benchmarks.report import RATIO
+from benchmarks.contenders import (
+    BUFFER_REFERENCE,
+    BUFFER_TRITON,
+    CLONE,
+    COMPILED,
+    GATHERS,
+    REFERENCE,
+    RING,
+    SAMPLE,
+    SB3,
+    TORCHRL,
+    TRITON,
+)
+from benchmarks.report import RATIO, ROWS
 
 COLORS = {
     TORCHRL: "#b5484a",
     COMPILED: "#e39a6b",
     REFERENCE: "#2a6f97",
     TRITON: "#1b998b",
+    BUFFER_REFERENCE: "#61a5c2",
+    BUFFER_TRITON: "#7bc8a4",
     SB3: "#8d6a9f",
     RING: "#c9a227",
     CLONE: "#8a8a8a",
@@ -50,6 +64,7 @@ def draw(rows: pd.DataFrame, out: Path) -> list[Path]:
         "p-done": lambda rows: time_against(rows, "p_done"),
         "n-steps": lambda rows: time_against(rows, "n_steps"),
         "bandwidth": bandwidth,
+        "sample": sampling,
     }
     paths = []
     with plt.rc_context(STYLE):
@@ -81,6 +96,7 @@ def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str) -> None:
 def ratio_by_case(rows: pd.DataFrame) -> Figure | None:
     """A number per case, one panel per operation and contender; shapes downwards, n and p(done) to the right."""
     rows = rows[rows[RATIO].notna() & ~rows["contender"].isin([TORCHRL, COMPILED, CLONE]) & (rows["kind"] != "rows")]
+    rows = rows[rows["operation"] != SAMPLE]
     if rows.empty:
         return None
     rows = rows.assign(shape=rows["case"].str.replace(r" p=.*", "", regex=True))
@@ -156,6 +172,28 @@ def bandwidth(rows: pd.DataFrame) -> Figure | None:
     axes.set_title("Bandwidth of one call of the transform, n = 3")
     figure.tight_layout()
     legend_below(figure, *axes.get_legend_handles_labels())
+    return figure
+
+
+def sampling(rows: pd.DataFrame) -> Figure | None:
+    """A bar per case and contender: what sampling takes, in times of reading the rows alone."""
+    rows = rows[(rows["operation"] == SAMPLE) & rows[ROWS].notna() & (rows["contender"] != GATHERS)]
+    if rows.empty:
+        return None
+    times = rows.pivot(index="case", columns="contender", values=ROWS)
+    times = times.reindex(index=rows["case"].unique()[::-1], columns=rows["contender"].unique()[::-1])
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.18 * times.size))
+    times.plot.barh(ax=axes, color=COLORS, width=0.8, legend=False)
+    for bars in axes.containers:
+        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+    axes.axvline(1, color=COLORS[CLONE], linewidth=1)
+    axes.set(xscale="log", xlabel="times as long as reading the rows of the sample alone", ylabel="")
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.grid(visible=False, axis="y")
+    axes.set_title("One sample", loc="left")
+    figure.tight_layout()
+    handles, labels = axes.get_legend_handles_labels()
+    legend_below(figure, handles[::-1], labels[::-1])
     return figure
 
 

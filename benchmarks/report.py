@@ -7,11 +7,14 @@ from statistics import geometric_mean
 
 import pandas as pd
 
-from benchmarks.contenders import CLONE, OURS, TORCHRL
+from benchmarks.contenders import BUFFERS, CLONE, FLOORS, GATHERS, OURS, RING, SAMPLE, SB3, TORCHRL
 from benchmarks.machine import sentence
 
-RATIO, COPIES = "torchrl_over_this", "this_over_clone"
-NUMBERS = ("median_ms", "iqr_ms", RATIO, COPIES, "GBps", "operators", "launches", "syncs", "peak_bytes")
+RATIO, COPIES, ROWS = "torchrl_over_this", "this_over_clone", "this_over_row_gathers"
+FASTER = {RATIO: TORCHRL, "fasttd3_over_this": RING, "sb3_over_this": SB3}
+"""Columns of how many times faster something is, and than whom."""
+SLOWER = {COPIES: CLONE, ROWS: GATHERS}
+NUMBERS = ("median_ms", "iqr_ms", *FASTER, *SLOWER, "GBps", "operators", "launches", "syncs", "peak_bytes")
 PREEMPTIONS = "preemptions_per_s"
 WORST = 10
 DISTURBED = 50
@@ -19,21 +22,21 @@ DISTURBED = 50
 
 
 def with_ratios(rows: pd.DataFrame) -> pd.DataFrame:
-    """Adds how many times faster than torchrl, and how many times slower than a clone; of medians of one run."""
+    """Adds how many times faster than others, and how many times slower than what is least; of medians of one run."""
     rows = rows.reindex(columns=[*rows.columns, *(name for name in NUMBERS if name not in rows)])
     keys = ["case", "operation"]
     medians = rows.pivot(index=keys, columns="contender", values="median_ms")
     by_row = rows[keys].apply(tuple, axis=1)
-    for name, contender in ((RATIO, TORCHRL), (COPIES, CLONE)):
+    for name, contender in (FASTER | SLOWER).items():
         base = by_row.map(medians[contender]) if contender in medians else float("nan")
-        rows[name] = base / rows["median_ms"] if name == RATIO else rows["median_ms"] / base
+        rows[name] = base / rows["median_ms"] if name in FASTER else rows["median_ms"] / base
     return rows
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Rows as they were written."""
+    """Rows as they were written, with the ratios of today."""
     blank = [*NUMBERS, PREEMPTIONS, "measurements", "input_bytes", "output_bytes", "row_bytes"]
-    return pd.read_csv(path, keep_default_na=False, na_values=dict.fromkeys(blank, ""))
+    return with_ratios(pd.read_csv(path, keep_default_na=False, na_values=dict.fromkeys(blank, "")))
 
 
 def table(rows: pd.DataFrame) -> str:
@@ -53,7 +56,7 @@ def shown(value: object) -> str:
 
 def ratios_of(rows: pd.DataFrame) -> pd.DataFrame:
     """Over state cases, by operation and contender: the geometric mean and the smallest ratio to torchrl."""
-    timed = rows[(rows["kind"] == "state") & rows[RATIO].notna() & ~rows["contender"].isin([TORCHRL, CLONE])]
+    timed = rows[(rows["kind"] == "state") & rows[RATIO].notna() & ~rows["contender"].isin([TORCHRL, *FLOORS])]
     found = []
     for (operation, contender), group in timed.groupby(["operation", "contender"], sort=False):
         worst = group.loc[group[RATIO].idxmin()]
@@ -71,15 +74,22 @@ def ratios_of(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def worst_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of all cases, where this package gains least over torchrl."""
-    ours = rows[rows["contender"].isin(OURS) & rows[RATIO].notna()].sort_values(RATIO)
-    return ours.head(WORST)[["operation", "case", "contender", "median_ms", RATIO, COPIES]]
+    """Of all cases, where this package gains least over torchrl; torchrl's samples were made when they were stored."""
+    ours = rows[rows["contender"].isin(OURS + BUFFERS) & rows["operation"].ne(SAMPLE) & rows[RATIO].notna()]
+    return ours.sort_values(RATIO).head(WORST)[["operation", "case", "contender", "median_ms", RATIO, COPIES]]
+
+
+def sampling_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """What sampling takes this package's buffer, beside its peers and the rows alone."""
+    ours = rows[rows["contender"].isin(BUFFERS) & rows["operation"].eq(SAMPLE) & rows["status"].eq("ok")]
+    return ours[["case", "contender", "median_ms", "iqr_ms", ROWS, *FASTER]]
 
 
 def excerpt(rows: pd.DataFrame) -> str:
     """The table in README: of n=3, every shape at p=0.01 and one at every p."""
     chosen = rows[rows["contender"].isin([TORCHRL, *OURS, CLONE]) & rows["n_steps"].eq(3) & rows["status"].eq("ok")]
-    chosen = chosen[~chosen["kind"].eq("rows") & (chosen["p_done"].eq(0.01) | chosen["case"].str.contains("1024x128"))]
+    chosen = chosen[chosen["operation"].ne(SAMPLE) & chosen["kind"].ne("rows")]
+    chosen = chosen[chosen["p_done"].eq(0.01) | chosen["case"].str.contains("1024x128")]
     lines = []
     for case, group in chosen.groupby("case", sort=False):
         of = group.set_index(["operation", "contender"])
@@ -103,6 +113,7 @@ def summary(rows: pd.DataFrame) -> str:
     sections = {
         "State cases, ratio to torchrl": ratios_of(rows),
         f"The {WORST} smallest ratios to torchrl, of all cases": worst_of(rows),
+        "Sampling": sampling_of(rows),
         "Not timed": not_timed,
         "Timed, with a note": noted,
     }
@@ -120,8 +131,9 @@ def markdown(rows: pd.DataFrame) -> str:
         "# Comparison",
         sentence(rows.iloc[0].to_dict()) + pictured,
         "Medians and interquartile ranges of one run in which the contenders took turns. `torchrl_over_this`: how many "
-        "times faster than torchrl. `this_over_clone`: how many times slower than a clone of the input. GB/s: bytes of "
-        "the input and of the output per second. peak_bytes: at the peak, beyond what the call returns.",
+        "times faster than torchrl, and so on. `this_over_clone`: how many times slower than a clone of the input; "
+        "`this_over_row_gathers`: than reading the rows of a sample alone. GB/s: bytes of the input, or of the rows "
+        "that are sampled, and of the output per second. peak_bytes: at the peak, beyond what the call returns.",
         summary(rows),
     ]
     columns = ["case", "contender", *NUMBERS, "note"]

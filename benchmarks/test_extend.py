@@ -21,6 +21,7 @@ CASES = [
     Case("state", 256, 64, 0.01, 1),
     Case("streaming", 4096, 1, 0.01),
     Case("pixels", 8, 64, 0.01, width=torch.Size(PIXELS).numel()),
+    Case("sampling", 256, 16, 0.01, 3, 64, 2048),
 ]
 
 
@@ -42,7 +43,7 @@ PARTIES = [(operation, c) for c in CONTENDERS if c.name != COMPILED for operatio
 @pytest.mark.benchmark(min_rounds=10, max_time=0.5, warmup=True, warmup_iterations=3)
 def test_extend(benchmark, case: Case, rollout: TensorDict, operation: str, contender: Contender):
     if not applies(contender, operation, case):
-        pytest.skip("pixels are not sampled")
+        pytest.skip(f"not compared for {case.kind}")
     if reason := contender.obstacle(case, rollout.device):
         pytest.skip(reason)
     subject = contender.make(case, operation, rollout.device)

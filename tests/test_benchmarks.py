@@ -8,13 +8,16 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import compare, gate, growth, report, training_step
+from benchmarks import compare, contenders, gate, growth, report, training_step
 from benchmarks.cases import CASES, GAMMA, Case, Stream, make_rollout, select
 from benchmarks.contenders import (
+    BUFFER_REFERENCE,
     CLONE,
     COMPILED,
     CONTENDERS,
+    GATHERS,
     REFERENCE,
+    RING,
     SB3,
     TORCHRL,
     TRITON,
@@ -23,6 +26,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.gate import check, oracle
 from benchmarks.measure import launches_and_syncs
+from benchmarks.peers import RowGathers, VectorizedRing
 from multistep_triton import MultiStep, MultiStepTransform
 
 CPU = torch.device("cpu")
@@ -44,10 +48,10 @@ def test_oracle_by_hand():
 
 
 def test_a_stream_is_where_its_source_says():
-    stream = Stream(make_rollout(CASE), 5)
+    stream = Stream(make_rollout(CASE), 37)
     joined = torch.cat(list(stream), 1)
     env, frame = np.divmod(joined["action"][..., 0].long().numpy(), stream.length)
-    assert (frame == np.arange(40)).all()
+    assert (frame == np.arange(37)).all()
     assert torch.equal(stream.rollout["observation"][stream.source(env, frame)], joined["observation"])
     assert len(joined["observation"].flatten(0, 1).unique(dim=0)) == 32
 
@@ -104,14 +108,75 @@ def test_what_is_wrong_is_not_timed(make, what, operation):
     assert rows.loc[REFERENCE, "median_ms"] > 0
 
 
-@pytest.mark.parametrize("name", [SB3, "FastTD3-style"])
-@pytest.mark.parametrize("case", [CASE, Case("state", 64, 3, 0.1, 5), Case("streaming", 64, 1, 0.1, 3)], ids=str)
-def test_peers_that_sample_are_checked(name, case):
+SAMPLING = Case("sampling", 64, 8, 0.2, 3, 17, 128)
+SAMPLED = [
+    CASE,
+    Case("state", 64, 3, 0.1, 5),
+    Case("streaming", 64, 1, 0.1, 3),
+    SAMPLING,
+    SAMPLING._replace(n_steps=6, p_done=0.05),
+]
+
+
+@pytest.mark.parametrize("name", [SB3, RING, BUFFER_REFERENCE])
+@pytest.mark.parametrize("case", SAMPLED, ids=str)
+def test_buffers_that_look_ahead_are_checked(name, case):
     rollout = make_rollout(case)
     contender = BY_NAME[name]
-    assert not check(case, rollout, contender.make(case, "store and sample", CPU))
+    operation = "sample" if case.batch else "store and sample"
+    assert not check(case, rollout, contender.make(case, operation, CPU))
     other = case._replace(n_steps=case.n_steps + 1)
-    assert ("next", "reward") in check(case, rollout, contender.make(other, "store and sample", CPU))
+    assert ("next", "reward") in check(case, rollout, contender.make(other, operation, CPU))
+
+
+class TakesAnotherFrameForTheNewest(VectorizedRing):
+    def sample(self, batch):
+        self.stored += self.n_steps
+        return super().sample(batch)
+
+
+class SamplesWholeWindows(VectorizedRing):
+    def sample(self, batch):
+        out = super().sample(8 * batch)
+        whole = out[out["steps_to_next_obs"] == self.n_steps]
+        return whole[torch.randperm(len(whole))[:batch]]
+
+
+class SamplesOneEnvironment(VectorizedRing):
+    def sample(self, batch):
+        return super().sample(batch)[:8].repeat(batch // 8)
+
+
+FAULTS_OF_SAMPLES = {
+    TakesAnotherFrameForTheNewest: "next.reward",
+    SamplesWholeWindows: "never sampled",
+    SamplesOneEnvironment: "too few of them",
+}
+
+
+@pytest.mark.parametrize(("ring", "what"), FAULTS_OF_SAMPLES.items(), ids=[ring.__name__ for ring in FAULTS_OF_SAMPLES])
+def test_samples_that_are_wrong_are_not_timed(ring, what, monkeypatch):
+    monkeypatch.setattr(contenders, "VectorizedRing", ring)
+    rows = run(BY_NAME[RING], BY_NAME[GATHERS], case=SAMPLING, operations=["sample"]).set_index("contender")
+    assert rows.loc[RING, "status"].startswith("wrong: ")
+    assert what in rows.loc[RING, "status"]
+    assert rows.loc[GATHERS, "status"] == "ok"
+
+
+def test_row_gathers_read_a_frame_and_one_of_its_window():
+    (part,) = Stream(make_rollout(SAMPLING), SAMPLING.frames)
+    number = part["action"][..., 0].long()
+    part["next", "reward"] = number.unsqueeze(-1)
+    gathers = RowGathers(SAMPLING, CPU)
+    gathers.store(part)
+    first, second = (gathers.sample(SAMPLING.batch) for _ in range(2))
+    assert not torch.equal(first["action"], second["action"])
+    here, there = first["action"][:, 0].long(), first["next"]["reward"].squeeze(-1)
+    assert torch.equal(here // 8, there // 8)
+    assert set(((there - here) % 8).tolist()) == {0, 1, 2}
+    env, frame = here // 8, here % 8
+    assert torch.equal(first["observation"], part["observation"][env, frame])
+    assert first["next"].keys() == set(part["next"].keys())
 
 
 def test_a_documented_error_is_a_note():
@@ -167,7 +232,7 @@ def test_cases_are_selected_by_name():
 
 
 def test_the_command_writes_files_and_redraws_them(tmp_path, capsys):
-    arguments = ["--quick", "--device", "cpu", "--cases", "state|rows", "--operations", "transform"]
+    arguments = ["--quick", "--device", "cpu", "--cases", "state|rows", "--operations", "transform", "extend"]
     compare.main([*arguments, "--seconds", "0.003", "--out", str(tmp_path / "first")])
     names = {f"cpu-{name}" for name in ("compare.csv", "compare.md", "ratio.png", "p-done.png", "n-steps.png")}
     assert {path.name for path in (tmp_path / "first").iterdir()} == names | {"cpu-bandwidth.png"}
@@ -178,6 +243,21 @@ def test_the_command_writes_files_and_redraws_them(tmp_path, capsys):
     compare.main(["--redraw", str(tmp_path / "first" / "cpu-compare.csv"), "--out", str(tmp_path / "again")])
     for path in (tmp_path / "first").glob("*.md"):
         assert (tmp_path / "again" / path.name).read_text() == path.read_text()
+
+
+def test_a_run_of_one_operation_has_files_of_its_own(tmp_path, capsys):
+    compare.main(["--quick", "--device", "cpu", "--cases", "sampling", "--seconds", "0.003", "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {f"cpu-sample.{suffix}" for suffix in ("csv", "md", "png")}
+    rows = report.read(tmp_path / "cpu-sample.csv")
+    timed = rows[rows["status"] == "ok"].set_index(["case", "contender"])
+    for case, group in timed.groupby(level="case"):
+        median = group.loc[case, "median_ms"]
+        assert set(median.index) == {TORCHRL, BUFFER_REFERENCE, SB3, RING, GATHERS}
+        ours = timed.loc[case, BUFFER_REFERENCE]
+        assert ours["this_over_row_gathers"] == pytest.approx(median[BUFFER_REFERENCE] / median[GATHERS])
+        assert ours["fasttd3_over_this"] == pytest.approx(median[RING] / median[BUFFER_REFERENCE])
+        assert ours["sb3_over_this"] == pytest.approx(median[SB3] / median[BUFFER_REFERENCE])
+    assert report.table(report.sampling_of(rows)) in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
