@@ -1,10 +1,11 @@
-"""Random streams: on the kernels beside the reference, and on the reference beside torchrl.
+"""Random streams: on the kernels beside the reference, extended and sampled, and on the reference beside torchrl.
 
 May import the package and torchrl.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ import numpy
 import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
+from torchrl.data import LazyTensorStorage
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
 
 from multistep_triton.parity import find_difference
+from multistep_triton.replay_buffer import NStepReplayBuffer
 from multistep_triton.transform import MultiStepTransform
 
 
@@ -55,7 +58,7 @@ KINDS = (
     Kind(2, observation=(4, 5, 6), dtype=torch.uint8, layout="time-major"),
     Kind(3, observation=(64,), dtype=torch.bfloat16, layout="time-major"),
     Kind(2, observation=(4, 5, 6), dtype=torch.float16, layout="channels-last"),
-    Kind(3, observation=(9001,), dtype=torch.uint8, features=(1100,)),
+    Kind(3, observation=(2501,), dtype=torch.uint8, features=(600,)),
     Kind(4, mask=True),
     Kind(12, mask=True, features=()),
     Kind(3, traj=torch.int64),
@@ -93,20 +96,35 @@ class Stream:
         self._generator = torch.Generator().manual_seed(seed)
         self._name = ("agents",) if self.kind.agents else ()
 
-    def transform(self, backend: str) -> MultiStepTransform:
-        """A transform of this stream's kind."""
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of a transform or a buffer of this stream's kind."""
         kind = self.kind
         done_keys: list[NestedKey] = [(*self._name, "done"), (*self._name, "terminated")]
-        return MultiStepTransform(
-            kind.n_steps,
-            self.gamma,
-            reward_keys=[(*self._name, f"reward{i or ''}") for i in range(len(kind.rewards))],
-            done_key=done_keys[0],
-            done_keys=done_keys,
-            backend=backend,
-            done_at=kind.done_at,
-            traj_key="traj_ids" if kind.traj else None,
-            match_reward_shape=kind.match_reward_shape,
+        return {
+            "n_steps": kind.n_steps,
+            "gamma": self.gamma,
+            "reward_keys": [(*self._name, f"reward{i or ''}") for i in range(len(kind.rewards))],
+            "done_key": done_keys[0],
+            "done_keys": done_keys,
+            "done_at": kind.done_at,
+            "traj_key": "traj_ids" if kind.traj else None,
+            "match_reward_shape": kind.match_reward_shape,
+        }
+
+    def buffer(self, device: torch.device) -> NStepReplayBuffer:
+        """A buffer for some of the stream, sampled once; every other one has windows of all lengths up to n."""
+        chance = random.Random(self.kind.n_steps + sum(self.cuts))
+        capacity = torch.Size(self.batch).numel() * chance.randint(1, sum(self.cuts) + 2)
+        arguments = self.arguments
+        if chance.random() < 0.5:
+            arguments["n_steps"] = (1, self.kind.n_steps)
+        return NStepReplayBuffer(
+            **arguments,
+            backend="verify",
+            storage=LazyTensorStorage(capacity, ndim=len(self.batch) + 1, device=device),
+            batch_size=chance.randint(1, min(capacity, 40)),
+            generator=torch.Generator(device).manual_seed(capacity),
         )
 
     def rollouts(self, device: torch.device) -> Iterator[TensorDict]:
@@ -161,17 +179,21 @@ class Stream:
 
 
 def run_kernels(seed: int, device: torch.device) -> Result:
-    """Stream ``seed`` on the kernels and the reference."""
+    """Stream ``seed`` on the kernels and the reference: through a transform, and sampled from a buffer."""
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it logs to stdout what each storage allocates
     stream = Stream(seed, KINDS)
-    transform = stream.transform("verify")
+    transform = MultiStepTransform(backend="verify", **stream.arguments)
+    buffer = stream.buffer(device)
     frames = 0
     try:
         with numpy.errstate(all="ignore"):  # the interpreter sums with numpy, which warns of infinities
             for rollout in stream.rollouts(device):
                 out = transform.inv(rollout)
                 frames += 0 if out is None else out.numel()
-            out = transform.flush()
-        return Result(frames + (0 if out is None else out.numel()))
+                buffer.extend(rollout)
+            for out in transform.flush(), buffer.sample():
+                frames += 0 if out is None else out.numel()
+        return Result(frames)
     except Exception as error:  # kernels that are wrong can fail in any way
         return Result(frames, f"stream {seed}, {stream.kind}: {error}")
 
@@ -191,7 +213,7 @@ def run_torchrl(seed: int, device: torch.device) -> Result:
 
 def _beside_torchrl(stream: Stream, device: torch.device) -> Iterator[Result]:
     """What came of the stream so far, after every call."""
-    ours = stream.transform("reference")
+    ours = MultiStepTransform(backend="reference", **stream.arguments)
     theirs = TorchRLMultiStepTransform(
         ours.n_steps, ours.gamma, reward_keys=ours.reward_keys, done_key=ours.done_key, done_keys=ours.done_keys
     )

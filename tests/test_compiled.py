@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ import stub_driver
 driver = stub_driver.install("sm_90")
 import torch
 from rollouts import make_rollout
-from multistep_triton import MultiStep, MultiStepTransform, gather_future, n_step_return
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchrl.data import LazyTensorStorage
+from multistep_triton import MultiStep, MultiStepTransform, NStepReplayBuffer, gather_future, n_step_return
 from multistep_triton.kernels.plan import UNROLLED_STEPS, UNROLLED_STEPS_WITH_IDS
 
 def variants(call):
@@ -28,6 +31,21 @@ def extend(n_steps=3, rollout=None, gamma=0.9, batch=(2,), frames=(16,), **argum
     transform = MultiStepTransform(n_steps, gamma, backend="triton", **arguments)
     for count in frames:
         transform.inv(make_rollout(batch, count) if rollout is None else rollout)
+
+def buffer(n_steps=3, envs=(2,), slots=8, frames=16):
+    storage = LazyTensorStorage(torch.Size(envs).numel() * slots, ndim=len(envs) + 1)
+    buffer = NStepReplayBuffer(n_steps=n_steps, gamma=0.9, backend="triton", storage=storage)
+    buffer.extend(make_rollout(envs, frames))
+    return buffer
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 """
 
@@ -135,15 +153,6 @@ print(json.dumps({
 def test_launches_and_operators_of_an_extend(n_steps, launches):
     """At most two launches, and besides them nothing but the allocation of what is returned and held back."""
     operators, launched, tensors, held = run(f"""
-from torch.utils._python_dispatch import TorchDispatchMode
-
-class Operators(TorchDispatchMode):
-    names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {{}}))
-
 transform = MultiStepTransform({n_steps}, 0.9, backend="triton")
 rollout = make_rollout((3,), 40)
 for _ in range(4):
@@ -157,3 +166,61 @@ print(json.dumps([operators.names, driver.launches, len(distinct), len(transform
     assert launched == launches
     # Calls of 40 frames write those that they hold back into a ring that is there, if n is larger.
     assert operators == ["aten.empty_strided.default"] * (tensors + (held if n_steps <= 40 else 0))
+
+
+def test_what_recompiles_when_frames_are_sampled():
+    counts = run("""
+rb = buffer()
+
+def extended(frames):
+    rb.extend(make_rollout((2,), frames))
+    rb.sample(3)
+
+def with_gamma(gamma):
+    rb.gamma = gamma
+    rb.sample(3)
+
+print(json.dumps({
+    "the first sample": variants(lambda: rb.sample(32)),
+    "samples": [variants(lambda: rb.sample(each)) for each in (1, 2, 16, 17, 1000)],
+    "the newest frame": [variants(lambda: extended(each)) for each in (1, 2, 7, 8)],
+    "gamma": [variants(lambda: with_gamma(each)) for each in (0, 1, 1.0, 0.5)],
+    "slots, frames": [variants(lambda: buffer(3, (2,), *each).sample(3)) for each in ((1, 1), (7, 3), (64, 5))],
+    "environments": [variants(lambda: buffer(envs=(each,)).sample(3)) for each in (1, 3, 16, 100)],
+    "n": [variants(lambda: rb.sample(3, n_steps=each)) for each in (1, 2, 3, UNROLLED_STEPS)],
+    "n in a loop": [variants(lambda: rb.sample(3, n_steps=each)) for each in (UNROLLED_STEPS + 1, 10, 100)],
+    "n of its own": [variants(lambda: rb.sample(3, n_steps=each)) for each in ((1, 3), (2, 3), (1, 9), (3, 20))],
+    "no environments": variants(lambda: buffer(envs=()).sample(3)),
+}))
+""")
+    assert counts == {
+        "the first sample": 1,
+        "samples": [0] * 5,
+        "the newest frame": [0] * 4,
+        "gamma": [0] * 4,
+        "slots, frames": [0] * 3,
+        "environments": [0] * 4,
+        "n": [1, 1, 0, 1],
+        "n in a loop": [2, 0, 0],
+        "n of its own": [1, 0, 2, 0],
+        "no environments": 1,
+    }
+
+
+@pytest.mark.parametrize(("n_steps", "launches"), [(1, 1), (8, 1), (9, 2), ((1, 8), 1), ((1, 9), 2)])
+def test_launches_and_operators_of_a_sample(n_steps, launches):
+    """At most two launches, and besides them the allocation of what is returned, and what draws and returns indices."""
+    operators, launched, tensors = run(f"""
+rb = buffer({n_steps})
+rb.sample(4)
+driver.launches = 0
+with Operators() as operators:
+    out = rb.sample(4)
+distinct = {{id(leaf) for leaf in out.values(True, True)}}
+print(json.dumps([operators.names, driver.launches, len(distinct)]))
+""")
+    assert launched == launches
+    counts = Counter(operators)
+    drawn = counts.pop("aten.randint.generator") + counts.pop("aten.randint.low_generator", 0)
+    assert drawn == (3 if isinstance(n_steps, tuple) else 2)
+    assert counts == {"aten.empty_strided.default": tensors, "aten.view.default": 2, "aten.stack.default": 1}

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from rollouts import make_rollout
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
 
-from multistep_triton import MultiStep, MultiStepTransform, gather_future, n_step_return
+from multistep_triton import MultiStep, MultiStepTransform, NStepReplayBuffer, gather_future, n_step_return
 from multistep_triton.backends import resolve_backend
 
 if not torch.cuda.is_available():
@@ -104,6 +105,64 @@ def test_on_another_stream():
         out = MultiStepTransform(3, 0.97).inv(rollout)
     torch.cuda.current_stream().wait_stream(stream)
     same(out, expected)
+
+
+def buffer_on(device, n_steps=3, slots=20, sampler=None, **arguments):
+    """A ring of 20 frames of 16 environments that wrapped around."""
+    storage = LazyTensorStorage(16 * slots, ndim=2, device=device)
+    buffer = NStepReplayBuffer(n_steps=n_steps, gamma=0.97, storage=storage, sampler=sampler, **arguments)
+    for part in make_rollout((16,), 33).split([15, 1, 17], -1):
+        buffer.extend(part.to(device))
+    return buffer
+
+
+@pytest.mark.parametrize("n_steps", N_STEPS)
+def test_every_frame_of_a_ring(n_steps):
+    ours, expected = (
+        buffer_on(device, n_steps, sampler=SamplerWithoutReplacement(shuffle=False)).sample(320)
+        for device in ("cuda", "cpu")
+    )
+    assert {leaf.device.type for leaf in ours.values(True, True)} == {"cuda"}
+    same(ours, expected)
+
+
+@pytest.mark.parametrize("n_steps", [*N_STEPS, (1, 20)])
+def test_a_sample_waits_for_nothing(n_steps):
+    buffer = buffer_on("cuda", n_steps)
+    buffer.sample(64)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        buffer.sample(64)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("n_steps", "launches"), [(3, 1), ((1, 3), 1), (20, 2)])
+def test_launches_of_a_sample_as_the_profiler_counts_them(n_steps, launches):
+    buffer = buffer_on("cuda", n_steps)
+    buffer.sample(64)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        buffer.sample(64)
+        torch.cuda.synchronize()
+    ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert ran.count("n_step_extend_kernel") == launches
+    # Besides, the sampler and n draw, and the indices are stacked.
+    assert len(ran) - launches <= 4
+
+
+def test_offsets_of_a_storage_beyond_32_bits():
+    buffer = NStepReplayBuffer(
+        n_steps=3,
+        gamma=0.9,
+        backend="verify",
+        storage=LazyTensorStorage(9, device="cuda"),
+        sampler=SamplerWithoutReplacement(shuffle=False),
+    )
+    rollout = make_rollout((), 12).to("cuda")
+    rollout["next", "pixels"] = torch.randint(256, (12, 2**28), dtype=torch.uint8, device="cuda")
+    buffer.extend(rollout)
+    assert buffer.sample(9)["next", "pixels"].nbytes > 2**31
 
 
 def test_offsets_beyond_32_bits():

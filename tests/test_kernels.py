@@ -28,7 +28,7 @@ from multistep_triton.kernels.plan import (
     WIDEST,
     Leaf,
 )
-from multistep_triton.ring import Ring
+from multistep_triton.ring import Ring, Samples
 from multistep_triton.streams import KINDS, run_kernels
 
 GAMMA = 0.97
@@ -478,6 +478,12 @@ class Bounds(TorchDispatchMode):
                     for key in each.leaves:
                         self.add(self.given, *each.pieces(key, time_dim))
                         self.add(self.made, *(each.pieces(key, time_dim, each.count, free) if each.time_first else ()))
+                elif isinstance(each, Samples):
+                    # Of the storage, slots that hold frames.
+                    samples, data = arguments
+                    own = [] if samples.n_steps is None else [samples.n_steps]
+                    self.add(self.given, *samples.index, *own, *(leaf[: samples.live] for leaf in data.values()))
+                    break
                 elif each is not None:
                     self.add(self.given, *tree_leaves(each))
             with self:
@@ -506,7 +512,7 @@ def bounds(monkeypatch):
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
-    for name in ("launch_n_step_extend", "launch_gather_future"):
+    for name in ("launch_n_step_extend", "launch_n_step_sample", "launch_gather_future"):
         monkeypatch.setattr(launch, name, bounds.launching(getattr(launch, name)))
     return bounds
 
