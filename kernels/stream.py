@@ -60,15 +60,15 @@ def tile_frames(program, rows, frames, stream, TIME_MAJOR: tl.constexpr, LENGTH:
         index, sizes, own, count, first = picked
         place = program * BLOCK_F + tl.arange(0, BLOCK_F)
         inside = place < (count << 2 >> 4)
-        frame = load_index(index[0], place, inside) - (first << 2 >> 4).to(tl.int32)
+        frame = load_index(index[0], place, inside).to(tl.int32) - (first << 2 >> 4).to(tl.int32)
         frame = tl.where(frame < 0, frame + known, frame)
         row = tl.zeros([BLOCK_F], tl.int32)
         for d in tl.static_range(1, len(index)):
-            row = row * (sizes[d] << 2 >> 4).to(tl.int32) + load_index(index[d], place, inside)
+            row = row * (sizes[d] << 2 >> 4).to(tl.int32) + load_index(index[d], place, inside).to(tl.int32)
         places = (place.to(tl.int64),)
         limits = own
         if len(own) > 0:
-            limits = (load_index(own[0], place, inside),)
+            limits = (tl.minimum(load_index(own[0], place, inside), known).to(tl.int32),)
     elif TIME_MAJOR:
         across = tl.cdiv(frames, LENGTH)
         length = tl.cdiv(frames, across)
@@ -91,9 +91,9 @@ def tile_frames(program, rows, frames, stream, TIME_MAJOR: tl.constexpr, LENGTH:
 
 @triton.jit
 def load_index(address, place, inside):
-    """What a list of int64 holds at a place; as int32."""
+    """What a list of int64 holds at a place."""
     pointers = (address << 2 >> 4).to(tl.pointer_type(tl.int64)) + place
-    return tl.load(pointers, mask=inside, other=0).to(tl.int32)
+    return tl.load(pointers, mask=inside, other=0)
 
 
 @triton.jit

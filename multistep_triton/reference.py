@@ -99,7 +99,7 @@ def n_step_extend_reference(
     near = min(carried + n_steps - 1, known)
     if ring or seam == emitted:
         begin = (place.first if ring else 0) * stride
-        dtype = _index_dtype((known + n_steps + place.capacity) * rows)
+        dtype = index_dtype((known + n_steps + place.capacity) * rows)
         ends = torch.arange(begin - stride, begin - stride + lengths.shape[0], dtype=dtype, device=steps.device)
         ends.add_(lengths, alpha=stride)
         source_rows = cut(ends.remainder_(place.capacity * rows) if ring else ends).flatten()
@@ -213,12 +213,12 @@ def _end_rows(steps: Tensor, length: int, offset: int) -> Tensor:
     """Row of ``e(t) + offset`` in a source whose ``length`` frames per batch element are laid end to end."""
     batch, frames = steps.shape[:-1].numel(), steps.shape[-1]
     span = max(batch - 1, 0) * length + frames
-    dtype = _index_dtype(batch * length + frames)
+    dtype = index_dtype(batch * length + frames)
     starts = torch.arange(offset - 1, offset - 1 + span, dtype=dtype, device=steps.device)
     return torch.add(starts.unfold(0, frames, max(length, 1)), steps.reshape(batch, frames)).view(-1)
 
 
-def _index_dtype(largest: int) -> torch.dtype:
+def index_dtype(largest: int) -> torch.dtype:
     return torch.int32 if largest < 2**31 else torch.int64
 
 

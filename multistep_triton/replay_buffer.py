@@ -15,7 +15,13 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_nn_modules
 from torch import Tensor
-from torchrl.data import ImmutableDatasetWriter, RoundRobinWriter, TensorDictReplayBuffer, TensorStorage
+from torchrl.data import (
+    ImmutableDatasetWriter,
+    RoundRobinWriter,
+    TensorDictReplayBuffer,
+    TensorDictRoundRobinWriter,
+    TensorStorage,
+)
 from torchrl.data.replay_buffers.samplers import ConsumingSampler
 from torchrl.data.replay_buffers.utils import pin_memory_output
 
@@ -32,6 +38,7 @@ Steps = int | tuple[int, int]
 # What a call of ``sample`` asks for, in its own thread alone: batches that are prefetched have the buffer's.
 _steps_of_call: ContextVar[Steps | None] = ContextVar("n_steps of a call", default=None)
 
+_INDEX = ("index",)
 _ARGUMENTS = frozenset(name for name, value in vars(MultiStepBase).items() if isinstance(value, property))
 
 
@@ -270,7 +277,9 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
         data, ndim = storage._storage, storage.ndim
         if not isinstance(data, TensorDictBase):
             raise TypeError(f"storage must be one of a tensordict, got {type(data).__name__}")
-        frames, objects = Frames.read_storage(data, ndim, without=roles.written)
+        # The writer's own entry says where a frame lies, which needs no reading.
+        own = isinstance(self._writer, TensorDictRoundRobinWriter) and data.batch_dims == ndim
+        frames, objects = Frames.read_storage(data, ndim, without={*roles.written, _INDEX} if own else roles.written)
         agents = check_entries(frames, roles)
         leaves = with_saved(frames.leaves, roles.saved_in(frames.leaves))
         arguments = self._arguments(roles, leaves)
@@ -292,6 +301,8 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
         else:
             extension = n_step_sample(samples, leaves, n_steps=high, **arguments)
         entries: dict[KeyPath, Any] = self._output_leaves(extension, roles, agents)
+        if own:
+            entries[_INDEX] = samples.index[0]
         if objects:
             steps = extension.steps.flatten(1).amin(1) if agents else extension.steps
             end = (samples.index[0] + steps - 1) % live, *samples.index[1:]

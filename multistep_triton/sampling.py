@@ -39,8 +39,9 @@ def n_step_sample_reference(
     n_steps = min(n_steps, live)
     # One frame ahead, even if n is 1, tells where a trajectory goes on.
     ahead = min(max(n_steps, 2), live)
-    whole = samples.n_steps is None and live * rows <= ahead * count
+    whole = samples.n_steps is None and 2 * live * rows <= 3 * ahead * count
     place = _places(samples, sizes)
+    walked: dict[int, Tensor] = {}
     if whole:
         stride = rows
 
@@ -58,7 +59,8 @@ def n_step_sample_reference(
 
         def stream(key: Hashable) -> Tensor:
             """What windows may have: the first frames of all, then the next ones, ``[K * N, *F]``."""
-            return take_places(data[key], walk, sizes)
+            walked[id(data[key])] = leaf = take_places(data[key], walk, sizes)
+            return leaf
 
         def of_samples(value: Tensor) -> Tensor:
             return value[:count].clone()
@@ -75,13 +77,21 @@ def n_step_sample_reference(
         inside &= (offsets + 1 < samples.n_steps).flatten()
     rewards = [stream(key) for key in reward_keys]
     lengths, totals = reference.sum_windows(inside, rewards, n_steps, stride, gamma)
-    steps = of_samples(lengths).to(torch.int64)
+    lengths = of_samples(lengths)
+    steps = lengths.to(torch.int64)
     returns = {
         key: of_samples(total).to(reference.return_dtype(data[key]))
         for key, total in zip(reward_keys, totals, strict=True)
     }
-    end = _turned(torch.add(place - rows, steps, alpha=rows), live * rows)
-    leaves = {key: take_places(leaf, end if key in gathered_keys else place, sizes) for key, leaf in data.items()}
+    end = _turned(torch.add(place - rows, lengths, alpha=rows), live * rows)
+    leaves = {}
+    for key, leaf in data.items():
+        if key in gathered_keys:
+            leaves[key] = take_places(leaf, end, sizes)
+        elif id(leaf) in walked:
+            leaves[key] = of_samples(walked[id(leaf)])
+        else:
+            leaves[key] = take_places(leaf, place, sizes)
     return leaves, returns, steps, reference.discounts(steps, n_steps, gamma), nonterminal
 
 
@@ -104,7 +114,8 @@ def _places(samples: Samples, sizes: torch.Size) -> Tensor:
     place, *others = samples.index
     for size, each in zip(sizes[1:], others, strict=True):
         place = torch.add(each, place, alpha=size)
-    return place
+    # No window goes round more than once.
+    return place.to(reference.index_dtype(2 * math.prod(sizes)))
 
 
 def _turned(places: Tensor, end: int) -> Tensor:
