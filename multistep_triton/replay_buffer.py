@@ -210,26 +210,55 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
             return
         with self._futures_lock:
             queue, changes = self._prefetch_queue, self._changes
-            if queue and (_steps_of_call.get() is not None or getattr(queue[0], "changes", None) != changes):
+            # What was loaded may be of any arguments.
+            of_before = [future for future in queue if getattr(future, "changes", None) != changes]
+            while queue and (_steps_of_call.get() is not None or queue[0] in of_before):
+                if queue[0].exception() is not None:
+                    queue.popleft()
+                    continue
                 _, info = queue[0].result()
-                queue[0] = Future()
                 with self._replay_lock, self._write_lock:
                     data = self._n_step_at(info["index"])
+                queue[0] = Future()
                 queue[0].set_result(self._finished(data, info))
+                break
             yield
             for future in queue:
-                future.changes = getattr(future, "changes", changes)
+                if future not in of_before:
+                    future.changes = changes
 
-    def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
-        # Where a call has more frames than there are slots, several of them go into one, and torch may keep any.
-        frames, storage = max(data.shape[self.dim_extend], 1), self._storage
-        rows = max(data.shape[: storage.ndim].numel() // frames, 1)
-        with self._replay_lock:
-            parts = [
-                super(NStepReplayBuffer, self)._extend(part, update_priority=update_priority)
-                for part in data.split(-(-storage.max_size // rows), self.dim_extend)
-            ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Empties the buffer, and drops what was prefetched from it."""
+        with self._futures_lock:
+            self._clear_prefetch_queue_locked()
+            super().empty(empty_write_count)
+
+    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
+        """Stores single steps.
+
+        Args:
+            tensordicts: ``[*B, T]``, time last; of more frames than there are slots, the newest stay.
+
+        Keyword Args:
+            update_priority: as in torchrl.
+
+        Returns:
+            Tensor: the indices of the frames, as in torchrl those of the first frame of every row come first.
+        """
+        storage, time_dim = self.storage, self.dim_extend
+        if not isinstance(tensordicts, TensorDictBase) or tensordicts.ndim <= time_dim:
+            return super().extend(tensordicts, update_priority=update_priority)
+        frames = tensordicts.shape[time_dim]
+        slots = -(-storage.max_size * max(frames, 1) // max(tensordicts.shape[: storage.ndim].numel(), 1))
+        if frames <= slots:
+            return super().extend(tensordicts, update_priority=update_priority)
+        # Several frames for one slot would be written in any order.
+        parts = tensordicts.split(slots, time_dim)
+        index = torch.cat(
+            [super(NStepReplayBuffer, self).extend(part, update_priority=update_priority) for part in parts]
+        )
+        self._set_index_in_td(tensordicts, index)
+        return index
 
     def _set_index_in_td(self, tensordict: TensorDictBase, index: Tensor | int | None) -> None:
         # torchrl's takes the indices, which are those of frames with time first, for some with time last.
@@ -307,7 +336,10 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
             steps = extension.steps.flatten(1).amin(1) if agents else extension.steps
             end = (samples.index[0] + steps - 1) % live, *samples.index[1:]
             entries.update(
-                {path: each[end if roles.is_gathered(path) else samples.index] for path, each in objects.items()}
+                {
+                    path: value[end if roles.is_gathered(path) else tuple(samples.index)]
+                    for path, value in objects.items()
+                }
             )
         built = frames.build(entries, torch.Size([shape.numel()]))
         return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])
