@@ -1,0 +1,707 @@
+"""n-step transitions at sampling time, against plain loops over the frames that are in the ring."""
+
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from conftest import kernels
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rings import (
+    TRAJ_KEY,
+    WINDOW_KEYS,
+    Ring,
+    as_bytes,
+    assert_every_frame,
+    assert_returns,
+    assert_same_bytes,
+    assert_sampled,
+    assert_windows,
+    everything,
+    in_order,
+    make_buffer,
+    make_stream,
+)
+from rollouts import frames, make_rollout
+from stable_baselines3.common.buffers import NStepReplayBuffer as PeerReplayBuffer
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
+
+from multistep_triton import MultiStepTransform
+
+F, T = False, True
+
+
+@pytest.fixture(scope="module", params=["reference", "kernels"])
+def both(request):
+    """The reference, and the kernels."""
+    with kernels() if request.param == "kernels" else nullcontext():
+        yield
+
+
+# Numbers worked out by hand
+
+
+def ring_of_eight(cuts, done=(), **arguments):
+    """Frames 0 .. 11 in a ring of 8, rewards and observations counting from 0, next observations from 1."""
+    buffer = make_buffer(8, **{"gamma": 1.0, **arguments})
+    written = 0
+    data = frames([float(t) for t in range(12)], [t in done for t in range(12)])
+    for cut in cuts:
+        buffer.extend(data[written : written + cut])
+        written += cut
+    return buffer
+
+
+def by_frame(sample, *keys):
+    """Each frame's values, by the frame."""
+    columns = [sample[key].flatten().tolist() for key in keys]
+    return dict(zip(sample["observation"].tolist(), zip(*columns, strict=True), strict=True))
+
+
+REWARD, NEXT, DONE = ("next", "reward"), ("next", "observation"), ("next", "done")
+
+
+@pytest.mark.parametrize("cuts", [[12], [8, 4], [5, 7], [3, 3, 3, 3], [11, 1]], ids=str)
+@pytest.mark.usefixtures("both")
+def test_the_newest_frames_end_at_the_seam(cuts):
+    sample = everything(ring_of_eight(cuts))
+    assert by_frame(sample, REWARD, NEXT, "steps_to_next_obs", "nonterminal") == {
+        4: (4 + 5 + 6, 7, 3, T),
+        5: (5 + 6 + 7, 8, 3, T),
+        6: (6 + 7 + 8, 9, 3, T),
+        7: (7 + 8 + 9, 10, 3, T),
+        8: (8 + 9 + 10, 11, 3, T),
+        9: (9 + 10 + 11, 12, 3, T),
+        10: (10 + 11, 12, 2, T),
+        11: (11, 12, 1, F),
+    }
+
+
+@pytest.mark.usefixtures("both")
+def test_the_seam_moves_with_every_frame():
+    buffer = ring_of_eight([8, 4], gamma=0.5)
+    assert by_frame(everything(buffer), REWARD, "gamma")[11] == (11, 0.5)
+    assert by_frame(everything(buffer), REWARD, "gamma")[10] == (10 + 11 / 2, 0.25)
+    buffer.extend(frames([12.0], [False]).apply(lambda leaf: leaf if leaf.ndim > 1 else leaf + 12))
+    sample = by_frame(everything(buffer), REWARD, NEXT, "steps_to_next_obs")
+    assert set(sample) == set(range(5, 13))
+    assert sample[10] == (10 + 11 / 2 + 12 / 4, 13, 3)
+    assert sample[11] == (11 + 12 / 2, 13, 2)
+    assert sample[12] == (12, 13, 1)
+    assert sample[5] == (5 + 6 / 2 + 7 / 4, 8, 3)
+
+
+@pytest.mark.usefixtures("both")
+def test_windows_end_at_done():
+    sample = everything(ring_of_eight([7, 5], done=[5, 9]))
+    assert by_frame(sample, REWARD, NEXT, DONE, ("next", "done_orig"), "nonterminal") == {
+        4: (4 + 5, 6, T, F, T),
+        5: (5, 6, T, T, F),
+        6: (6 + 7 + 8, 9, F, F, T),
+        7: (7 + 8 + 9, 10, T, F, T),
+        8: (8 + 9, 10, T, F, T),
+        9: (9, 10, T, T, F),
+        10: (10 + 11, 12, F, F, T),
+        11: (11, 12, F, F, F),
+    }
+
+
+@pytest.mark.usefixtures("both")
+def test_a_ring_that_is_not_full():
+    buffer = ring_of_eight([2, 3])
+    assert by_frame(everything(buffer), REWARD, NEXT) == {0: (3, 3), 1: (6, 4), 2: (9, 5), 3: (7, 5), 4: (4, 5)}
+    assert by_frame(everything(buffer, n_steps=10**12), REWARD) == {0: (10,), 1: (10,), 2: (9,), 3: (7,), 4: (4,)}
+    assert by_frame(everything(buffer, n_steps=1), REWARD) == {t: (t,) for t in range(5)}
+
+
+@pytest.mark.usefixtures("both")
+def test_a_window_as_long_as_the_ring():
+    buffer = ring_of_eight([12], n_steps=50)
+    assert by_frame(everything(buffer), REWARD, NEXT) == {t: (sum(range(t, 12)), 12) for t in range(4, 12)}
+
+
+def test_n_steps_of_one_is_what_was_stored():
+    buffer = ring_of_eight([12], n_steps=1, gamma=0.25, done=[9])
+    sample = by_frame(everything(buffer), REWARD, NEXT, DONE, "gamma", "nonterminal")
+    assert sample == {t: (t, t + 1, t == 9, 0.25, t not in (9, 11)) for t in range(4, 12)}
+
+
+def test_done_at_start():
+    sample = everything(ring_of_eight([12], done=[9], done_at="start"))
+    assert by_frame(sample, DONE) == {t: (t == 9,) for t in range(4, 12)}
+    assert ("next", "done_orig") not in sample.keys(True)
+
+
+@pytest.mark.usefixtures("both")
+def test_a_change_of_trajectory_is_a_boundary():
+    buffer = make_buffer(8, gamma=1.0, traj_key="traj")
+    traj = torch.tensor([0, 0, 0, 0, 0, 3, 3, 3, 1, 1, 1, 1])
+    buffer.extend(frames([float(t) for t in range(12)], [False] * 12, traj=traj))
+    assert by_frame(everything(buffer), REWARD, NEXT, "nonterminal") == {
+        4: (4, 5, F),
+        5: (5 + 6 + 7, 8, T),
+        6: (6 + 7, 8, T),
+        7: (7, 8, F),
+        8: (8 + 9 + 10, 11, T),
+        9: (9 + 10 + 11, 12, T),
+        10: (10 + 11, 12, T),
+        11: (11, 12, F),
+    }
+
+
+@pytest.mark.usefixtures("both")
+def test_padding_is_read_by_no_window():
+    buffer = make_buffer(8, gamma=1.0)
+    mask = torch.tensor([t not in (6, 7, 11) for t in range(12)])
+    buffer.extend(frames([float(t) for t in range(12)], [False] * 12, mask=mask))
+    assert by_frame(everything(buffer), REWARD, NEXT, "nonterminal") == {
+        4: (4 + 5, 6, T),
+        5: (5, 6, F),
+        6: (6, 7, F),
+        7: (7, 8, F),
+        8: (8 + 9 + 10, 11, T),
+        9: (9 + 10, 11, T),
+        10: (10, 11, F),
+        11: (11, 12, F),
+    }
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.usefixtures("both")
+def test_what_is_not_finite_stays_behind_a_boundary_and_the_seam(value):
+    buffer = make_buffer(8, gamma=1.0)
+    # 4 and 5 are the oldest frames, in the slots after the newest; 8 follows a done
+    rewards = [value if t in (4, 5, 8) else float(t) for t in range(12)]
+    data = frames(rewards, [t == 7 for t in range(12)])
+    data["next", "value"] = data["next", "reward"].squeeze(-1).clone()
+    buffer.extend(data[:8]), buffer.extend(data[8:])
+    sample = everything(buffer)
+    returns = by_frame(sample, REWARD)
+    assert {t: returns[t] for t in (6, 7, 9, 10, 11)} == {6: (13,), 7: (7,), 9: (30,), 10: (21,), 11: (11,)}
+    assert not any(math.isfinite(*returns[t]) for t in (4, 5, 8))
+    # the value at the end of the window, and no other
+    values = by_frame(sample, ("next", "value"))
+    assert {t: values[t] for t in (4, 5, 6, 7, 8, 9, 10, 11)} == {
+        **{4: (6,), 5: (7,), 6: (7,), 7: (7,)},
+        **{8: (10,), 9: (11,), 10: (11,), 11: (11,)},
+    }
+
+
+def test_an_unwritten_slot_is_never_read():
+    buffer = make_buffer(8, gamma=1.0)
+    buffer.extend(frames([math.nan] * 8, [False] * 8))
+    buffer.empty()
+    buffer.extend(frames([0.0, 1.0, 2.0], [False] * 3))
+    assert by_frame(everything(buffer), REWARD, NEXT) == {0: (3, 3), 1: (3, 3), 2: (2, 3)}
+
+
+# Any stream, ring and window, against the loops
+
+
+@st.composite
+def runs(draw, most_slots=12, most_steps=14):
+    """A ring, a stream of frames, how it is cut into calls, and the arguments of the buffer."""
+    capacity = draw(st.integers(1, most_slots))
+    cuts = draw(st.lists(st.integers(1, 2 * most_slots), min_size=1, max_size=4))
+    traj, mask = draw(st.booleans()), draw(st.booleans())
+    stream = make_stream(
+        draw(st.sampled_from([(), (1,), (3,), (2, 2)])),
+        sum(cuts),
+        p_done=draw(st.sampled_from([0.0, 0.1, 0.4, 2.0])),
+        traj=traj,
+        mask=mask,
+        seed=draw(st.integers(0, 2**16)),
+    )
+    low = draw(st.integers(1, most_steps))
+    arguments = {
+        "n_steps": draw(st.one_of(st.just(low), st.tuples(st.just(low), st.integers(low, most_steps)))),
+        "gamma": draw(st.sampled_from([0.0, 0.5, 0.99, 1.0])),
+        "done_at": draw(st.sampled_from(["start", "end"])),
+        "traj_key": TRAJ_KEY if traj and draw(st.booleans()) else None,
+    }
+    return capacity, stream, cuts, arguments
+
+
+def check_run(capacity, stream, cuts, arguments):
+    ring = Ring(stream, capacity, traj_key=arguments["traj_key"])
+    buffer = make_buffer(capacity, stream.batch_size[:-1], **arguments)
+    for cut in cuts:
+        buffer.extend(ring.take(cut))
+        assert_every_frame(buffer, ring, done_at=arguments["done_at"])
+
+
+@given(runs())
+def test_every_frame_is_the_loop_after_every_call(run):
+    check_run(*run)
+
+
+@settings(max_examples=settings().max_examples // 25)
+@given(runs(most_slots=4, most_steps=5))
+def test_every_frame_is_the_loop_with_the_kernels(run):
+    with kernels():
+        check_run(*run)
+
+
+CASES = {
+    "not full": ((), 9, [3, 4], 3),
+    "wrapped": ((2,), 5, [3, 3, 3], 3),
+    "calls longer than the ring": ((2,), 4, [11, 9], 2),
+    "windows longer than the ring": ((2,), 4, [3, 3], 9),
+    "one slot": ((3,), 1, [2, 1], 2),
+    "three dimensions": ((2, 2), 4, [3, 3], (1, 4)),
+    "a loop of steps": ((), 24, [20, 15], 12),
+    "a pair": ((2,), 12, [10, 9], (2, 11)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("marks", [{}, {"traj": True, "mask": True}], ids=["done", "marks"])
+@pytest.mark.usefixtures("both")
+def test_kinds_of_rings(case, marks):
+    batch, capacity, cuts, n_steps = CASES[case]
+    stream = make_stream(batch, sum(cuts), p_done=0.1, **marks)
+    traj_key = TRAJ_KEY if marks else None
+    arguments = {"n_steps": n_steps, "gamma": 0.99, "done_at": "end", "traj_key": traj_key}
+    check_run(capacity, stream, cuts, arguments)
+
+
+def test_both_at_once_agree():
+    stream = make_stream((2,), 13, traj=True)
+    ring = Ring(stream, 8, traj_key=TRAJ_KEY)
+    with kernels():
+        buffer = make_buffer(8, (2,), backend="verify", traj_key=TRAJ_KEY)
+        buffer.extend(ring.take(6)), buffer.extend(ring.take(7))
+        assert_every_frame(buffer, ring)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 5))
+def test_the_cuts_make_no_difference(cuts, n_steps):
+    stream = make_stream((2,), sum(cuts))
+    samples = []
+    for schedule in (cuts, [1] * sum(cuts)):
+        ring, buffer = Ring(stream, 7), make_buffer(7, (2,), n_steps=n_steps)
+        for cut in schedule:
+            buffer.extend(ring.take(cut))
+        samples.append(in_order(everything(buffer)).exclude("index"))
+    one, other = samples
+    for key in one.keys(True, True):
+        assert_same_bytes(one[key], other[key], key)
+
+
+# Beside others
+
+
+def pass_through(rollout, cut, n_steps, capacity):
+    """The frames that both buffers hold after calls of ``cut`` frames: windows made on sampling, and on extend."""
+    size = rollout.batch_size[:-1].numel() * capacity
+    ours = make_buffer(capacity, rollout.batch_size[:-1], n_steps=n_steps, traj_key=TRAJ_KEY)
+    theirs = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(size, ndim=rollout.ndim),
+        sampler=SamplerWithoutReplacement(shuffle=False),
+        transform=MultiStepTransform(n_steps, 0.9, done_at="end", traj_key=TRAJ_KEY),
+    )
+    for part in rollout.split(cut, -1):
+        ours.extend(part)
+    for part in rollout.split(10, -1):
+        theirs.extend(part)
+    one, other = in_order(everything(ours)), in_order(everything(theirs))
+    mine, their = set(one["number"].tolist()), set(other["number"].tolist())
+    one, other = (sample[[number in mine & their for number in sample["number"].tolist()]] for sample in (one, other))
+    return one, other
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)], ids=str)
+@pytest.mark.parametrize("n_steps", [1, 3, 7])
+@pytest.mark.parametrize("cut", [1, 4, 10])
+def test_equal_to_what_the_transform_stores(batch, n_steps, cut):
+    rollout = make_stream(batch, 40, traj=True, mask=True, seed=n_steps)
+    one, other = pass_through(rollout, cut, n_steps, 16)
+    # the transform's has n more old frames in place of the n newest
+    assert len(one) == torch.Size(batch).numel() * (16 - n_steps)
+    assert set(one.keys(True, True)) == set(other.keys(True, True))
+    for key in set(one.keys(True, True)) - {"index", REWARD}:
+        assert_same_bytes(one[key], other[key], key)
+    # sums of the same terms, perhaps in another order
+    magnitude = n_steps * rollout["next", "reward"].abs().max()
+    error = (one[REWARD] - other[REWARD]).abs().max()
+    assert error <= 3 * n_steps * torch.finfo(torch.float32).eps * magnitude
+
+
+class Peers:
+    """A stable-baselines3 buffer for every environment, as theirs samples environments at random."""
+
+    def __init__(self, envs, **arguments):
+        box, actions = spaces.Box(-np.inf, np.inf, (3,)), spaces.Discrete(5)
+        self.of = [
+            PeerReplayBuffer(observation_space=box, action_space=actions, device="cpu", n_envs=1, **arguments)
+            for _ in range(envs)
+        ]
+
+    def add(self, data):
+        for peer, row in zip(self.of, data, strict=True):
+            for frame in row:
+                following = frame["next"]
+                peer.add(
+                    frame["observation"].numpy(),
+                    following["observation"].numpy(),
+                    frame["action"].numpy(),
+                    following["reward"].numpy(),
+                    following["done"].numpy(),
+                    [{"TimeLimit.truncated": following["truncated"].item()}],
+                )
+
+
+@pytest.mark.parametrize("n_steps", [1, 3, 7])
+def test_stable_baselines3_agrees_wherever_the_seam_is(n_steps):
+    capacity, envs, gamma = 16, 3, 0.9
+    stream = make_stream((envs,), 60, seed=n_steps)
+    # both at once is a termination to torchrl, and a timeout to stable-baselines3
+    stream["next", "truncated"] &= ~stream["next", "terminated"]
+    ring, buffer = Ring(stream, capacity), make_buffer(capacity, (envs,), n_steps=n_steps, gamma=gamma)
+    peers = Peers(envs, buffer_size=capacity, n_steps=n_steps, gamma=gamma)
+    eps = torch.finfo(torch.float32).eps
+    magnitude = n_steps * stream["next", "reward"].abs().max()
+    # not full, full, and wrapped around to different slots
+    for cut in (5, 8, 3, 1, 2, 7, 5, 1, 14, 10):
+        part = ring.take(cut)
+        buffer.extend(part.clone()), peers.add(part)
+        sample = everything(buffer)
+        assert sorted(sample["number"].tolist()) == ring.numbers()
+        for env, peer in enumerate(peers.of):
+            ours = sample[sample["number"] // ring.length == env]
+            theirs = peer._get_samples((ours["number"] % ring.length % capacity).numpy())
+            assert torch.equal(theirs.observations, ours["observation"])
+            assert torch.equal(theirs.actions.flatten(), ours["action"])
+            # both sum in float32, perhaps in different orders
+            assert ((theirs.rewards - ours[REWARD]).abs() <= 3 * n_steps * eps * magnitude).all()
+            assert torch.equal(theirs.next_observations, ours[NEXT])
+            assert torch.equal(theirs.dones.bool(), ours["next", "terminated"])
+            # stable-baselines3 rounds gamma to float32 before it raises it
+            steps = ours["steps_to_next_obs"].unsqueeze(-1)
+            assert ((theirs.discounts - ours["gamma"].unsqueeze(-1)).abs() <= (steps + 1) * eps).all()
+
+
+# Chance
+
+
+def assert_uniform(counts):
+    """A chi-square test at 0.1 %, by the cube root of Wilson and Hilferty; seeds are fixed."""
+    expected = counts.sum() / counts.numel()
+    assert expected >= 20
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    free = counts.numel() - 1
+    assert statistic <= free * (1 - 2 / (9 * free) + 3.09 * math.sqrt(2 / (9 * free))) ** 3, counts.tolist()
+
+
+def sample_at_random(capacity, batch, cuts, count, **arguments):
+    stream = make_stream(batch, sum(cuts), p_done=0.0)
+    ring = Ring(stream, capacity)
+    generator = torch.Generator().manual_seed(1)
+    buffer = make_buffer(capacity, batch, sampler=None, generator=generator, **arguments)
+    for cut in cuts:
+        buffer.extend(ring.take(cut))
+    return buffer.sample(count), ring
+
+
+@pytest.mark.parametrize("cuts", [[5], [8, 3], [8, 8, 5]], ids=["not full", "wrapped", "wrapped again"])
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+@pytest.mark.parametrize("n_steps", [3, (2, 5)], ids=str)
+def test_frames_are_sampled_uniformly(cuts, batch, n_steps):
+    sample, ring = sample_at_random(8, batch, cuts, 3000, n_steps=n_steps)
+    there = torch.tensor(ring.numbers())
+    counts = torch.bincount(sample["number"], minlength=ring.stream.numel())
+    assert counts[there].sum() == 3000
+    assert_uniform(counts[there].double())
+    assert_windows(sample, ring, n_steps, 0.9)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+def test_n_steps_are_drawn_uniformly(batch):
+    low, high = 3, 6
+    sample, ring = sample_at_random(32, batch, [32, 9], 4000, n_steps=(low, high))
+    steps, t = sample["steps_to_next_obs"], sample["number"] % ring.length
+    whole = t + high <= ring.written
+    assert_uniform(torch.bincount(steps[whole] - low, minlength=high - low + 1).double())
+    # of the same frame too
+    one = t == 20
+    assert_uniform(torch.bincount(steps[one] - low, minlength=high - low + 1).double())
+    # and one draw says nothing about the next
+    drawn = steps[whole] - low
+    drawn = drawn[: len(drawn) // 2 * 2].view(-1, 2)
+    assert_uniform(torch.bincount(drawn[:, 0] * (high - low + 1) + drawn[:, 1], minlength=16).double())
+    # nearer to the seam, longer ones are cut
+    steps_left = ring.written - t[~whole]
+    assert (steps[~whole] <= steps_left).all()
+    assert (steps[~whole] >= steps_left.clamp(max=low)).all()
+
+
+def test_a_pair_of_equals_is_the_number():
+    sample, ring = sample_at_random(16, (2,), [16, 7], 200, n_steps=(4, 4))
+    assert_sampled(sample, ring, 4)
+
+
+# What an entry may be
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool],
+    ids=str,
+)
+@pytest.mark.usefixtures("both")
+def test_reward_dtypes(dtype):
+    stream = make_stream((2,), 9)
+    reward = stream["next", "reward"] * 3
+    stream["next", "reward"] = reward > 0 if dtype == torch.bool else reward.abs().to(dtype)
+    ring, buffer = Ring(stream, 6), make_buffer(6, (2,), gamma=0.99, n_steps=4)
+    buffer.extend(ring.take(5)), buffer.extend(ring.take(4))
+    assert_every_frame(buffer, ring)
+
+
+def test_integer_rewards_take_the_default_dtype():
+    stream = make_stream((), 9)
+    stream["next", "reward"] = torch.arange(9).unsqueeze(-1)
+    ring, buffer = Ring(stream, 6), make_buffer(6)
+    buffer.extend(ring.take(9))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert everything(buffer)[REWARD].dtype == torch.float64
+        assert_every_frame(buffer, ring)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("both")
+def test_other_entries_keep_their_bits():
+    stream = make_stream((2,), 9)
+    payloads = torch.tensor([0x7FC00001, 0x7F800001, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    stream["next", "nan"] = payloads[torch.randint(3, (2, 9))]
+    stream["next", "half"] = torch.randn(2, 9, 5).half()
+    stream["next", "flags"] = torch.rand(2, 9, 2, 3) < 0.5
+    stream["next", "deep", "complex"] = torch.randn(2, 9, dtype=torch.complex64)
+    stream["image"] = torch.randint(256, (2, 9, 3, 4), dtype=torch.uint8)
+    stream["next", "image"] = torch.randint(256, (2, 9, 3, 4), dtype=torch.uint8)
+    ring, buffer = Ring(stream, 6), make_buffer(6, (2,))
+    buffer.extend(ring.take(5)), buffer.extend(ring.take(4))
+    assert_every_frame(buffer, ring)
+
+
+@pytest.mark.parametrize("features", [(), (1,), (4,), (2, 3)], ids=str)
+@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.usefixtures("both")
+def test_rewards_of_any_shape(features, matched):
+    stream = make_stream((2,), 9)
+    stream["next", "reward"] = torch.randn(2, 9, *features)
+    ring, buffer = Ring(stream, 6), make_buffer(6, (2,), match_reward_shape=matched)
+    buffer.extend(ring.take(5)), buffer.extend(ring.take(4))
+    sample = everything(buffer)
+    for key in WINDOW_KEYS:
+        assert sample[key].shape == ((12, *features) if matched else (12,))
+        if matched:
+            # every element of a reward is of the same window
+            first = sample[key].flatten(1)[:, 0] if features else sample[key]
+            assert torch.equal(sample[key], first[(..., *[None] * len(features))].expand(12, *features))
+            sample[key] = first.clone()
+    assert_sampled(sample, ring)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_done_of_either_shape(flat):
+    stream = make_stream((2,), 9)
+    if flat:
+        for key in ("done", "terminated", "truncated"):
+            stream["next", key] = stream["next", key].squeeze(-1)
+    ring, buffer = Ring(stream, 6), make_buffer(6, (2,))
+    buffer.extend(ring.take(5)), buffer.extend(ring.take(4))
+    assert_every_frame(buffer, ring)
+
+
+@pytest.mark.usefixtures("both")
+def test_several_rewards():
+    stream = make_stream((2,), 9)
+    stream["next", "cost"] = torch.randn(2, 9, 3, dtype=torch.float64)
+    ring, buffer = Ring(stream, 6), make_buffer(6, (2,), reward_keys=["reward", "cost"])
+    buffer.extend(ring.take(5)), buffer.extend(ring.take(4))
+    assert_every_frame(buffer, ring, reward_keys=("reward", "cost"))
+
+
+def test_nested_rewards_and_flags_of_other_names():
+    stream = make_stream((2,), 9)
+    reward, done = stream["next"].pop("reward"), stream["next"].pop("done")
+    stream["next", "team", "reward"] = reward
+    stream["next", "ended"] = done
+    stream["valid"] = torch.rand(2, 9) < 0.8
+    ring = Ring(stream, 6, done_key="ended", mask_key="valid")
+    buffer = make_buffer(
+        6, (2,), reward_keys=[("team", "reward")], done_key="ended", done_keys=["terminated"], mask_key="valid"
+    )
+    buffer.extend(ring.take(5)), buffer.extend(ring.take(4))
+    sample = everything(buffer)
+    windows = assert_windows(sample, ring, 3, 0.9)
+    flat, own = stream.flatten(), sample["number"]
+    ends = torch.tensor([window[-1] for window in windows])
+    assert_returns(sample["next", "team", "reward"], flat["next", "team", "reward"], windows, 0.9)
+    assert_same_bytes(sample["next", "team", "reward_orig"], flat["next", "team", "reward"][own])
+    assert_same_bytes(sample["next", "original_reward"], flat["next", "team", "reward"][own])
+    for key in ("ended", "terminated"):
+        assert_same_bytes(sample["next", key], flat["next", key][ends])
+        assert_same_bytes(sample["next", f"{key}_orig"], flat["next", key][own])
+    # named by neither, and so an entry like any other
+    assert_same_bytes(sample["next", "truncated"], flat["next", "truncated"][ends])
+    assert ("next", "truncated_orig") not in sample.keys(True)
+
+
+@pytest.mark.parametrize("unsqueezed", [True, False])
+@pytest.mark.usefixtures("both")
+def test_every_agent_has_its_own_windows(unsqueezed):
+    envs, agents, length = 2, 3, 11
+    alone = make_stream((envs, agents), length, p_done=0.4)
+    shared = make_stream((envs,), length, seed=1)
+    together = alone["next"].apply(lambda leaf: leaf.movedim(1, 2).contiguous(), batch_size=[envs, length])
+    shared["next", "done"] = together["done"].any(2)
+    data = shared.clone()
+    data["agents"] = TensorDict({"number": alone["number"].movedim(1, 2).contiguous()}, [envs, length])
+    data["next", "agents"] = together.select("number", "observation", "reward", "done", "terminated")
+    if not unsqueezed:
+        for key in ("reward", "done", "terminated"):
+            data["next", "agents", key] = together[key].squeeze(-1)
+    del data["next", "reward"]
+    buffer = make_buffer(
+        6,
+        (envs,),
+        reward_keys=[("agents", "reward")],
+        done_key=("agents", "done"),
+        done_keys=[("agents", "done"), ("agents", "terminated"), "done"],
+    )
+    of_agents, of_all = Ring(alone, 6), Ring(shared, 6)
+    for cut in (4, 7):
+        of_agents.take(cut), of_all.take(cut)
+        buffer.extend(data[:, of_all.written - cut : of_all.written].clone())
+    sample = everything(buffer)
+    for key in WINDOW_KEYS:
+        assert sample[key].shape == sample["next", "agents", "done"].shape == (12, agents, *[1] * unsqueezed)
+
+    # a sample of every agent, as if it were an environment
+    numbers = sample["agents", "number"].flatten()
+    each = TensorDict({key: sample[key].flatten() for key in WINDOW_KEYS}, [12 * agents])
+    each["number"] = numbers
+    windows, flat = assert_windows(each, of_agents, 3, 0.9), alone.flatten()
+    ends = torch.tensor([window[-1] for window in windows])
+    following = sample["next", "agents"]
+    assert_returns(following["reward"].reshape(-1, 1), flat["next", "reward"], windows, 0.9)
+    assert torch.equal(following["reward_orig"].reshape(-1, 1), flat["next", "reward"][numbers])
+    for key in ("number", "observation", "done", "terminated"):
+        expected = flat["next", key][ends]
+        assert torch.equal(following[key].reshape(expected.shape), expected), key
+    for key in ("done", "terminated"):
+        assert torch.equal(following[f"{key}_orig"].reshape(-1, 1), flat["next", key][numbers]), key
+
+    # what is no agent's ends where any agent's does
+    ends = torch.tensor([of_all.window(number, 3)[-1] for number in sample["number"].tolist()])
+    flat = shared.flatten()
+    for key in ("number", "observation", "done", "terminated"):
+        assert_same_bytes(sample["next", key], flat["next", key][ends], key)
+    assert_same_bytes(sample["next", "done_orig"], flat["next", "done"][sample["number"]])
+    assert_same_bytes(sample["observation"], flat["observation"][sample["number"]])
+
+
+def test_a_sample_shares_no_memory_and_what_is_stored_stays_as_it_is():
+    stream = make_stream((2,), 9)
+    before = stream.clone()
+    ring, buffer = Ring(stream, 6), make_buffer(6, (2,))
+    buffer.extend(ring.take(5)), buffer.extend(ring.take(4))
+    assert (stream == before).all()
+    stored = buffer.storage[:].clone()
+    everything(buffer).zero_()
+    again = buffer.storage[:]
+    assert set(again.keys(True, True)) == set(stored.keys(True, True))
+    for key in stored.keys(True, True):
+        assert torch.equal(as_bytes(again[key]), as_bytes(stored[key])), key
+    assert_every_frame(buffer, ring)
+
+
+# Changes while it runs
+
+
+def test_n_steps_and_gamma_annealed_over_a_run():
+    """As BBF does: n from 10 to 3 and gamma from 0.97 to 0.997, exponentially."""
+    stream, points = make_stream((2,), 130, p_done=0.05), 13
+    ring, buffer = Ring(stream, 24), make_buffer(24, (2,), n_steps=10, gamma=0.97)
+    storage, seen = buffer.storage, []
+    for i in range(points):
+        part = i / (points - 1)
+        buffer.n_steps = round(10 * (3 / 10) ** part)
+        buffer.gamma = 1 - 0.03 * (0.003 / 0.03) ** part
+        seen.append((buffer.n_steps, round(buffer.gamma, 6)))
+        buffer.extend(ring.take(10))
+        assert_every_frame(buffer, ring)
+    assert seen[0] == (10, 0.97) and seen[-1] == (3, 0.997)
+    assert sorted(seen, reverse=True, key=lambda each: each[0]) == seen and len({n for n, _ in seen}) == 8
+    assert buffer.storage is storage
+
+
+def test_every_argument_can_be_set():
+    stream = make_stream((2,), 20, traj=True)
+    stream["next", "cost"] = torch.randn(2, 20, 1)
+    stream["next", "ended"] = torch.rand(2, 20, 1) < 0.2
+    stream["valid"] = torch.rand(2, 20) < 0.8
+    ring, buffer = Ring(stream, 12), make_buffer(12, (2,))
+    buffer.extend(ring.take(20))
+
+    def check(ring, **keywords):
+        ring.written = 20
+        assert_every_frame(buffer, ring, **keywords)
+
+    check(ring)
+    buffer.n_steps, buffer.gamma = (2, 6), 0.5
+    assert (buffer.n_steps, buffer.gamma) == ((2, 6), 0.5)
+    check(ring)
+    buffer.done_at = "start"
+    check(ring, done_at="start")
+    buffer.traj_key = TRAJ_KEY
+    check(Ring(stream, 12, traj_key=TRAJ_KEY), done_at="start")
+    buffer.traj_key, buffer.mask_key = None, "valid"
+    check(Ring(stream, 12, mask_key="valid"), done_at="start")
+    buffer.mask_key, buffer.done_at, buffer.done_key = None, "end", "ended"
+    check(Ring(stream, 12, done_key="ended"), done_keys=("done", "terminated", "truncated", "ended"))
+    buffer.done_keys = ["terminated"]
+    check(Ring(stream, 12, done_key="ended"), done_keys=("terminated", "ended"))
+    buffer.done_key, buffer.done_keys, buffer.reward_keys = None, None, ["cost"]
+    check(ring, reward_keys=("cost",))
+    buffer.reward_keys, buffer.match_reward_shape = None, True
+    assert everything(buffer)["gamma"].shape == (24, 1)
+    buffer.match_reward_shape = False
+    with kernels():
+        buffer.backend = "triton"
+        check(ring)
+    buffer.backend = "reference"
+    check(ring)
+
+
+def test_n_steps_of_one_call():
+    stream = make_stream((2,), 20)
+    ring, buffer = Ring(stream, 12), make_buffer(12, (2,), n_steps=2)
+    buffer.extend(ring.take(20))
+    assert_sampled(everything(buffer, n_steps=5), ring, 5)
+    assert_sampled(everything(buffer, n_steps=(3, 7)), ring, (3, 7))
+    assert buffer.n_steps == 2
+    assert_sampled(everything(buffer), ring, 2)
+    sample, info = everything(buffer, n_steps=4, return_info=True)
+    assert_sampled(sample, ring, 4)
+    assert torch.equal(torch.stack(tuple(info["index"]), -1), sample["index"])
+
+
+def test_a_rollout_is_sampled_as_it_came():
+    # not a stream of this file: keys, shapes and dtypes as an environment gives them
+    rollout = make_rollout((2,), 30)
+    buffer = make_buffer(20, (2,), n_steps=1)
+    buffer.extend(rollout.clone())
+    sample = everything(buffer)
+    time, env = sample["index"].unbind(-1)
+    expected = rollout[env, torch.where(time < 10, time + 20, time)]
+    for key in rollout.keys(True, True):
+        assert_same_bytes(sample[key], expected[key], key)

@@ -1,0 +1,752 @@
+"""The n-step buffer with torchrl's samplers, storages, transforms, prefetching and checkpoints."""
+
+import copy
+import itertools
+import pickle
+import re
+import tempfile
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import no_collection
+from rings import (
+    TRAJ_KEY,
+    Ring,
+    assert_every_frame,
+    assert_returns,
+    assert_same_bytes,
+    assert_sampled,
+    assert_windows,
+    everything,
+    make_buffer,
+    make_stream,
+)
+from rollouts import frames
+from tensordict import NonTensorStack
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    ListStorage,
+    RandomSampler,
+    SamplerWithoutReplacement,
+    TensorDictMaxValueWriter,
+    TensorDictReplayBuffer,
+    TensorStorage,
+)
+from torchrl.data.replay_buffers.samplers import ConsumingSampler, PrioritizedSampler, SliceSampler, prioritized
+from torchrl.envs.transforms import Compose, DoubleToFloat, RewardScaling, Transform
+
+from multistep_triton import NStepReplayBuffer
+
+REWARD, NEXT = ("next", "reward"), ("next", "observation")
+
+
+def wrapped(capacity=16, batch=(2,), *, frames=None, **arguments):
+    """A buffer whose ring is full and begins anew in the middle, and what must be sampled of it."""
+    stream = make_stream(batch, 4 * capacity)
+    ring = Ring(stream, capacity)
+    buffer = make_buffer(capacity, batch, **arguments)
+    for part in [capacity, capacity // 2 - 1] if frames is None else frames:
+        buffer.extend(ring.take(part))
+    return buffer, ring
+
+
+# Writing
+
+
+def test_it_is_a_tensordict_replay_buffer():
+    buffer, _ = wrapped()
+    assert isinstance(buffer, TensorDictReplayBuffer)
+    assert len(buffer) == 32
+
+
+def test_add():
+    ring, buffer = Ring(make_stream((), 40), 8), make_buffer(8)
+    for i in range(20):
+        assert buffer.add(ring.take(1)[0]) == i % 8
+        assert_every_frame(buffer, ring)
+    # and with calls of more
+    buffer.extend(ring.take(5))
+    buffer.add(ring.take(1)[0])
+    assert_every_frame(buffer, ring)
+
+
+@pytest.mark.parametrize("envs", [1, 2, 3])
+def test_one_frame_of_every_environment_at_a_time(envs):
+    """As a loop over vectorized environments writes, where torchrl's own buffer raises once it has stored them."""
+    ring, buffer = Ring(make_stream((envs,), 30), 8), make_buffer(8, (envs,))
+    for i in range(20):
+        assert len(buffer.extend(ring.take(1))) == envs
+        assert len(buffer) == envs * min(i + 1, 8)
+        assert_every_frame(buffer, ring)
+
+
+def test_the_indices_of_what_was_written():
+    ring, buffer = Ring(make_stream((2,), 30), 8), make_buffer(8, (2,))
+    for frames_ in (3, 4, 5):
+        part = ring.take(frames_)
+        index = buffer.extend(part)
+        stored = buffer.storage[tuple(index.unbind(-1))]
+        assert torch.equal(stored["number"].view(frames_, 2), part["number"].T)
+
+
+def test_empty():
+    buffer, ring = wrapped()
+    buffer.empty()
+    ring.empty()
+    assert len(buffer) == 0
+    with pytest.raises(RuntimeError, match="Cannot sample from an empty storage"):
+        buffer.sample(4)
+    for part in (1, 4, 11, 3):
+        buffer.extend(ring.take(part))
+        assert_every_frame(buffer, ring)
+
+
+def test_time_may_come_first():
+    stream = make_stream((2,), 30)
+    ring, buffer = Ring(stream, 8), make_buffer(8, (2,), dim_extend=0)
+    for part in (5, 6, 3):
+        buffer.extend(ring.take(part).transpose(0, 1))
+        assert_every_frame(buffer, ring)
+
+
+# Storages
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+def test_memory_mapped(batch, tmp_path):
+    storage = partial(LazyMemmapStorage, scratch_dir=tmp_path)
+    buffer, ring = wrapped(8, batch, storage=storage, frames=[])
+    for part in (5, 6, 3):
+        buffer.extend(ring.take(part))
+        assert_every_frame(buffer, ring)
+
+
+def test_data_that_was_there_before():
+    """A storage that is given its data is full from the start."""
+    ring = Ring(make_stream((), 20), 8)
+    data = ring.take(8).clone()
+    buffer = make_buffer(8, storage=lambda size, **arguments: TensorStorage(data, **arguments))
+    assert_every_frame(buffer, ring)
+    buffer.extend(ring.take(3))
+    assert_every_frame(buffer, ring)
+    buffer.extend(ring.take(7))
+    assert_every_frame(buffer, ring)
+
+
+def test_a_storage_that_is_made_by_the_buffer():
+    buffer = NStepReplayBuffer(n_steps=3, gamma=0.9, storage=partial(LazyTensorStorage, 8), batch_size=16)
+    ring = Ring(make_stream((), 11), 8)
+    buffer.extend(ring.take(11))
+    assert_sampled(buffer.sample(), ring)
+
+
+def test_a_size_that_environments_do_not_divide():
+    # which torchrl rounds up, to 4 slots of 2
+    buffer = NStepReplayBuffer(
+        n_steps=3, gamma=0.9, storage=LazyTensorStorage(7, ndim=2), sampler=SamplerWithoutReplacement(shuffle=False)
+    )
+    ring = Ring(make_stream((2,), 20), 4)
+    for part in (3, 2, 4):
+        buffer.extend(ring.take(part))
+        assert_every_frame(buffer, ring)
+
+
+def test_annealing_keeps_what_is_mapped_where_it_is(tmp_path):
+    buffer, ring = wrapped(storage=partial(LazyMemmapStorage, scratch_dir=tmp_path))
+    storage, files = buffer.storage, sorted(tmp_path.rglob("*.memmap"))
+    for n_steps in (5, 4, 3):
+        buffer.n_steps = n_steps
+        assert_every_frame(buffer, ring)
+    assert buffer.storage is storage
+    assert files and sorted(tmp_path.rglob("*.memmap")) == files
+
+
+# Samplers
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("n_steps", [1, 4, (2, 5)], ids=str)
+@pytest.mark.parametrize("sampler", [None, RandomSampler()], ids=["default", "RandomSampler"])
+def test_at_random(batch, n_steps, sampler):
+    buffer, ring = wrapped(batch=batch, n_steps=n_steps, sampler=sampler, batch_size=64)
+    for _ in range(3):
+        sample = buffer.sample()
+        assert sample.batch_size == (64,)
+        assert_sampled(sample, ring, n_steps)
+        index = sample["index"].unbind(-1) if batch else sample["index"]
+        assert torch.equal(buffer.storage[index]["number"], sample["number"])
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_epoch_visits_every_frame_once(batch, drop_last):
+    buffer, ring = wrapped(batch=batch, sampler=SamplerWithoutReplacement(drop_last=drop_last), batch_size=5)
+    for _ in range(2):
+        seen = []
+        for sample in buffer:
+            assert_sampled(sample, ring)
+            seen += sample["number"].tolist()
+        count = len(buffer) // 5 * 5 if drop_last else len(buffer)
+        assert len(seen) == len(set(seen)) == count
+        assert set(seen) <= set(ring.numbers())
+
+
+def test_iteration_draws_on():
+    buffer, ring = wrapped(sampler=RandomSampler(), batch_size=7, n_steps=(1, 4))
+    samples = list(itertools.islice(buffer, 6))
+    for sample in samples:
+        assert_sampled(sample, ring, (1, 4))
+    assert len({tuple(sample["number"].tolist()) for sample in samples}) == 6
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_a_generator_makes_a_sample_again(batch):
+    samples = []
+    for seed in (3, 3, 4):
+        # whatever else is drawn
+        torch.manual_seed(len(samples))
+        buffer, ring = wrapped(batch=batch, sampler=None, n_steps=(2, 7), generator=torch.Generator().manual_seed(seed))
+        samples.append(torch.cat([buffer.sample(40) for _ in range(3)]))
+        assert_windows(samples[-1], ring, (2, 7), 0.9)
+    one, again, other = samples
+    for key in one.keys(True, True):
+        assert_same_bytes(one[key], again[key], key)
+    assert not torch.equal(one["number"], other["number"])
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_slices(batch):
+    stream = make_stream(batch, 40, p_done=0.0, traj=True)
+    ring = Ring(stream, 24, traj_key=TRAJ_KEY)
+    sampler = SliceSampler(slice_len=4, traj_key=TRAJ_KEY, strict_length=False)
+    buffer = make_buffer(24, batch, sampler=sampler, traj_key=TRAJ_KEY, batch_size=24)
+    buffer.extend(ring.take(24)), buffer.extend(ring.take(9))
+    sample = buffer.sample()
+    windows = assert_windows(sample, ring, 3, 0.9)
+    assert sample["next", "number"].tolist() == [window[-1] for window in windows]
+    assert_returns(sample[REWARD], stream.reshape(-1)[REWARD], windows, 0.9)
+    following = sample["number"].diff() == 1
+    assert following.sum() >= len(sample) // 4
+
+
+class Tree:
+    """A segment tree's values, in an array: what torchrl's C++ extension gives its prioritized sampler."""
+
+    neutral, reduce = 0.0, staticmethod(np.sum)
+
+    def __init__(self, size):
+        self.values = np.full(size, self.neutral, dtype=np.float64)
+
+    def __getitem__(self, index):
+        return torch.as_tensor(self.values[index]).float() if isinstance(index, torch.Tensor) else self.values[index]
+
+    def __setitem__(self, index, value):
+        self.values[index] = value
+
+    def query(self, left, right):
+        return float(self.reduce(self.values[left:right]))
+
+    def scan_lower_bound(self, mass):
+        """The first index up to which the values sum to ``mass`` at least."""
+        return np.searchsorted(np.cumsum(self.values), mass)
+
+
+class MinTree(Tree):
+    neutral, reduce = np.inf, staticmethod(np.min)
+
+
+@pytest.fixture
+def trees(monkeypatch):
+    for precision in ("32", "64"):
+        monkeypatch.setattr(prioritized, f"SumSegmentTreeFp{precision}", Tree)
+        monkeypatch.setattr(prioritized, f"MinSegmentTreeFp{precision}", MinTree)
+
+
+# torchrl passes tensors to numpy in a way that numpy is about to give up
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.usefixtures("trees")
+def test_priorities(batch):
+    capacity, alpha, beta = 16, 0.7, 0.5
+    size = torch.Size(batch).numel() * capacity
+    sampler = PrioritizedSampler(size, alpha=alpha, beta=beta)
+    buffer, ring = wrapped(capacity, batch, sampler=sampler, batch_size=400)
+    info = ("index", "priority_weight")
+    torch.manual_seed(0), np.random.seed(0)
+    sample = buffer.sample()
+    assert_sampled(sample, ring, info=info)
+    # new frames are all alike
+    assert set(sample["number"].tolist()) == set(ring.numbers())
+    assert torch.equal(sample["priority_weight"], torch.ones(400))
+
+    priority = 1 + (sample["number"] % 3).float()
+    sample["td_error"] = priority
+    buffer.update_tensordict_priority(sample)
+    sample = buffer.sample(n_steps=5)
+    assert_sampled(sample, ring, 5, info=info)
+    kinds = sample["number"] % 3
+    expected = ((1.0 + kinds) ** alpha) ** -beta
+    torch.testing.assert_close(sample["priority_weight"], expected)
+    # as often as their priorities say, within five standard deviations
+    live = torch.tensor(ring.numbers()) % 3
+    masses = torch.tensor([((1.0 + kind) ** alpha) * (live == kind).sum() for kind in range(3)])
+    share = masses / masses.sum()
+    counts = torch.bincount(kinds, minlength=3) / 400
+    assert ((counts - share).abs() <= 5 * (share * (1 - share) / 400).sqrt()).all()
+
+    # one frame alone, and what is written after that besides
+    sample["td_error"] = torch.zeros(400)
+    everywhere = torch.arange(size)
+    buffer.update_priority(everywhere if not batch else torch.stack(torch.unravel_index(everywhere, (16, 2)), -1), 0.0)
+    chosen = sample["number"][0].item()
+    sample["td_error"] = (sample["number"] == chosen).float()
+    buffer.update_tensordict_priority(sample)
+    assert set(buffer.sample()["number"].tolist()) == {chosen}
+    new = ring.take(2)
+    buffer.extend(new)
+    sample = buffer.sample()
+    assert set(sample["number"].tolist()) <= {chosen, *new["number"].flatten().tolist()}
+    assert set(sample["number"].tolist()) >= set(new["number"].flatten().tolist())
+    assert_sampled(sample, ring, info=info)
+
+
+@pytest.mark.usefixtures("trees")
+def test_a_priority_that_comes_with_the_data():
+    stream = make_stream((), 30)
+    stream["td_error"] = (stream["number"] == 13).float()
+    ring, buffer = Ring(stream, 16), make_buffer(16, sampler=PrioritizedSampler(16, alpha=1.0, beta=1.0))
+    buffer.extend(ring.take(9)), buffer.extend(ring.take(10))
+    sample = buffer.sample(20)
+    assert set(sample["number"].tolist()) == {13}
+    assert_sampled(sample, ring, info=("index", "priority_weight"))
+
+
+# Prefetching
+
+
+def test_what_is_changed_takes_effect_though_samples_were_prefetched():
+    buffer, ring = wrapped(sampler=None, batch_size=16, prefetch=3)
+    assert_sampled(buffer.sample(), ring)
+    for n_steps, gamma in [(5, 0.9), (5, 0.5), ((2, 4), 0.5), (1, 1.0), (9, 0.97)]:
+        buffer.n_steps, buffer.gamma = n_steps, gamma
+        for _ in range(5):
+            assert_sampled(buffer.sample(), ring, n_steps, gamma)
+
+
+def test_n_steps_of_one_call_though_samples_were_prefetched():
+    buffer, ring = wrapped(sampler=None, batch_size=16, prefetch=3, n_steps=2)
+    for n_steps in (2, 6, (1, 5), 2, 3):
+        assert_sampled(buffer.sample(n_steps=n_steps), ring, n_steps)
+        assert_sampled(buffer.sample(), ring, 2)
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+@pytest.mark.parametrize("how", ["attribute", "call"])
+def test_no_frame_of_an_epoch_is_lost_by_a_change(prefetch, how):
+    sampler = SamplerWithoutReplacement()
+    buffer, ring = wrapped(sampler=sampler, batch_size=5, prefetch=prefetch, n_steps=2)
+    for _ in range(2):
+        seen = []
+        for n_steps in (2, 5, 5, (1, 3), 4, 2, 1):
+            if how == "attribute":
+                buffer.n_steps, buffer.gamma = n_steps, 0.8
+                sample = buffer.sample()
+            else:
+                buffer.gamma = 0.8
+                sample = buffer.sample(n_steps=n_steps)
+            assert_sampled(sample, ring, n_steps, 0.8)
+            seen += sample["number"].tolist()
+        assert sorted(seen) == ring.numbers()
+        assert len(seen) == 32
+
+
+def test_no_frame_of_an_epoch_is_lost_while_iterating():
+    buffer, ring = wrapped(sampler=SamplerWithoutReplacement(), batch_size=5, prefetch=2)
+    for first in (1, 4):
+        buffer.n_steps = first
+        seen = []
+        for sample in buffer:
+            assert_sampled(sample, ring, buffer.n_steps)
+            seen += sample["number"].tolist()
+            buffer.n_steps += 1
+        assert sorted(seen) == ring.numbers()
+
+
+def test_a_call_that_is_refused_loses_no_prefetched_frame():
+    buffer, ring = wrapped(sampler=SamplerWithoutReplacement(), batch_size=8, prefetch=2)
+    seen = buffer.sample()["number"].tolist()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="n_steps must be"):
+            buffer.sample(n_steps=0)
+        sample = buffer.sample()
+        assert_sampled(sample, ring)
+        seen += sample["number"].tolist()
+    assert sorted(seen) == ring.numbers()
+
+
+def test_prefetched_samples_are_of_one_moment():
+    """What was sampled ahead is of the ring as it was then, or as it is now, and never of both."""
+    buffer, ring = wrapped(8, sampler=None, batch_size=16, prefetch=2)
+    moments = [copy.copy(ring)]
+    for i in range(12):
+        if i % 3 == 2:
+            buffer.n_steps = 1 + i % 4
+        sample = buffer.sample()
+        assert any(is_of(sample, moment, buffer.n_steps) for moment in moments)
+        buffer.extend(ring.take(1))
+        moments.append(copy.copy(ring))
+
+
+def is_of(sample, ring, n_steps):
+    try:
+        assert_sampled(sample, ring, n_steps)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("prefetch", [None, 2])
+def test_sampling_while_another_thread_writes(prefetch):
+    """Rewards are the frames' numbers and gamma is 1: each transition says of which frames it is."""
+    count, errors = 900, []
+    data = frames([float(t) for t in range(count)], [False] * count)
+    buffer = make_buffer(32, sampler=None, gamma=1.0, batch_size=32, prefetch=prefetch)
+    buffer.extend(data[:32])
+
+    def write():
+        try:
+            for start in range(32, count, 3):
+                buffer.extend(data[start : start + 3])
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    samples = [buffer.sample()]
+    while thread.is_alive():
+        samples.append(buffer.sample())
+    thread.join()
+    assert not errors
+    sample = torch.cat([*samples, buffer.sample()])
+    first, steps = sample["observation"], sample["steps_to_next_obs"]
+    assert torch.equal(sample[NEXT], first + steps)
+    assert torch.equal(sample[REWARD].squeeze(-1).long(), first * steps + steps * (steps - 1) // 2)
+    assert set(steps.tolist()) == {1, 2, 3}
+    # a window is cut at the newest frame alone, which moves
+    assert (steps == 3).double().mean() > 0.8
+    assert len(samples) > 10
+
+
+# Transforms
+
+
+class Change(Transform):
+    """Adds 1 to observations on extend, and doubles next observations on sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.extended, self.sampled = [], []
+
+    def _inv_call(self, tensordict):
+        self.extended.append(tensordict.numel())
+        return tensordict.set("observation", tensordict["observation"] + 1)
+
+    def forward(self, tensordict):
+        self.sampled.append(tensordict.numel())
+        # it is given what is sampled: the n-step transition
+        assert {"steps_to_next_obs", "gamma", "nonterminal"} <= set(tensordict.keys())
+        return tensordict.set(NEXT, tensordict[NEXT] * 2)
+
+
+@pytest.mark.parametrize("how", ["argument", "append", "insert", "compose"])
+@pytest.mark.parametrize("prefetch", [None, 2])
+def test_transforms_are_applied_once(how, prefetch):
+    change = Change()
+    given = {"argument": change, "compose": Compose(change)}.get(how)
+    # prefetched samples are as many as there are batches in an epoch
+    sampler = SamplerWithoutReplacement(drop_last=True)
+    stream = make_stream((2,), 30)
+    buffer = make_buffer(8, (2,), transform=given, sampler=sampler, batch_size=8, prefetch=prefetch)
+    if how == "append":
+        buffer.append_transform(change)
+    elif how == "insert":
+        buffer.insert_transform(0, change)
+    ring = Ring(stream, 8)
+    buffer.extend(ring.take(8)), buffer.extend(ring.take(3))
+    assert change.extended == [16, 6]
+    ring.stream = stream.clone()
+    ring.stream["observation"] += 1
+    ring.stream[NEXT] *= 2
+    for n_steps in (3, 5):
+        buffer.n_steps = n_steps
+        assert_sampled(buffer.sample(), ring, n_steps)
+    if prefetch is None:
+        assert change.sampled == [8, 8]
+
+
+def test_rewards_are_scaled_as_they_were_summed():
+    scaling = RewardScaling(loc=1.0, scale=10.0, in_keys=[REWARD])
+    buffer, ring = wrapped(transform=scaling)
+    sample = everything(buffer)
+    calm = wrapped()[0]
+    expected = everything(calm)
+    torch.testing.assert_close(sample[REWARD], expected[REWARD] * 10 + 1)
+    assert_same_bytes(sample["next", "reward_orig"], expected["next", "reward_orig"])
+    assert_windows(sample, ring, 3, 0.9)
+
+
+def test_a_transform_that_casts_on_extend():
+    stream = make_stream((2,), 30)
+    ring, buffer = Ring(stream.clone(), 8), make_buffer(8, (2,), transform=DoubleToFloat(in_keys_inv=["observation"]))
+    for start, stop in ((0, 8), (8, 13)):
+        part = stream[:, start:stop].clone()
+        part["observation"] = part["observation"].double()
+        buffer.extend(part)
+    ring.take(13)
+    sample = everything(buffer)
+    assert sample["observation"].dtype == torch.float32
+    assert_sampled(sample, ring)
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def not_collected():
+    with no_collection():
+        yield
+
+
+def dumps_and_loads(buffer, make):
+    with tempfile.TemporaryDirectory() as folder:
+        buffer.dumps(folder)
+        resumed = make()
+        resumed.loads(folder)
+    return resumed
+
+
+def through_state_dict(buffer, make):
+    resumed = make()
+    resumed.load_state_dict(copy.deepcopy(buffer.state_dict()))
+    return resumed
+
+
+WAYS = {
+    "dumps": dumps_and_loads,
+    "state_dict": through_state_dict,
+    "pickle": lambda buffer, make: pickle.loads(pickle.dumps(buffer)),
+    "deepcopy": lambda buffer, make: copy.deepcopy(buffer),
+}
+EVERY_WAY = [
+    *((way, LazyTensorStorage) for way in WAYS),
+    # torchrl's memory-mapped storages cannot be pickled or copied
+    ("dumps", LazyMemmapStorage),
+    ("state_dict", LazyMemmapStorage),
+]
+loading_is_told = pytest.mark.filterwarnings("ignore:Loading the storage on an uninitialized TensorDict:UserWarning")
+
+
+@loading_is_told
+@pytest.mark.parametrize(("way", "storage"), EVERY_WAY)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("before", [[5], [8], [8, 5]], ids=str)
+@pytest.mark.usefixtures("not_collected")
+def test_a_buffer_that_is_resumed_goes_on_as_the_unbroken_one(way, storage, batch, before):
+    def make():
+        generator = torch.Generator().manual_seed(0)
+        return make_buffer(8, batch, storage=storage, sampler=None, n_steps=(2, 5), generator=generator)
+
+    ring, whole = Ring(make_stream(batch, 40), 8), make()
+    for part in before:
+        whole.extend(ring.take(part))
+    whole.sample(10)
+    resumed = WAYS[way](whole, make)
+    assert len(resumed) == len(whole)
+    for part in (None, 2, 5, 7):
+        if part is not None:
+            data = ring.take(part)
+            whole.extend(data.clone()), resumed.extend(data.clone())
+        one, other = whole.sample(30), resumed.sample(30)
+        assert_sampled(other, ring, (2, 5))
+        for key in one.keys(True, True):
+            assert_same_bytes(one[key], other[key], key)
+
+
+@loading_is_told
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("prefetch", [None, 2])
+@pytest.mark.usefixtures("not_collected")
+def test_an_epoch_that_is_interrupted(way, prefetch):
+    def make():
+        sampler = SamplerWithoutReplacement()
+        return make_buffer(16, (2,), sampler=sampler, batch_size=5, prefetch=prefetch)
+
+    ring, buffer = Ring(make_stream((2,), 40), 16), make()
+    buffer.extend(ring.take(16)), buffer.extend(ring.take(7))
+    seen = [*buffer.sample()["number"].tolist(), *buffer.sample()["number"].tolist()]
+    resumed = WAYS[way](buffer, make)
+    resumed.n_steps = 5
+    for _ in range(5):
+        sample = resumed.sample()
+        assert_sampled(sample, ring, 5)
+        seen += sample["number"].tolist()
+    assert sorted(seen) == ring.numbers()
+    # and the one that was saved goes on by itself
+    assert_sampled(buffer.sample(), ring, 3)
+
+
+@pytest.mark.parametrize("way", ["pickle", "deepcopy"])
+@pytest.mark.usefixtures("not_collected")
+def test_a_copy_has_the_arguments_and_a_ring_of_its_own(way):
+    buffer, ring = wrapped(8, n_steps=(2, 4), gamma=0.7, done_at="start", traj_key=None)
+    buffer.n_steps, buffer.gamma = 4, 0.8
+    resumed = WAYS[way](buffer, None)
+    assert (resumed.n_steps, resumed.gamma, resumed.done_at) == (4, 0.8, "start")
+    before = copy.copy(ring)
+    buffer.extend(ring.take(5))
+    buffer.n_steps = 2
+    assert_every_frame(resumed, before, 4, 0.8, done_at="start")
+    assert_every_frame(buffer, ring, 2, 0.8, done_at="start")
+
+
+# What is no tensor
+
+
+def test_objects():
+    stream = make_stream((), 14, p_done=0.3)
+    stream["task"] = "reach"
+    stream["next", "task"] = "reach"
+    stream["name"] = NonTensorStack(*(f"frame {t}" for t in range(14)))
+    stream["next", "name"] = NonTensorStack(*(f"after {t}" for t in range(14)))
+    ring, buffer = Ring(stream, 8), make_buffer(8)
+    buffer.extend(ring.take(6)), buffer.extend(ring.take(8))
+    sample = everything(buffer)
+    assert sorted(sample["number"].tolist()) == ring.numbers()
+    windows = assert_windows(sample, ring, 3, 0.9)
+    assert list(sample["name"]) == [f"frame {window[0]}" for window in windows]
+    assert list(sample["next", "name"]) == [f"after {window[-1]}" for window in windows]
+    for key in ("task", ("next", "task")):
+        value = sample[key]
+        assert value == "reach" or list(value) == ["reach"] * 8
+    assert_returns(sample[REWARD], stream[REWARD], windows, 0.9)
+
+
+# Errors
+
+
+WRONG_N_STEPS = [0, -1, True, 2.5, "3", (3, 1), (0, 2), (1, 2, 3), (2,), (), (True, 2), (1, 2.0)]
+
+
+@pytest.mark.parametrize("value", WRONG_N_STEPS, ids=str)
+def test_wrong_n_steps(value):
+    message = rf"n_steps must be .+, got {re.escape(repr(value))}"
+    with pytest.raises((ValueError, TypeError), match=message):
+        make_buffer(8, n_steps=value)
+    buffer, ring = wrapped()
+    with pytest.raises((ValueError, TypeError), match=message):
+        buffer.n_steps = value
+    with pytest.raises((ValueError, TypeError), match=message):
+        buffer.sample(4, n_steps=value)
+    assert buffer.n_steps == 3
+    assert_every_frame(buffer, ring)
+
+
+@pytest.mark.parametrize("name", ["n_steps", "gamma"])
+def test_none_is_no_value(name):
+    with pytest.raises((ValueError, TypeError), match=rf"{name} must be .+, got None"):
+        make_buffer(8, **{name: None})
+
+
+WRONG = {
+    "gamma": (2, r"gamma must be a finite number in \[0, 1\], got 2"),
+    "backend": ("cuda", "backend must be one of 'auto', 'reference', 'triton', 'verify', got 'cuda'"),
+    "done_at": ("middle", "done_at must be one of 'start', 'end', got 'middle'"),
+    "match_reward_shape": (1, "match_reward_shape must be True or False, got 1"),
+    "traj_key": (3, "traj_key must be .+, got 3"),
+    "done_key": (3, "done_key must be .+, got 3"),
+    "mask_key": (3, "mask_key must be .+, got 3"),
+    "reward_keys": (3, "reward_keys must be .+, got 3"),
+    "done_keys": (3, "done_keys must be .+, got 3"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    value, message = WRONG[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        make_buffer(8, **{name: value})
+    buffer, ring = wrapped()
+    before = getattr(buffer, name)
+    with pytest.raises((ValueError, TypeError), match=message):
+        setattr(buffer, name, value)
+    assert getattr(buffer, name) == before
+    assert_every_frame(buffer, ring)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "key"),
+    [
+        ("reward_keys", ["profit"], r"\('next', 'profit'\)"),
+        ("done_key", "ended", r"\('next', 'ended'\)"),
+        ("traj_key", TRAJ_KEY, r"\('collector', 'traj_ids'\)"),
+    ],
+)
+def test_an_entry_that_is_not_there(name, value, key):
+    # which may be said when it is written or when it is sampled
+    with pytest.raises(KeyError, match=rf"{key}.*\('next', 'reward'\)"):
+        wrapped(**{name: value})[0].sample(4)
+    buffer, ring = wrapped()
+    before = getattr(buffer, name)
+    with pytest.raises(KeyError, match=rf"{key}.*\('next', 'reward'\)"):
+        setattr(buffer, name, value), everything(buffer)
+    setattr(buffer, name, before)
+    assert_every_frame(buffer, ring)
+
+
+def test_a_done_of_another_shape():
+    stream = make_stream((2,), 8)
+    stream["next", "done"] = torch.zeros(2, 8, 5, dtype=torch.bool)
+    buffer = make_buffer(8, (2,))
+    with pytest.raises(ValueError, match=r"done \('next', 'done'\) must have shape"):
+        buffer.extend(stream), buffer.sample(4)
+
+
+def test_storages_that_are_not_rings_of_frames():
+    with pytest.raises(TypeError, match=r"storage must be .*got .*ListStorage"):
+        NStepReplayBuffer(n_steps=3, gamma=0.9, storage=ListStorage(10))
+    # which is torchrl's where none is given
+    with pytest.raises(TypeError, match=r"storage must be .*got .*ListStorage"):
+        NStepReplayBuffer(n_steps=3, gamma=0.9)
+
+
+def test_a_writer_that_writes_in_no_order():
+    with pytest.raises(TypeError, match=r"writer must be .*got .*TensorDictMaxValueWriter"):
+        make_buffer(8, writer=TensorDictMaxValueWriter(rank_key="td_error"))
+
+
+@pytest.mark.parametrize("arguments", [{"consume_after_n_samples": 1}, {"sampler": ConsumingSampler()}], ids=str)
+def test_a_sampler_that_frees_slots_in_no_order(arguments):
+    with pytest.raises(TypeError, match=r"sampler must be .*got .*ConsumingSampler"):
+        make_buffer(8, **{"sampler": None, **arguments})
+
+
+def test_sampling_what_is_empty():
+    buffer = make_buffer(8)
+    for arguments in ({}, {"n_steps": 5}):
+        with pytest.raises(RuntimeError, match="Cannot sample from an empty storage"):
+            buffer.sample(4, **arguments)
+    ring = Ring(make_stream((), 20), 8)
+    buffer.extend(ring.take(5))
+    assert_every_frame(buffer, ring)
+
+
+def test_no_batch_size():
+    buffer, _ = wrapped(sampler=None)
+    with pytest.raises(RuntimeError, match="batch_size not specified"):
+        buffer.sample()
+    with pytest.raises(RuntimeError, match="batch_size not specified"):
+        buffer.sample(n_steps=2)
