@@ -278,6 +278,7 @@ def test_both_at_once_agree():
         assert_every_frame(buffer, ring)
 
 
+@settings(max_examples=settings().max_examples // 4)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 5))
 def test_the_cuts_make_no_difference(cuts, n_steps):
     stream = make_stream((2,), sum(cuts))

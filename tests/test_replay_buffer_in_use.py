@@ -27,6 +27,7 @@ from rings import (
 from rollouts import frames
 from tensordict import NonTensorStack
 from torchrl.data import (
+    ImmutableDatasetWriter,
     LazyMemmapStorage,
     LazyTensorStorage,
     ListStorage,
@@ -36,6 +37,7 @@ from torchrl.data import (
     TensorDictReplayBuffer,
     TensorStorage,
 )
+from torchrl.data.replay_buffers import Sequence
 from torchrl.data.replay_buffers.samplers import ConsumingSampler, PrioritizedSampler, SliceSampler, prioritized
 from torchrl.envs.transforms import Compose, DoubleToFloat, RewardScaling, Transform
 
@@ -129,7 +131,12 @@ def test_data_that_was_there_before():
     """A storage that is given its data is full from the start."""
     ring = Ring(make_stream((), 20), 8)
     data = ring.take(8).clone()
-    buffer = make_buffer(8, storage=lambda size, **arguments: TensorStorage(data, **arguments))
+
+    def storage(size, **arguments):
+        return TensorStorage(data.clone(), **arguments)
+
+    assert_every_frame(make_buffer(8, storage=storage, writer=ImmutableDatasetWriter()), ring)
+    buffer = make_buffer(8, storage=storage)
     assert_every_frame(buffer, ring)
     buffer.extend(ring.take(3))
     assert_every_frame(buffer, ring)
@@ -222,15 +229,34 @@ def test_a_generator_makes_a_sample_again(batch):
 def test_slices(batch):
     stream = make_stream(batch, 40, p_done=0.0, traj=True)
     ring = Ring(stream, 24, traj_key=TRAJ_KEY)
-    sampler = SliceSampler(slice_len=4, traj_key=TRAJ_KEY, strict_length=False)
+    sampler = SliceSampler(slice_len=4, traj_key=TRAJ_KEY, strict_length=False, truncated_key=None)
     buffer = make_buffer(24, batch, sampler=sampler, traj_key=TRAJ_KEY, batch_size=24)
     buffer.extend(ring.take(24)), buffer.extend(ring.take(9))
     sample = buffer.sample()
-    windows = assert_windows(sample, ring, 3, 0.9)
-    assert sample["next", "number"].tolist() == [window[-1] for window in windows]
-    assert_returns(sample[REWARD], stream.reshape(-1)[REWARD], windows, 0.9)
-    following = sample["number"].diff() == 1
-    assert following.sum() >= len(sample) // 4
+    assert_sampled(sample, ring)
+    assert (sample["number"].diff() == 1).sum() >= len(sample) // 4
+
+
+def test_a_sampler_that_writes_flags_of_its_own():
+    """The ends of slices would stand where those of windows do, which targets bootstrap from."""
+    stream = make_stream((), 40, p_done=0.0, traj=True)
+    buffer = make_buffer(24, sampler=SliceSampler(slice_len=4, traj_key=TRAJ_KEY, strict_length=False))
+    buffer.extend(stream[:24])
+    with pytest.raises(TypeError, match=r"sampler must .*, got SliceSampler.*'truncated'"):
+        buffer.sample(24)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_sequences_of_frames(batch):
+    stream = make_stream(batch, 40)
+    ring, buffer = Ring(stream, 16), make_buffer(16, batch, sampler=None, sample_unit=Sequence(length=4))
+    buffer.extend(ring.take(16)), buffer.extend(ring.take(9))
+    sample = buffer.sample(12)
+    assert sample.batch_size == (48,)
+    masks = ("sequence_id", "step_in_sequence", "learning_mask", "anchor_index", "validity_mask")
+    assert_sampled(sample, ring, info=("index", *masks))
+    number, valid = (sample[key].view(12, 4) for key in ("number", "validity_mask"))
+    assert (number.diff() == 1)[valid[:, 1:]].all()
 
 
 class Tree:
@@ -399,6 +425,73 @@ def test_prefetched_samples_are_of_one_moment():
         assert any(is_of(sample, moment, buffer.n_steps) for moment in moments)
         buffer.extend(ring.take(1))
         moments.append(copy.copy(ring))
+
+
+def test_what_was_prefetched_before_the_buffer_was_emptied():
+    buffer, ring = wrapped(sampler=SamplerWithoutReplacement(), batch_size=4, prefetch=3)
+    buffer.sample()
+    before = copy.copy(ring)
+    buffer.empty(), ring.empty()
+    buffer.extend(ring.take(2))
+    for n_steps in (5, 5, 2, 2, 3):
+        buffer.n_steps = n_steps
+        sample = buffer.sample()
+        # torchrl keeps what it prefetched; what is read anew is there
+        assert is_of(sample, before, n_steps) or is_of(sample, ring, n_steps)
+
+
+class Gate(SamplerWithoutReplacement):
+    """Lets one batch through, and those that follow when it is opened."""
+
+    def __init__(self):
+        super().__init__()
+        self.opened, self.passed = threading.Event(), 0
+
+    def sample(self, storage, batch_size):
+        self.passed += 1
+        assert self.passed == 1 or self.opened.wait(30)
+        return super().sample(storage, batch_size)
+
+
+def soon(function):
+    """The result of a call that must return: a thread that waits for ever is left behind."""
+    results = []
+
+    def run():
+        try:
+            results.append(function())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert results, "the call does not return"
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
+
+
+@pytest.mark.parametrize("when", ["before it was prefetched", "after"])
+def test_an_error_while_prefetching_is_over_when_its_cause_is(when):
+    sampler = Gate() if when == "before it was prefetched" else SamplerWithoutReplacement()
+    buffer, ring = wrapped(sampler=sampler, batch_size=4, prefetch=2)
+    seen = soon(buffer.sample)["number"].tolist()
+    if when == "after":
+        buffer.synchronize()
+    buffer.reward_keys = ["profit"]
+    if when != "after":
+        sampler.opened.set()
+    for _ in range(2):
+        with pytest.raises(KeyError, match="profit"):
+            soon(buffer.sample)
+    buffer.reward_keys = None
+    for _ in range(7):
+        sample = soon(buffer.sample)
+        assert_sampled(sample, ring)
+        seen += sample["number"].tolist()
+    if when == "after":
+        assert sorted(seen) == ring.numbers()
 
 
 def is_of(sample, ring, n_steps):
@@ -616,13 +709,19 @@ def test_a_copy_has_the_arguments_and_a_ring_of_its_own(way):
 # What is no tensor
 
 
-def test_objects():
-    stream = make_stream((), 14, p_done=0.3)
-    stream["task"] = "reach"
-    stream["next", "task"] = "reach"
-    stream["name"] = NonTensorStack(*(f"frame {t}" for t in range(14)))
-    stream["next", "name"] = NonTensorStack(*(f"after {t}" for t in range(14)))
-    ring, buffer = Ring(stream, 8), make_buffer(8)
+def named(kind, numbers):
+    """A name for every frame, by its number."""
+    if isinstance(numbers, int):
+        return f"{kind} {numbers}"
+    return NonTensorStack(*(named(kind, each) for each in numbers))
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_objects(batch):
+    stream = make_stream(batch, 14, p_done=0.3)
+    for kind, data in (("frame", stream), ("after", stream["next"])):
+        data["task"], data["name"] = "reach", named(kind, stream["number"].tolist())
+    ring, buffer = Ring(stream, 8), make_buffer(8, batch)
     buffer.extend(ring.take(6)), buffer.extend(ring.take(8))
     sample = everything(buffer)
     assert sorted(sample["number"].tolist()) == ring.numbers()
@@ -631,8 +730,8 @@ def test_objects():
     assert list(sample["next", "name"]) == [f"after {window[-1]}" for window in windows]
     for key in ("task", ("next", "task")):
         value = sample[key]
-        assert value == "reach" or list(value) == ["reach"] * 8
-    assert_returns(sample[REWARD], stream[REWARD], windows, 0.9)
+        assert value == "reach" or list(value) == ["reach"] * len(buffer)
+    assert_returns(sample[REWARD], stream.reshape(-1)[REWARD], windows, 0.9)
 
 
 # Errors
@@ -730,8 +829,25 @@ def test_a_writer_that_writes_in_no_order():
 
 @pytest.mark.parametrize("arguments", [{"consume_after_n_samples": 1}, {"sampler": ConsumingSampler()}], ids=str)
 def test_a_sampler_that_frees_slots_in_no_order(arguments):
-    with pytest.raises(TypeError, match=r"sampler must be .*got .*ConsumingSampler"):
+    with pytest.raises(TypeError, match=r"sampler must .*got ConsumingSampler"):
         make_buffer(8, **{"sampler": None, **arguments})
+
+
+PARTS = {
+    "storage": ListStorage(10),
+    "writer": TensorDictMaxValueWriter(rank_key="td_error"),
+    "sampler": ConsumingSampler(),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_that_are_exchanged_for_such(part):
+    buffer, ring = wrapped(batch=())
+    before = getattr(buffer, part)
+    with pytest.raises(TypeError, match=rf"{part} must .*got {type(PARTS[part]).__name__}"):
+        getattr(buffer, f"set_{part}")(PARTS[part]), buffer.sample(4)
+    getattr(buffer, f"set_{part}")(before)
+    assert_every_frame(buffer, ring)
 
 
 def test_sampling_what_is_empty():
