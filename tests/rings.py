@@ -93,9 +93,15 @@ def make_buffer(capacity: int, batch: Sequence[int] = (), *, storage=LazyTensorS
     )
 
 
-def everything(buffer: NStepReplayBuffer, **arguments: object) -> TensorDictBase:
+def samples_of_everything(buffer: NStepReplayBuffer, size: int | None, **arguments: object) -> list[TensorDictBase]:
+    """Samples that together are every frame that is there, ``size`` frames at a time or all at once."""
+    size = size or len(buffer)
+    return [buffer.sample(size, **arguments) for _ in range(-(len(buffer) // -size))]
+
+
+def everything(buffer: NStepReplayBuffer, size: int | None = None, **arguments: object) -> TensorDictBase:
     """A sample of every frame that is there."""
-    return buffer.sample(len(buffer), **arguments)
+    return torch.cat(samples_of_everything(buffer, size, **arguments))
 
 
 def in_order(sample: TensorDictBase) -> TensorDictBase:
@@ -172,7 +178,7 @@ def assert_sampled(
     written = {*WINDOW_KEYS, *info, *(("next", f"{key}_orig") for key in reward_keys)}
     if len(reward_keys) == 1:
         written.add(("next", "original_reward"))
-        assert sample.get(("next", "original_reward")) is sample.get(("next", f"{reward_keys[0]}_orig"))
+        assert_same_bytes(sample["next", "original_reward"], sample["next", f"{reward_keys[0]}_orig"])
     if done_at == "end":
         written.update(("next", f"{key}_orig") for key in done_keys)
     assert set(sample.keys(True, True)) == {*stream.keys(True, True), *written}
@@ -188,12 +194,15 @@ def assert_sampled(
             assert_same_bytes(sample["next", f"{name}_orig"], leaf[own], key)
 
 
-def assert_every_frame(buffer: NStepReplayBuffer, ring: Ring, *arguments: object, **keywords: object) -> None:
+def assert_every_frame(
+    buffer: NStepReplayBuffer, ring: Ring, *arguments: object, size: int | None = None, **keywords: object
+) -> None:
     """Every frame that is there is sampled, is where the index says, and has the window of the loops."""
-    sample = everything(buffer)
-    assert sorted(sample["number"].tolist()) == sorted(ring.numbers())
-    index = sample["index"]
-    stored = buffer.storage[index if index.ndim == 1 else index.unbind(-1)]
-    assert torch.equal(stored["number"], sample["number"])
-    arguments = arguments or (buffer.n_steps, buffer.gamma)
-    assert_sampled(sample, ring, *arguments, **keywords)
+    arguments, numbers = arguments or (buffer.n_steps, buffer.gamma), []
+    for sample in samples_of_everything(buffer, size):
+        numbers += sample["number"].tolist()
+        index = sample["index"]
+        stored = buffer.storage[index if index.ndim == 1 else index.unbind(-1)]
+        assert torch.equal(stored["number"], sample["number"])
+        assert_sampled(sample, ring, *arguments, **keywords)
+    assert sorted(numbers) == ring.numbers()
