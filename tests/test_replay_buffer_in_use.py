@@ -115,7 +115,44 @@ def test_time_may_come_first():
         assert_every_frame(buffer, ring)
 
 
+class OnceStorage(LazyTensorStorage):
+    """Has every slot written once in a call: of several rows that are written into one, torch may keep any."""
+
+    def set(self, cursor, data, **arguments):
+        if isinstance(cursor, torch.Tensor):
+            assert len(cursor.unique()) == len(cursor), "a slot is written several times in one call"
+        super().set(cursor, data, **arguments)
+
+
+@pytest.mark.parametrize("envs", [None, 2])
+def test_a_call_that_is_longer_than_the_ring(envs):
+    batch = () if envs is None else (envs,)
+    ring, buffer = Ring(make_stream(batch, 60), 8), make_buffer(8, batch, storage=OnceStorage)
+    for part in (3, 21, 8, 17):
+        buffer.extend(ring.take(part))
+        assert_every_frame(buffer, ring)
+
+
+def test_a_call_that_is_so_long_that_torch_writes_it_with_several_threads():
+    capacity, count = 2000, 100_000
+    data = frames([0.0] * count, [False] * count)
+    for _ in range(6):
+        buffer = make_buffer(capacity)
+        buffer.extend(data)
+        assert torch.equal(buffer.storage[:]["observation"].sort().values, torch.arange(count - capacity, count))
+
+
 # Storages
+
+
+def test_a_storage_that_another_buffer_fills():
+    ring, filled = Ring(make_stream((2,), 20), 8), make_buffer(8, (2,))
+    filled.extend(ring.take(5))
+    sampler = SamplerWithoutReplacement(shuffle=False)
+    reader = NStepReplayBuffer(
+        n_steps=3, gamma=0.9, storage=filled.storage, writer=ImmutableDatasetWriter(), sampler=sampler
+    )
+    assert_every_frame(reader, ring)
 
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
