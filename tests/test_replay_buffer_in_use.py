@@ -531,6 +531,34 @@ def test_an_error_while_prefetching_is_over_when_its_cause_is(when):
         assert sorted(seen) == ring.numbers()
 
 
+class Broken(Transform):
+    """Fails on sample while it is told to."""
+
+    fails = False
+
+    def forward(self, tensordict):
+        if self.fails:
+            raise OSError("disk full")
+        return tensordict
+
+
+def test_a_transform_that_fails_while_a_prefetched_sample_is_made_anew():
+    broken = Broken()
+    buffer, ring = wrapped(sampler=SamplerWithoutReplacement(), batch_size=4, prefetch=2, transform=broken)
+    seen = soon(buffer.sample)["number"].tolist()
+    buffer.synchronize()
+    buffer.n_steps, broken.fails = 5, True
+    for _ in range(2):
+        with pytest.raises(OSError, match="disk full"):
+            soon(buffer.sample)
+    broken.fails = False
+    for _ in range(7):
+        sample = soon(buffer.sample)
+        assert_sampled(sample, ring, 5)
+        seen += sample["number"].tolist()
+    assert sorted(seen) == ring.numbers()
+
+
 def is_of(sample, ring, n_steps):
     try:
         assert_sampled(sample, ring, n_steps)
