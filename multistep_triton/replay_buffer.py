@@ -219,8 +219,9 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
                 _, info = queue[0].result()
                 with self._replay_lock, self._write_lock:
                     data = self._n_step_at(info["index"])
-                queue[0] = Future()
-                queue[0].set_result(self._finished(data, info))
+                computed: Future[Any] = Future()
+                computed.set_result(self._finished(data, info))
+                queue[0] = computed
                 break
             yield
             for future in queue:
