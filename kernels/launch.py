@@ -30,7 +30,7 @@ def launch_n_step_extend(
     n_steps: int,
     gamma: float,
     hold: bool,
-) -> tuple[dict[Hashable, Tensor], dict[Hashable, Tensor], Tensor, Tensor, Tensor, Ring | None]:
+) -> tuple[Any, ...]:
     """Computes :func:`multistep_triton.functional.n_step_extend`."""
     device, carried = data[done_key].device, carry.count if carry else 0
     place = find_place(carry, data.values(), data[done_key].shape[time_dim], n_steps) if hold else None
@@ -71,8 +71,8 @@ def launch_n_step_sample(
     gamma: float,
 ) -> tuple[Any, ...]:
     """Computes :func:`multistep_triton.functional.n_step_sample`."""
-    device, dims = data[done_key].device, len(samples.index)
-    index = [each.contiguous() for each in samples.index]
+    device, dims = data[done_key].device, len(samples.indices)
+    index = [each.contiguous() for each in samples.indices]
     seen = _Seen(data, None, dims)
     plan = plan_extend(
         tuple(seen.described),
@@ -119,7 +119,8 @@ class _Seen:
             new, old = leaf.data_ptr(), 0
             if carry:
                 old = carry.leaves[key].data_ptr()
-            shape, strides = leaf.shape, leaf.stride()
+            shape: tuple[int, ...] = leaf.shape
+            strides = leaf.stride()
             if first > 1:
                 shape, strides = ((*each[1:first], each[0], *each[first:]) for each in (shape, strides))
             self.described.append((key, shape, strides, leaf.dtype, (new | old) % WIDEST))

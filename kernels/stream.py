@@ -84,7 +84,7 @@ def tile_frames(program, rows, frames, stream, TIME_MAJOR: tl.constexpr, LENGTH:
         frame = place % frames
         inside = row < rows
     if len(picked) == 0:
-        places = ()
+        places = ()  # type: ignore[assignment]
         limits = ()
     return row, frame, inside, places, limits
 

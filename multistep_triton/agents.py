@@ -119,7 +119,7 @@ def n_step_sample_agents(
     Returns:
         Extension: steps, discount and nonterminal are ``[N, *A]``.
     """
-    dims, device = len(samples.index), data[done_key].device
+    dims, device = len(samples.indices), data[done_key].device
     sizes = data[done_key].shape[dims : dims + agent_dims]
     marks = [key for key in (mask_key, traj_key) if key is not None]
     of_agents = {key: data[key] for key in agent_keys}
@@ -129,13 +129,13 @@ def n_step_sample_agents(
     rest = {key: leaf for key, leaf in data.items() if key not in agent_keys}
     rest[done_key] = data[done_key].flatten(dims).any(-1)
     every = torch.meshgrid(
-        torch.arange(samples.index[0].shape[0], device=device),
+        torch.arange(samples.indices[0].shape[0], device=device),
         *(torch.arange(size, device=device) for size in sizes),
         indexing="ij",
     )
     frame, *agent = (each.flatten() for each in every)
     each_agent = samples._replace(
-        index=[*(dim[frame] for dim in samples.index), *agent],
+        indices=[*(dim[frame] for dim in samples.indices), *agent],
         n_steps=None if samples.n_steps is None else samples.n_steps[frame],
     )
 

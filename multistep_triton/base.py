@@ -40,9 +40,11 @@ class MultiStepBase:
 
     DEFAULT_MASK_KEY: NestedKey = "mask"
 
+    _n_steps: Any
+
     def _set_arguments(
         self,
-        n_steps: int,
+        n_steps: int | tuple[int, int],
         gamma: float,
         reward_keys: Sequence[NestedKey] | None,
         done_key: NestedKey | None,
@@ -53,7 +55,7 @@ class MultiStepBase:
         traj_key: NestedKey | None,
         match_reward_shape: bool,
     ) -> None:
-        self.n_steps = n_steps
+        self.n_steps = n_steps  # type: ignore[assignment]
         self.gamma = gamma
         self.reward_keys = reward_keys
         self.done_key = done_key
@@ -67,7 +69,8 @@ class MultiStepBase:
     @property
     def n_steps(self) -> int:
         """Frames in a full window."""
-        return self._n_steps
+        steps: int = self._n_steps
+        return steps
 
     @n_steps.setter
     def n_steps(self, value: int) -> None:

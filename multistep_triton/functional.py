@@ -250,12 +250,12 @@ def n_step_sample(
         :class:`Extension` with ``[N]`` in place of ``[*B, E]``, in new memory, and no carry.
     """
     sample: Callable[..., tuple[Any, ...]] = sampling.n_step_sample_reference
-    chosen = resolve_backend(backend, [*data.values(), *samples.index], [data[key] for key in reward_keys])
+    chosen = resolve_backend(backend, [*data.values(), *samples.indices], [data[key] for key in reward_keys])
     if chosen == "triton":
         from multistep_triton.kernels.launch import launch_n_step_sample as sample
     elif chosen == "verify":
         sample = verify.n_step_sample_verified
-    computed = sample(
+    leaves, returns, steps, discount, nonterminal = sample(
         samples,
         data,
         reward_keys=reward_keys,
@@ -266,7 +266,7 @@ def n_step_sample(
         n_steps=n_steps,
         gamma=gamma,
     )
-    return Extension(*computed, None)
+    return Extension(leaves, returns, steps, discount, nonterminal, None)
 
 
 def _lead(reward: Tensor, done: Tensor) -> torch.Size:

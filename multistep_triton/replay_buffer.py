@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -23,7 +23,6 @@ from torchrl.data import (
     TensorStorage,
 )
 from torchrl.data.replay_buffers.samplers import ConsumingSampler
-from torchrl.data.replay_buffers.utils import pin_memory_output
 
 from multistep_triton.agents import n_step_sample_agents
 from multistep_triton.base import MultiStepBase
@@ -141,10 +140,11 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
         )
         super().__init__(**kwargs)
 
-    @property
+    @property  # type: ignore[override]
     def n_steps(self) -> Steps:
         """Frames in a full window, or between which numbers of them each sampled frame draws its own."""
-        return self._n_steps
+        steps: Steps = self._n_steps
+        return steps
 
     @n_steps.setter
     def n_steps(self, value: Steps) -> None:
@@ -244,20 +244,19 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
             update_priority: as in torchrl.
 
         Returns:
-            Tensor: the indices of the frames, as in torchrl those of the first frame of every row come first.
+            Tensor: the indices of the frames, as in torchrl: those of the first frame of all rows, then of the next.
         """
         storage, time_dim = self.storage, self.dim_extend
         if not isinstance(tensordicts, TensorDictBase) or tensordicts.ndim <= time_dim:
-            return super().extend(tensordicts, update_priority=update_priority)
+            return cast(Tensor, super().extend(tensordicts, update_priority=update_priority))
         frames = tensordicts.shape[time_dim]
         slots = -(-storage.max_size * max(frames, 1) // max(tensordicts.shape[: storage.ndim].numel(), 1))
         if frames <= slots:
-            return super().extend(tensordicts, update_priority=update_priority)
+            return cast(Tensor, super().extend(tensordicts, update_priority=update_priority))
         # Several frames for one slot would be written in any order.
-        parts = tensordicts.split(slots, time_dim)
-        index = torch.cat(
-            [super(NStepReplayBuffer, self).extend(part, update_priority=update_priority) for part in parts]
-        )
+        extend = super().extend
+        parts = [extend(part, update_priority=update_priority) for part in tensordicts.split(slots, time_dim)]
+        index = torch.cat(parts)
         self._set_index_in_td(tensordicts, index)
         return index
 
@@ -292,13 +291,14 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
             data = self._n_step_at(index)
         return self._finished(data, info)
 
-    @pin_memory_output
     def _finished(self, data: TensorDictBase, info: dict[str, Any]) -> tuple[TensorDictBase, dict[str, Any]]:
         """What was read from the storage, as a sample of torchrl's buffer leaves it."""
         data = self._collate_fn(data)
         if self._transform is not None and len(self._transform):
             with data.unlock_(), set_dispatch_td_nn_modules(True):
                 data = self._transform(data)
+        if self._pin_memory and data.device == torch.device("cpu"):
+            data = data.pin_memory()
         return data, info
 
     def _n_step_at(self, index: Tensor | tuple[Tensor, ...]) -> TensorDict:
@@ -332,15 +332,10 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
             extension = n_step_sample(samples, leaves, n_steps=high, **arguments)
         entries: dict[KeyPath, Any] = self._output_leaves(extension, roles, agents)
         if own:
-            entries[_INDEX] = samples.index[0]
+            entries[_INDEX] = samples.indices[0]
         if objects:
-            steps = extension.steps.flatten(1).amin(1) if agents else extension.steps
-            end = (samples.index[0] + steps - 1) % live, *samples.index[1:]
-            entries.update(
-                {
-                    path: value[end if roles.is_gathered(path) else tuple(samples.index)]
-                    for path, value in objects.items()
-                }
-            )
+            lengths = extension.steps.flatten(1).amin(1) if agents else extension.steps
+            here, end = tuple(samples.indices), ((samples.indices[0] + lengths - 1) % live, *samples.indices[1:])
+            entries.update({path: value[end if roles.is_gathered(path) else here] for path, value in objects.items()})
         built = frames.build(entries, torch.Size([shape.numel()]))
         return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])

@@ -116,7 +116,7 @@ def find_place(carry: Ring | None, frames: Collection[Tensor], new: int, n_steps
 class Samples(NamedTuple):
     """Frames that were sampled from a storage ``[C, *R]``, a ring of ``C`` slots."""
 
-    index: Sequence[Tensor]
+    indices: Sequence[Tensor]
     """Where they lie: of every dimension, time first, int64 ``[N]``, on the device of the leaves."""
     newest: int
     """The slot of the newest frame, after which comes the oldest, or nothing yet."""

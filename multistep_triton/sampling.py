@@ -33,8 +33,8 @@ def n_step_sample_reference(
     Windows are those of a flat stream (see ``reference``): of the whole ring or, where that is more, of the frames
     that windows may have, ``[K, N]``.
     """
-    time, *others = samples.index
-    sizes = data[done_key].shape[: len(samples.index)]
+    time, *others = samples.indices
+    sizes = data[done_key].shape[: len(samples.indices)]
     rows, count, live = math.prod(sizes[1:]), time.shape[0], samples.live
     n_steps = min(n_steps, live)
     # One frame ahead, even if n is 1, tells where a trajectory goes on.
@@ -100,7 +100,7 @@ def windows_of(samples: Samples, data: Mapping[Hashable, Tensor], frames: int) -
 
     In the place of frames that have not come yet is the newest.
     """
-    sizes = next(iter(data.values())).shape[: len(samples.index)]
+    sizes = next(iter(data.values())).shape[: len(samples.indices)]
     rows, after = math.prod(sizes[1:]), _after(samples)
     offsets = torch.arange(frames, device=after.device).minimum(after.unsqueeze(1))
     walk = _turned(offsets * rows + _places(samples, sizes).unsqueeze(1), samples.live * rows)
@@ -111,7 +111,7 @@ def windows_of(samples: Samples, data: Mapping[Hashable, Tensor], frames: int) -
 
 def _places(samples: Samples, sizes: torch.Size) -> Tensor:
     """Where samples lie, counted over ``sizes``."""
-    place, *others = samples.index
+    place, *others = samples.indices
     for size, each in zip(sizes[1:], others, strict=True):
         place = torch.add(each, place, alpha=size)
     # No window goes round more than once.
@@ -125,7 +125,7 @@ def _turned(places: Tensor, end: int) -> Tensor:
 
 def _after(samples: Samples) -> Tensor:
     """How many newer frames there are in the row of each."""
-    after = samples.newest - samples.index[0]
+    after = samples.newest - samples.indices[0]
     return torch.where(after < 0, after + samples.live, after)
 
 

@@ -106,11 +106,14 @@ def n_step_sample_verified(samples: Samples, data: Mapping[Any, Tensor], **argum
         row = {key: leaf[j : j + 1, : int(known[j])] for key, leaf in rows.items()}
         own = arguments["n_steps"] if samples.n_steps is None else int(samples.n_steps[j])
         one = replace(call, data=row, got_steps=call.got_steps[j : j + 1], steps=call.steps[j : j + 1], n_steps=own)
-        index = tuple(int(dim[j]) for dim in samples.index)
+        index = tuple(int(dim[j]) for dim in samples.indices)
         return f"  sampled    at index {index} of the storage\n{one.window(output, (0, 0), item)}"
 
     def of_sample(output: _Output) -> _Output:
-        return output._make(each.squeeze(1) if isinstance(each, Tensor) else each for each in output)
+        squeezed: dict[str, Any] = {
+            name: each.squeeze(1) for name, each in output._asdict().items() if isinstance(each, Tensor)
+        }
+        return output._replace(**squeezed)
 
     _check(map(of_sample, call.outputs(*computed)), 1, window, "sample")
     return got

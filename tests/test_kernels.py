@@ -482,7 +482,7 @@ class Bounds(TorchDispatchMode):
                     # Of the storage, slots that hold frames.
                     samples, data = arguments
                     own = [] if samples.n_steps is None else [samples.n_steps]
-                    self.add(self.given, *samples.index, *own, *(leaf[: samples.live] for leaf in data.values()))
+                    self.add(self.given, *samples.indices, *own, *(leaf[: samples.live] for leaf in data.values()))
                     break
                 elif each is not None:
                     self.add(self.given, *tree_leaves(each))
