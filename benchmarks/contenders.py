@@ -22,7 +22,7 @@ from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransf
 from torchrl.envs.transforms import Transform, rb_transforms
 
 from benchmarks.cases import GAMMA, Case
-from benchmarks.peers import RowGathers, StableBaselines3, VectorizedRing
+from benchmarks.peers import RowGathers, SelectingRing, StableBaselines3, VectorizedRing
 from multistep_triton import MultiStepTransform, NStepReplayBuffer
 from multistep_triton.backends import choose_backend
 
@@ -39,7 +39,8 @@ OPERATIONS_OF = {
 TORCHRL, COMPILED = "torchrl", "torchrl, compiled"
 REFERENCE, TRITON = "multistep_triton reference", "multistep_triton triton"
 BUFFER_REFERENCE, BUFFER_TRITON = "NStepReplayBuffer reference", "NStepReplayBuffer triton"
-SB3, RING = "stable-baselines3", "FastTD3-style"
+SB3 = "stable-baselines3"
+RING, SELECTING_RING = "FastTD3-style", "FastTD3-style, index_select"
 CLONE, GATHERS = "clone", "row gathers"
 OURS, BUFFERS, FLOORS = (REFERENCE, TRITON), (BUFFER_REFERENCE, BUFFER_TRITON), (CLONE, GATHERS)
 
@@ -193,16 +194,19 @@ def stable_baselines3(case: Case, operation: str, device: torch.device) -> Subje
     )
 
 
-def vectorized_ring(case: Case, operation: str, device: torch.device) -> Subject:
-    peer = VectorizedRing(case, device)
-    return sampled(
-        case,
-        operation,
-        peer.store,
-        peer.sample,
-        promises=("observation", "steps_to_next_obs", *NEXT, ("next", "done"), ("next", "truncated")),
-        done_at="end",
-    )
+def vectorized_ring(ring: type[VectorizedRing]) -> Callable[[Case, str, torch.device], Subject]:
+    def subject(case: Case, operation: str, device: torch.device) -> Subject:
+        peer = ring(case, device)
+        return sampled(
+            case,
+            operation,
+            peer.store,
+            peer.sample,
+            promises=("observation", "steps_to_next_obs", *NEXT, ("next", "done"), ("next", "truncated")),
+            done_at="end",
+        )
+
+    return subject
 
 
 def row_gathers(case: Case, operation: str, device: torch.device) -> Subject:
@@ -237,7 +241,8 @@ CONTENDERS = [
         stable_baselines3,
         lambda case, device: None if device.type == "cpu" else "stores and samples in NumPy, on the CPU",
     ),
-    Contender(RING, OPERATIONS[2:], vectorized_ring),
+    Contender(RING, OPERATIONS[2:], vectorized_ring(VectorizedRing)),
+    Contender(SELECTING_RING, OPERATIONS[2:], vectorized_ring(SelectingRing)),
     Contender(CLONE, OPERATIONS[:3], clone),
     Contender(GATHERS, OPERATIONS[3:], row_gathers),
 ]

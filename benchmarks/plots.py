@@ -28,6 +28,7 @@ from benchmarks.contenders import (
     RING,
     SAMPLE,
     SB3,
+    SELECTING_RING,
     TORCHRL,
     TRITON,
 )
@@ -42,6 +43,7 @@ COLORS = {
     BUFFER_TRITON: "#7bc8a4",
     SB3: "#8d6a9f",
     RING: "#c9a227",
+    SELECTING_RING: "#e3cf87",
     CLONE: "#8a8a8a",
 }
 STYLE = {

@@ -7,11 +7,16 @@ from statistics import geometric_mean
 
 import pandas as pd
 
-from benchmarks.contenders import BUFFERS, CLONE, FLOORS, GATHERS, OURS, RING, SAMPLE, SB3, TORCHRL
+from benchmarks.contenders import BUFFERS, CLONE, FLOORS, GATHERS, OURS, RING, SAMPLE, SB3, SELECTING_RING, TORCHRL
 from benchmarks.machine import sentence
 
 RATIO, COPIES, ROWS = "torchrl_over_this", "this_over_clone", "this_over_row_gathers"
-FASTER = {RATIO: TORCHRL, "fasttd3_over_this": RING, "sb3_over_this": SB3}
+FASTER = {
+    RATIO: TORCHRL,
+    "sb3_over_this": SB3,
+    "fasttd3_over_this": RING,
+    "fasttd3_index_select_over_this": SELECTING_RING,
+}
 """Columns of how many times faster something is, and than whom."""
 SLOWER = {COPIES: CLONE, ROWS: GATHERS}
 NUMBERS = ("median_ms", "iqr_ms", *FASTER, *SLOWER, "GBps", "operators", "launches", "syncs", "peak_bytes")

@@ -19,6 +19,7 @@ from benchmarks.contenders import (
     REFERENCE,
     RING,
     SB3,
+    SELECTING_RING,
     TORCHRL,
     TRITON,
     Contender,
@@ -118,7 +119,7 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.parametrize("name", [SB3, RING, BUFFER_REFERENCE])
+@pytest.mark.parametrize("name", [SB3, RING, SELECTING_RING, BUFFER_REFERENCE])
 @pytest.mark.parametrize("case", SAMPLED, ids=str)
 def test_buffers_that_look_ahead_are_checked(name, case):
     rollout = make_rollout(case)
@@ -155,9 +156,9 @@ FAULTS_OF_SAMPLES = {
 
 
 @pytest.mark.parametrize(("ring", "what"), FAULTS_OF_SAMPLES.items(), ids=[ring.__name__ for ring in FAULTS_OF_SAMPLES])
-def test_samples_that_are_wrong_are_not_timed(ring, what, monkeypatch):
-    monkeypatch.setattr(contenders, "VectorizedRing", ring)
-    rows = run(BY_NAME[RING], BY_NAME[GATHERS], case=SAMPLING, operations=["sample"]).set_index("contender")
+def test_samples_that_are_wrong_are_not_timed(ring, what):
+    wrong = BY_NAME[RING]._replace(make=contenders.vectorized_ring(ring))
+    rows = run(wrong, BY_NAME[GATHERS], case=SAMPLING, operations=["sample"]).set_index("contender")
     assert rows.loc[RING, "status"].startswith("wrong: ")
     assert what in rows.loc[RING, "status"]
     assert rows.loc[GATHERS, "status"] == "ok"
@@ -252,10 +253,11 @@ def test_a_run_of_one_operation_has_files_of_its_own(tmp_path, capsys):
     timed = rows[rows["status"] == "ok"].set_index(["case", "contender"])
     for case, group in timed.groupby(level="case"):
         median = group.loc[case, "median_ms"]
-        assert set(median.index) == {TORCHRL, BUFFER_REFERENCE, SB3, RING, GATHERS}
+        assert set(median.index) == {TORCHRL, BUFFER_REFERENCE, SB3, RING, SELECTING_RING, GATHERS}
         ours = timed.loc[case, BUFFER_REFERENCE]
         assert ours["this_over_row_gathers"] == pytest.approx(median[BUFFER_REFERENCE] / median[GATHERS])
-        assert ours["fasttd3_over_this"] == pytest.approx(median[RING] / median[BUFFER_REFERENCE])
+        for column, peer in (("fasttd3_over_this", RING), ("fasttd3_index_select_over_this", SELECTING_RING)):
+            assert ours[column] == pytest.approx(median[peer] / median[BUFFER_REFERENCE])
         assert ours["sb3_over_this"] == pytest.approx(median[SB3] / median[BUFFER_REFERENCE])
     assert report.table(report.sampling_of(rows)) in capsys.readouterr().out
 
