@@ -10,8 +10,16 @@ from conftest import kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollouts import make_rollout, window_ends, window_sums
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
 
-from multistep_triton import EquivalenceError, MultiStep, MultiStepTransform, gather_future, n_step_return
+from multistep_triton import (
+    EquivalenceError,
+    MultiStep,
+    MultiStepTransform,
+    NStepReplayBuffer,
+    gather_future,
+    n_step_return,
+)
 from multistep_triton.functional import Extension
 from multistep_triton.kernels import launch as launchers
 from multistep_triton.ring import Ring
@@ -379,3 +387,61 @@ def test_the_bound_holds_and_is_no_larger_than_the_worst_case(n_steps, dtype):
     assert (bound <= worst + 60 * torch.finfo(torch.float32).tiny + 1e-7 * (dtype == torch.float16)).all()
     if n_steps > 1 and out.reward.dtype == torch.float32:
         assert bound.max() > 0
+
+
+def ring_of_eight(**arguments):
+    """Frames 2 .. 9 of two environments, of which 8 lies in slot 0; every slot is sampled, in order."""
+    buffer = NStepReplayBuffer(
+        n_steps=N_STEPS,
+        gamma=GAMMA,
+        backend="verify",
+        storage=LazyTensorStorage(16, ndim=2),
+        sampler=SamplerWithoutReplacement(shuffle=False),
+        batch_size=16,
+        **arguments,
+    )
+    rollout = make_rollout((2,), 10, p_done=0.0)
+    rollout["next", "reward"] = torch.arange(10.0).expand(2, 10).unsqueeze(-1)
+    for part in rollout.split([7, 3], 1):
+        buffer.extend(part)
+    return buffer
+
+
+# The same faults of what is sampled, (j,) the sample.
+@pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind != "a wrong row"])
+def test_a_fault_of_a_sample_is_found_at_its_place(kind):
+    spoil, key, what = FAULTS[kind]
+    buffer = ring_of_eight()
+    # Slot 2, environment 1.
+    spoiled = fault(lambda out: spoil(Extension(*out, None), (5,)), "launch_n_step_sample")
+    with spoiled, pytest.raises(EquivalenceError) as caught:
+        buffer.sample()
+    error = caught.value
+    assert (error.key, error.what, error.frame) == (key, what, (5,))
+    assert "sample = 5; 1 of 16 frames differ" in str(error)
+    assert "at index (2, 1) of the storage" in str(error)
+    assert buffer.sample()["steps_to_next_obs"].view(8, 2)[:, 1].tolist() == [2, 1, 3, 3, 3, 3, 3, 3]
+
+
+def test_the_window_of_a_sample_is_shown_as_it_lies_in_the_ring():
+    buffer = ring_of_eight()
+    # The newest frame but one lies in slot 0, the oldest in slot 2.
+    with (
+        fault(lambda out: out[1][REWARD][0].sub_(1), "launch_n_step_sample"),
+        pytest.raises(EquivalenceError) as caught,
+    ):
+        buffer.sample()
+    shown = [line.split() for line in str(caught.value).splitlines()]
+    table = shown[next(i for i, line in enumerate(shown) if line[:1] == ["t"]) :]
+    assert [line[:2] for line in table[1:]] == [["0", "8"], ["1", "9"]]
+    assert "end of data" in str(caught.value)
+
+
+@pytest.mark.parametrize("n_steps", [N_STEPS, (1, N_STEPS), 20])
+def test_what_is_sampled_is_what_the_kernels_computed(n_steps):
+    outs = []
+    for backend in ("verify", "triton"):
+        buffer = ring_of_eight(generator=torch.Generator(torch.get_default_device()).manual_seed(0))
+        buffer.backend, buffer.n_steps = backend, n_steps
+        outs.append(buffer.sample())
+    assert (outs[0] == outs[1]).all()
