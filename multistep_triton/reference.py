@@ -25,6 +25,8 @@ Leaves = dict[Hashable, Tensor]
 
 # Up to this many bytes, joining carry and data costs less than the calls it takes to read them where they lie.
 _JOIN_BYTES = 1 << 16
+# So it does where fewer frames move: all that are known, or else those near the seam, and those at it this often more.
+_SEAM_MOVES = 2
 
 # torch selects no single elements of these; their bits are those of the signed ones.
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -93,10 +95,10 @@ def n_step_extend_reference(
     }
 
     # A window that starts in the carry ends in the carry or in the first n - 1 new frames; every other one lies in the
-    # new data, and is read there. Where all is small, it is read from the stream.
-    small = sum(leaf.nbytes for leaf in data.values()) <= _JOIN_BYTES
-    seam = emitted if small else min(carried, emitted)
-    near = min(carried + n_steps - 1, known)
+    # new data, and is read there. Where that costs more than it saves, all are read from the stream.
+    seam, near = min(carried, emitted), min(carried + n_steps - 1, known)
+    if known <= near + _SEAM_MOVES * seam or sum(leaf.nbytes for leaf in data.values()) <= _JOIN_BYTES:
+        seam = emitted
     if ring or seam == emitted:
         begin = (place.first if ring else 0) * stride
         dtype = index_dtype((known + n_steps + place.capacity) * rows)

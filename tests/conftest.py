@@ -26,7 +26,8 @@ settings.register_profile("nightly", deadline=None, max_examples=5000)
 settings.register_profile("unshrunk", settings.get_profile("default"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-JOIN_BYTES = {"joined": 1 << 62, "where they lie": -1}
+# What the reference joins: of how many bytes, and how often the frames at the seam count.
+JOINED = {"joined": (1 << 62, 2), "where they lie": (-1, -(1 << 62))}
 POISON = 0xA5
 
 
@@ -82,18 +83,19 @@ def kernels():
 @contextmanager
 def reference_reading(how):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_JOIN_BYTES", JOIN_BYTES[how])
+        for name, value in zip(("_JOIN_BYTES", "_SEAM_MOVES"), JOINED[how], strict=True):
+            patch.setattr(reference, name, value)
         yield
 
 
-@pytest.fixture(scope="module", params=JOIN_BYTES)
+@pytest.fixture(scope="module", params=JOINED)
 def read(request):
     """Both ways in which the reference reads carry and data, whatever the size of the data."""
     with reference_reading(request.param):
         yield
 
 
-@pytest.fixture(scope="module", params=[*JOIN_BYTES, "kernels"])
+@pytest.fixture(scope="module", params=[*JOINED, "kernels"])
 def path(request):
     """The reference, in both its ways, and the kernels."""
     with kernels() if request.param == "kernels" else reference_reading(request.param):

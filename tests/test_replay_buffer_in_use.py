@@ -24,7 +24,7 @@ from rings import (
     make_buffer,
     make_stream,
 )
-from rollouts import frames
+from rollouts import frames, make_rollout
 from tensordict import NonTensorStack
 from torchrl.data import (
     ImmutableDatasetWriter,
@@ -41,7 +41,7 @@ from torchrl.data.replay_buffers import Sequence
 from torchrl.data.replay_buffers.samplers import ConsumingSampler, PrioritizedSampler, SliceSampler, prioritized
 from torchrl.envs.transforms import Compose, DoubleToFloat, RewardScaling, Transform
 
-from multistep_triton import NStepReplayBuffer
+from multistep_triton import MultiStepTransform, NStepReplayBuffer
 
 REWARD, NEXT = ("next", "reward"), ("next", "observation")
 
@@ -63,6 +63,18 @@ def test_it_is_a_tensordict_replay_buffer():
     buffer, _ = wrapped()
     assert isinstance(buffer, TensorDictReplayBuffer)
     assert len(buffer) == 32
+
+
+def test_bytes_per_frame():
+    """Beside what is stored when n-step transitions are made before: steps, gamma, nonterminal, two rewards."""
+    buffer = make_buffer(8, (2,))
+    made_before = TensorDictReplayBuffer(storage=LazyTensorStorage(16, ndim=2), transform=MultiStepTransform(3, 0.9))
+    for each in (buffer, made_before):
+        each.extend(make_rollout((2,), 20))
+    of_ours, of_theirs = (
+        sum(leaf.nbytes for leaf in each.storage[:].values(True, True)) / 16 for each in (buffer, made_before)
+    )
+    assert of_theirs - of_ours == 8 + 4 + 1 + 4 + 4 == 21
 
 
 def test_add():
