@@ -126,8 +126,6 @@ def n_step_sample_agents(
     for key in marks:
         mark = data[key].flatten(dims - 1) if data[key].ndim > dims else data[key]
         of_agents[key] = mark[(..., *[None] * agent_dims)].expand(*mark.shape, *sizes)
-    rest = {key: leaf for key, leaf in data.items() if key not in agent_keys}
-    rest[done_key] = data[done_key].flatten(dims).any(-1)
     every = torch.meshgrid(
         torch.arange(samples.indices[0].shape[0], device=device),
         *(torch.arange(size, device=device) for size in sizes),
@@ -139,22 +137,27 @@ def n_step_sample_agents(
         n_steps=None if samples.n_steps is None else samples.n_steps[frame],
     )
 
-    def sample(picked: Samples, leaves: Mapping[Any, Tensor]) -> Extension:
+    def sample(picked: Samples, leaves: Mapping[Any, Tensor], *marked: Hashable | None) -> Extension:
         return n_step_sample(
             picked,
             leaves,
             reward_keys=[key for key in reward_keys if key in leaves],
             gathered_keys=[key for key in gathered_keys if key in leaves],
             done_key=done_key,
-            mask_key=mask_key,
-            traj_key=traj_key,
+            mask_key=marked[0],
+            traj_key=marked[1],
             **arguments,
         )
 
     def back(value: Tensor) -> Tensor:
         return value.view(every[0].shape + value.shape[1:])
 
-    frames, agents = sample(samples, rest), sample(each_agent, of_agents)
+    agents = sample(each_agent, of_agents, mask_key, traj_key)
+    # The shortest window of an agent is that of the frame, whatever ended it.
+    shortest = back(agents.steps).flatten(1).amin(1)
+    rest = {key: leaf for key, leaf in data.items() if key not in agent_keys}
+    rest[done_key] = torch.zeros((), dtype=torch.bool, device=device).expand(data[done_key].shape[:dims])
+    frames = sample(samples._replace(n_steps=shortest), rest, None, None)
     leaves = {key: back(leaf) for key, leaf in agents.leaves.items() if key not in marks}
     returns = {key: back(value) for key, value in agents.returns.items()}
     return Extension(

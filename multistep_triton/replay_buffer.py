@@ -6,31 +6,28 @@ Owns where frames lie in a storage, and how a replay buffer samples. May import 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_nn_modules
 from torch import Tensor
 from torchrl.data import (
-    ImmutableDatasetWriter,
-    RoundRobinWriter,
     TensorDictReplayBuffer,
     TensorDictRoundRobinWriter,
-    TensorStorage,
 )
-from torchrl.data.replay_buffers.samplers import ConsumingSampler
 
 from multistep_triton.agents import n_step_sample_agents
 from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_steps
 from multistep_triton.frames import Frames, KeyPath
 from multistep_triton.functional import n_step_sample
+from multistep_triton.ordered import OrderedReplayBuffer
 from multistep_triton.ring import Samples
-from multistep_triton.roles import agent_paths, check_entries, with_saved
+from multistep_triton.roles import WINDOW_PATHS, agent_paths, check_entries, with_saved
 
 Steps = int | tuple[int, int]
 
@@ -41,7 +38,7 @@ _INDEX = ("index",)
 _ARGUMENTS = frozenset(name for name, value in vars(MultiStepBase).items() if isinstance(value, property))
 
 
-class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
+class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuffer):
     """A replay buffer that stores single steps and computes n-step transitions of the frames that are sampled.
 
     With ``n = n_steps`` and ``e(t)`` the smallest of ``t + n - 1``, the first boundary at or after ``t``, and the
@@ -55,15 +52,16 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
     with ``traj_key``, one that is followed by a frame of another trajectory. The storage is a ring: the newest frame
     is where windows end, as the oldest one follows it there, and nothing that was not written is read.
 
-    ``extend`` takes 1-step transitions ``[*B, T]``, time last, any number of frames at a time, and stores them as they
-    are; nothing is held back. A storage of ``ndim`` dimensions holds frames of ``ndim - 1`` batch dimensions. What is
-    sampled, ``[N]``, has the keys, dtypes and rules of :class:`MultiStepTransform`: ``steps_to_next_obs`` (int64),
-    ``gamma`` (float32, ``gamma ** steps``) and ``nonterminal`` (bool) at the root; under ``"next"`` every reward key
-    holds the n-step return, ``<reward_key>_orig`` the reward as it came and, with exactly one reward key,
-    ``original_reward`` the same; done keys are those of frame ``e(t)`` and ``<done_key>_orig`` as they came, or with
-    ``done_at="start"`` as they came; every other entry is the one of frame ``e(t)``, bit for bit. The other root
-    entries are those of frame ``t``, and ``"index"`` says where it lies. The result is new memory on the storage's
-    device, on which everything is computed; the host does not wait for it.
+    ``extend`` takes 1-step transitions ``[*B, T]``, time last, any number of frames at a time (of more than there are
+    slots, the newest stay), and stores them as they are; nothing is held back, and a call that fails stores nothing.
+    A storage of ``ndim`` dimensions holds frames of ``ndim - 1`` batch dimensions. What is sampled, ``[N]``, has the
+    keys, dtypes and rules of :class:`MultiStepTransform`: ``steps_to_next_obs`` (int64), ``gamma`` (float32, ``gamma
+    ** steps``) and ``nonterminal`` (bool) at the root; under ``"next"`` every reward key holds the n-step return,
+    ``<reward_key>_orig`` the reward as it came and, with exactly one reward key, ``original_reward`` the same; done
+    keys are those of frame ``e(t)`` and ``<done_key>_orig`` as they came, or with ``done_at="start"`` as they came;
+    every other entry is the one of frame ``e(t)``, bit for bit. The other root entries are those of frame ``t``, and
+    ``"index"`` says where it lies. The result is new memory on the storage's device, on which everything is computed;
+    the host does not wait for it.
 
     Keyword Args:
         n_steps: frames in a full window, an int >= 1, or a pair ``(low, high)``: every sampled frame then draws its
@@ -91,7 +89,11 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
 
     Raises:
         TypeError: storage, writer or sampler is of another kind.
-        ValueError: an argument breaks its rule.
+        ValueError: an argument breaks its rule; from ``extend``: data is of another dtype, shape or number of rows than
+            what is stored.
+        KeyError: from ``extend``: data lacks a reward, a done flag, trajectory ids, or a mask that is stored.
+        RuntimeError: the backend asked for cannot run; :class:`EquivalenceError`, one of these, if ``"verify"`` finds a
+            difference.
 
     Source: R. S. Sutton, Learning to predict by the methods of temporal differences, Machine Learning 3, 1988.
 
@@ -157,22 +159,6 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
             # Batches that were prefetched before are of the arguments before.
             self._changes += 1
 
-    def _init(self) -> None:
-        super()._init()
-        self._check_parts()
-
-    def _check_parts(self) -> None:
-        """Checks that frames lie in the storage in the order in which they came."""
-        if not isinstance(self._storage, TensorStorage):
-            raise TypeError(f"storage must be a TensorStorage, such as LazyTensorStorage, got {self._storage}")
-        if not isinstance(self._writer, RoundRobinWriter | ImmutableDatasetWriter):
-            raise TypeError(f"writer must be a RoundRobinWriter, which stores in order, got {self._writer}")
-        if isinstance(self._sampler, ConsumingSampler):
-            raise TypeError(
-                f"sampler must leave frames where windows read them, got {self._sampler}; consume_after_n_samples "
-                f"must be None"
-            )
-
     def sample(
         self,
         batch_size: int | None = None,
@@ -203,7 +189,7 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
     def _up_to_date(self) -> Iterator[None]:
         """Within, the next batch in the queue is one that was computed with today's arguments, or those of this call.
 
-        It is of the frames that were sampled for it: no sampler draws anew.
+        It is of the slots that were drawn for it, no sampler draws anew, and of the frames that lie there now.
         """
         if not self._prefetch:
             yield
@@ -218,7 +204,7 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
                     continue
                 _, info = queue[0].result()
                 with self._replay_lock, self._write_lock:
-                    data = self._n_step_at(info["index"])
+                    data = self._read(info)
                 computed: Future[Any] = Future()
                 computed.set_result(self._finished(data, info))
                 queue[0] = computed
@@ -233,32 +219,6 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             super().empty(empty_write_count)
-
-    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
-        """Stores single steps.
-
-        Args:
-            tensordicts: ``[*B, T]``, time last; of more frames than there are slots, the newest stay.
-
-        Keyword Args:
-            update_priority: as in torchrl.
-
-        Returns:
-            Tensor: the indices of the frames, as in torchrl: those of the first frame of all rows, then of the next.
-        """
-        storage, time_dim = self.storage, self.dim_extend
-        if not isinstance(tensordicts, TensorDictBase) or tensordicts.ndim <= time_dim:
-            return cast(Tensor, super().extend(tensordicts, update_priority=update_priority))
-        frames = tensordicts.shape[time_dim]
-        slots = -(-storage.max_size * max(frames, 1) // max(tensordicts.shape[: storage.ndim].numel(), 1))
-        if frames <= slots:
-            return cast(Tensor, super().extend(tensordicts, update_priority=update_priority))
-        # Several frames for one slot would be written in any order.
-        extend = super().extend
-        parts = [extend(part, update_priority=update_priority) for part in tensordicts.split(slots, time_dim)]
-        index = torch.cat(parts)
-        self._set_index_in_td(tensordicts, index)
-        return index
 
     def _set_index_in_td(self, tensordict: TensorDictBase, index: Tensor | int | None) -> None:
         # torchrl's takes the indices, which are those of frames with time first, for some with time last.
@@ -275,21 +235,24 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
         tensordict.set("index", index.view(*lead, ndim).transpose(0, dim))
 
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict[str, Any]]:
-        self._check_parts()
         with self._replay_lock, self._write_lock:
             index, info = self._sampler.sample(self._storage, batch_size)
             if self._sample_unit is not None:
                 index, info = self._sample_unit.expand(index, info, self._storage)
             if taken := [key for key in info if key[0] == "next"]:
                 raise TypeError(
-                    f"sampler must leave the entries under 'next' as they are, as they are those of the windows, got "
-                    f"{self._sampler}, which writes {taken}"
+                    f"sampler must leave the entries under 'next' to the windows, as a SliceSampler with "
+                    f"truncated_key=None does, got {type(self._sampler).__name__}, which writes {taken}"
                 )
             info["index"] = index
-            if self._writer.tracks_generations:
-                info["index_generation"] = self._writer.generations_of(index)
-            data = self._n_step_at(index)
+            data = self._read(info)
         return self._finished(data, info)
+
+    def _read(self, info: dict[str, Any]) -> TensorDict:
+        """The n-step transitions of the frames that lie where ``info`` says, which is told how old they are."""
+        if self._writer.tracks_generations:
+            info["index_generation"] = self._writer.generations_of(info["index"])
+        return self._n_step_at(info["index"])
 
     def _finished(self, data: TensorDictBase, info: dict[str, Any]) -> tuple[TensorDictBase, dict[str, Any]]:
         """What was read from the storage, as a sample of torchrl's buffer leaves it."""
@@ -305,23 +268,32 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
         """The n-step transitions of the frames that lie at an index of the storage."""
         storage, roles = self._storage, self._checked_roles()
         data, ndim = storage._storage, storage.ndim
-        if not isinstance(data, TensorDictBase):
-            raise TypeError(f"storage must be one of a tensordict, got {type(data).__name__}")
+        if not len(storage):
+            raise RuntimeError("storage must hold frames to be sampled, got an empty one")
         # The writer's own entry says where a frame lies, which needs no reading.
-        own = isinstance(self._writer, TensorDictRoundRobinWriter) and data.batch_dims == ndim
-        frames, objects = Frames.read_storage(data, ndim, without={*roles.written, _INDEX} if own else roles.written)
+        indexed = isinstance(self._writer, TensorDictRoundRobinWriter) and data.batch_dims == ndim
+        without = {*roles.written, _INDEX} if indexed else roles.written
+        frames, objects = Frames.read_storage(data, ndim, without)
         agents = check_entries(frames, roles)
         leaves = with_saved(frames.leaves, roles.saved_in(frames.leaves))
         arguments = self._arguments(roles, leaves)
-        device = leaves[roles.done].device
-        each = [torch.as_tensor(dim, device=device) for dim in (index if isinstance(index, tuple) else (index,))]
-        shape = each[0].shape
-        live = -(-len(storage) // max(data.shape[1:ndim].numel(), 1))
+        device, sizes = leaves[roles.done].device, data.shape[:ndim]
+        live = -(-len(storage) // max(sizes[1:].numel(), 1))
         newest = (getattr(self._writer, "_cursor", 0) - 1) % live
+        each = [
+            torch.as_tensor(dim, dtype=torch.int64, device=device)
+            for dim in (index if isinstance(index, tuple) else (index,))
+        ]
+        for dim, size in zip(each, (min(live, sizes[0]), *sizes[1:]), strict=True):
+            _check_index(dim, size)
+        shape = each[0].shape
         low, high = steps if isinstance(steps := _steps_of_call.get() or self._n_steps, tuple) else (steps, steps)
         drawn = None
         if low < high:
-            drawn = torch.randint(low, high + 1, (shape.numel(),), generator=storage._rng, device=device)
+            by = storage._rng
+            drawn = torch.randint(
+                low, high + 1, (shape.numel(),), generator=by, device=device if by is None else by.device
+            ).to(device)
         samples = Samples([dim.reshape(-1) for dim in each], newest, live, drawn)
         if agents:
             keys = agent_paths(leaves, roles, frames.batch_size, agents)
@@ -331,11 +303,26 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer):
         else:
             extension = n_step_sample(samples, leaves, n_steps=high, **arguments)
         entries: dict[KeyPath, Any] = self._output_leaves(extension, roles, agents)
-        if own:
+        if indexed:
             entries[_INDEX] = samples.indices[0]
         if objects:
             lengths = extension.steps.flatten(1).amin(1) if agents else extension.steps
             here, end = tuple(samples.indices), ((samples.indices[0] + lengths - 1) % live, *samples.indices[1:])
             entries.update({path: value[end if roles.is_gathered(path) else here] for path, value in objects.items()})
+        if tail := frames.nodes[()].tail:
+            for path in WINDOW_PATHS:
+                entries[path] = entries[path].view(-1, *entries[path].shape[1:] or [1] * len(tail))
         built = frames.build(entries, torch.Size([shape.numel()]))
         return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])
+
+    def _needed(self) -> tuple[Collection[KeyPath], Collection[KeyPath]]:
+        roles = self._roles
+        return roles.needed, {roles.mask, *roles.kept, *roles.saved}
+
+
+def _check_index(index: Tensor, size: int) -> None:
+    """Checks indices, but for those on an accelerator, for which the host would wait; the kernels clamp them."""
+    if index.is_cpu and index.numel():
+        low, high = (int(each) for each in index.aminmax())
+        if low < 0 or high >= size:
+            raise IndexError(f"sampler must draw indices within 0 .. {size - 1}, got {low} .. {high}")

@@ -35,6 +35,7 @@ from torchrl.data import (
     SamplerWithoutReplacement,
     TensorDictMaxValueWriter,
     TensorDictReplayBuffer,
+    TensorDictRoundRobinWriter,
     TensorStorage,
 )
 from torchrl.data.replay_buffers import Sequence
@@ -152,6 +153,93 @@ def test_a_call_that_is_so_long_that_torch_writes_it_with_several_threads():
         buffer = make_buffer(capacity)
         buffer.extend(data)
         assert torch.equal(buffer.storage[:]["observation"].sort().values, torch.arange(count - capacity, count))
+
+
+def wrongly(kind):
+    """Two frames that cannot go on from what is stored, and what is said of them."""
+    data = make_stream((2,), 2)
+    if kind == "dtype":
+        data[REWARD] = data[REWARD].double()
+        return data, ValueError, r"\('next', 'reward'\) must be torch.float32 \[1\], .+ got torch.float64 \[1\]"
+    if kind == "shape":
+        data["number"] = data["number"].unsqueeze(-1).expand(2, 2, 5)
+        return data, ValueError, r"\('number',\) must be torch.int64 \[\], .+ got torch.int64 \[5\]"
+    if kind == "rows":
+        return make_stream((3,), 2), ValueError, r"data must be of \[2\] rows, as what is stored, got \[3\]"
+    del data["next", kind]
+    return data, KeyError, rf"data must hold \('next', '{kind}'\), got the entries"
+
+
+@pytest.mark.parametrize("frames", [(3,), (16, 7)], ids=["not full", "wrapped"])
+@pytest.mark.parametrize("kind", ["dtype", "shape", "rows", "reward", "done", "terminated"])
+def test_what_is_wrong_is_not_stored(kind, frames):
+    buffer, ring = wrapped(frames=frames)
+    data, error, message = wrongly(kind)
+    with pytest.raises(error, match=message):
+        buffer.extend(data)
+    assert_every_frame(buffer, ring)
+    buffer.extend(ring.take(5))
+    assert_every_frame(buffer, ring)
+
+
+class FullDisk(LazyTensorStorage):
+    full = False
+
+    def set(self, cursor, data, **arguments):
+        if self.full:
+            # The writer has moved on by then, and the storage counts the frames.
+            self._get_new_len(data, cursor)
+            raise OSError("no space left on device")
+        super().set(cursor, data, **arguments)
+
+
+@pytest.mark.parametrize("frames", [(3,), (16, 7)], ids=["not full", "wrapped"])
+def test_a_call_that_fails_moves_no_seam(frames):
+    buffer, ring = wrapped(storage=FullDisk, frames=frames)
+    count, buffer.storage.full = buffer.write_count, True
+    with pytest.raises(OSError, match="no space left"):
+        buffer.extend(make_stream((2,), 4))
+    buffer.storage.full = False
+    assert buffer.write_count == count
+    assert_every_frame(buffer, ring)
+    buffer.extend(ring.take(5))
+    assert_every_frame(buffer, ring)
+
+
+def test_what_is_missing_is_named_before_anything_is_stored():
+    buffer = make_buffer(8, (2,), reward_keys=["reward", "profit"])
+    with pytest.raises(KeyError, match=r"data must hold \('next', 'profit'\), got the entries"):
+        buffer.extend(make_stream((2,), 4))
+    assert not len(buffer)
+    with pytest.raises(RuntimeError, match="empty"):
+        buffer.sample(4)
+
+
+def test_a_call_of_no_frames():
+    buffer, ring = wrapped()
+    assert not len(buffer.extend(ring.take(3)[:, :0]))
+    flat, _ = wrapped(batch=())
+    assert flat.extend(make_stream((), 3)[:0]).shape == (0,)
+
+
+class EveryOther(Transform):
+    """Stores every other frame of a call."""
+
+    def _inv_call(self, data):
+        return data[::2]
+
+    def forward(self, data):
+        return data
+
+
+def test_a_transform_sees_a_call_as_it_is():
+    buffer = make_buffer(8, transform=EveryOther())
+    data = frames([float(t) for t in range(30)], [False] * 30)
+    index = buffer.extend(data)
+    assert index.tolist() == [t % 8 for t in range(15)]
+    assert sorted(everything(buffer)["observation"].tolist()) == list(range(14, 30, 2))
+    assert "index" not in set(data.keys())
+    make_buffer(8).extend(data.lock_())
 
 
 # Storages
@@ -783,6 +871,65 @@ def test_a_copy_has_the_arguments_and_a_ring_of_its_own(way):
     buffer.n_steps = 2
     assert_every_frame(resumed, before, 4, 0.8, done_at="start")
     assert_every_frame(buffer, ring, 2, 0.8, done_at="start")
+
+
+# Indices
+
+
+class Drawn(RandomSampler):
+    """Draws what it is told."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+    def sample(self, storage, batch_size):
+        return self.index, {}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_indices_of_any_integer_type(dtype, backend):
+    """Of numpy, too, and in any strides."""
+    index = torch.tensor([[3, 0], [0, 0], [7, 0]], dtype=dtype)[:, 0]
+    for each in (index, index.numpy()):
+        buffer, ring = wrapped(8, (), sampler=Drawn(each), backend=backend)
+        sample = buffer.sample(3)
+        assert_sampled(sample, ring)
+        assert sample["index"].tolist() == [3, 0, 7]
+
+
+@pytest.mark.parametrize("index", [torch.tensor([0, 3]), torch.tensor([-1])], ids=str)
+def test_indices_of_no_frame(index):
+    buffer, _ = wrapped(8, (), sampler=Drawn(index), frames=[3])
+    with pytest.raises(IndexError, match=r"sampler must draw indices within 0 \.\. 2, got"):
+        buffer.sample(2)
+
+
+def test_how_old_a_frame_is_that_is_read_anew():
+    buffer, ring = wrapped(
+        8, (), frames=[8], sampler=Drawn(torch.arange(8)), batch_size=8, prefetch=1,
+        writer=TensorDictRoundRobinWriter(track_generations=True),
+    )  # fmt: skip
+    assert buffer.sample()["index_generation"].tolist() == [0] * 8
+    buffer.synchronize()
+    buffer.extend(ring.take(5))
+    sample = buffer.sample(n_steps=1)
+    assert_sampled(sample, ring, 1, info=["index", "index_generation"])
+    assert sample["index_generation"].tolist() == [1] * 5 + [0] * 3
+
+
+def test_dimensions_of_a_frame():
+    """A dimension more than the storage's belongs to the frame, as when there is one agent."""
+    buffer = make_buffer(8)
+    data = frames([1.0, 2.0, 4.0, 8.0, 16.0], [False] * 5)
+    data = data.auto_batch_size_(1).apply(lambda leaf: leaf.view(5, 1), batch_size=[5, 1])
+    buffer.extend(data)
+    sample = everything(buffer)
+    assert sample.shape == (5, 1)
+    assert {key: leaf.shape for key, leaf in sample.items() if leaf.shape[:2] != (5, 1)} == {}
+    assert sample["steps_to_next_obs"].flatten().tolist() == [3, 3, 3, 2, 1]
+    assert sample[:, 0]["gamma"].shape == (5,)
 
 
 # What is no tensor

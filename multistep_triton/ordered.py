@@ -1,0 +1,130 @@
+"""Replay buffers whose storage is a ring in time: what a call writes, it writes in order, whole, or not at all.
+
+Owns what may be stored, and what stores it; knows no windows. May import torchrl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from tensordict import LazyStackedTensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, RoundRobinWriter, Storage, TensorStorage, Writer
+from torchrl.data.replay_buffers.samplers import ConsumingSampler, Sampler
+
+from multistep_triton.frames import KeyPath
+
+
+class OrderedReplayBuffer(ReplayBuffer):
+    """Frames lie in the storage in the order in which they came.
+
+    A base beside ``TensorDictReplayBuffer``, which calls ``_extend`` and ``_add`` when its transforms are through.
+    """
+
+    def _needed(self) -> tuple[Collection[KeyPath], Collection[KeyPath]]:
+        """The entries that a call must have, and those that it must have if they are stored."""
+        raise NotImplementedError
+
+    def _init(self) -> None:
+        super()._init()
+        check_parts(self._storage, self._writer, self._sampler)
+
+    def set_storage(self, storage: Storage, collate_fn: Callable[..., Any] | None = None) -> Any:
+        """Exchanges the storage, as in torchrl."""
+        check_parts(storage, self.writer, self.sampler)
+        return super().set_storage(storage, collate_fn)
+
+    def set_writer(self, writer: Writer) -> Any:
+        """Exchanges the writer, as in torchrl."""
+        check_parts(self.storage, writer, self.sampler)
+        return super().set_writer(writer)
+
+    def set_sampler(self, sampler: Sampler) -> Any:
+        """Exchanges the sampler, as in torchrl."""
+        check_parts(self.storage, self.writer, sampler)
+        return super().set_sampler(sampler)
+
+    def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
+        storage, time_dim = self._storage, self.dim_extend
+        frames = data.shape[time_dim]
+        if not frames:
+            return torch.zeros((0, storage.ndim) if storage.ndim > 1 else (0,), dtype=torch.long)
+        self._check_data(data, time_dim)
+        # Of several frames for one slot, torch might keep any.
+        slots = max(-(-storage.max_size * frames // max(data.shape[: storage.ndim].numel(), 1)), 1)
+        extend = super()._extend
+        with self._undone_if_it_fails():
+            parts = [extend(part, update_priority=update_priority) for part in data.split(slots, time_dim)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _add(self, data: TensorDictBase) -> Any:
+        self._check_data(data, None)
+        with self._undone_if_it_fails():
+            return super()._add(data)
+
+    def _check_data(self, data: TensorDictBase, time_dim: int | None) -> None:
+        """Checks data ``[*B, T]``, or a frame, before it is written: torch fails when some of it is."""
+        needed, if_stored = map(set, self._needed())
+        new, stored, ndim = _kinds(data, self._storage.ndim - (time_dim is None)), {}, self._storage.ndim
+        if len(self._storage):
+            stored = _kinds(self._storage._storage, ndim)
+        if missing := sorted((needed | if_stored & stored.keys()) - new.keys()):
+            raise KeyError(f"data must hold {', '.join(map(str, missing))}, got the entries {list(new)}")
+        if not stored:
+            return
+        batch = [*data.shape[: ndim - (time_dim is None)]]
+        if time_dim is not None:
+            batch[0], batch[time_dim] = batch[time_dim], batch[0]
+            del batch[0]
+        rows = [*self._storage._storage.shape[1:ndim]]
+        if batch != rows:
+            raise ValueError(f"data must be of {rows} rows, as what is stored, got {batch}")
+        for path in new.keys() & stored.keys():
+            if new[path] != stored[path]:
+                raise ValueError(f"{path} must be {_say(stored[path])}, as what is stored, got {_say(new[path])}")
+
+    @contextlib.contextmanager
+    def _undone_if_it_fails(self) -> Iterator[None]:
+        """The writer goes on where it was, and what it did not write is not live."""
+        with self._replay_lock:
+            storage, writer = self._storage, self._writer
+            before = storage._len, getattr(writer, "_cursor", None), getattr(writer, "_write_count", None)
+            try:
+                yield
+            except BaseException:
+                storage._len, cursor, count = before
+                if cursor is not None:
+                    writer._cursor, writer._write_count = cursor, count
+                raise
+
+
+def _kinds(data: TensorDictBase, ndim: int) -> dict[KeyPath, tuple[torch.dtype, torch.Size]]:
+    """Dtype and trailing shape of every tensor."""
+    if isinstance(data, LazyStackedTensorDict) and data.stack_dim < ndim and data.tensordicts:
+        # Its entries would be stacked for this; those of one element tell.
+        return _kinds(data.tensordicts[0], ndim - 1)
+    kinds = {}
+    for key, leaf in data.items(True, True):
+        if isinstance(leaf, Tensor):
+            kinds[(key,) if isinstance(key, str) else key] = leaf.dtype, leaf.shape[ndim:]
+    return kinds
+
+
+def _say(kind: tuple[torch.dtype, torch.Size]) -> str:
+    return f"{kind[0]} {list(kind[1])}"
+
+
+def check_parts(storage: Storage, writer: Writer, sampler: Sampler) -> None:
+    """Checks that frames lie in the storage in the order in which they came."""
+    if not isinstance(storage, TensorStorage):
+        raise TypeError(f"storage must be a TensorStorage, such as LazyTensorStorage, got {type(storage).__name__}")
+    if not isinstance(writer, RoundRobinWriter | ImmutableDatasetWriter):
+        raise TypeError(f"writer must be a RoundRobinWriter, which stores in order, got {type(writer).__name__}")
+    if isinstance(sampler, ConsumingSampler):
+        raise TypeError(
+            f"sampler must leave frames where windows read them, got {type(sampler).__name__}; "
+            f"consume_after_n_samples must be None"
+        )
