@@ -1,4 +1,4 @@
-"""Replay buffers whose storage is a ring in time: what a call writes, it writes in order, whole, or not at all.
+"""Replay buffers whose storage is a ring in time: calls write in order, and only what goes on from what is stored.
 
 Owns what may be stored, and what stores it; knows no windows. May import torchrl.
 """
@@ -88,7 +88,7 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     @contextlib.contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
-        """The writer goes on where it was, and what it did not write is not live."""
+        """The newest frame stays the newest one: torchrl moves the writer on before anything is written."""
         with self._replay_lock:
             storage, writer = self._storage, self._writer
             before = storage._len, getattr(writer, "_cursor", None), getattr(writer, "_write_count", None)

@@ -53,15 +53,15 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
     is where windows end, as the oldest one follows it there, and nothing that was not written is read.
 
     ``extend`` takes 1-step transitions ``[*B, T]``, time last, any number of frames at a time (of more than there are
-    slots, the newest stay), and stores them as they are; nothing is held back, and a call that fails stores nothing.
-    A storage of ``ndim`` dimensions holds frames of ``ndim - 1`` batch dimensions. What is sampled, ``[N]``, has the
-    keys, dtypes and rules of :class:`MultiStepTransform`: ``steps_to_next_obs`` (int64), ``gamma`` (float32, ``gamma
-    ** steps``) and ``nonterminal`` (bool) at the root; under ``"next"`` every reward key holds the n-step return,
-    ``<reward_key>_orig`` the reward as it came and, with exactly one reward key, ``original_reward`` the same; done
-    keys are those of frame ``e(t)`` and ``<done_key>_orig`` as they came, or with ``done_at="start"`` as they came;
-    every other entry is the one of frame ``e(t)``, bit for bit. The other root entries are those of frame ``t``, and
-    ``"index"`` says where it lies. The result is new memory on the storage's device, on which everything is computed;
-    the host does not wait for it.
+    slots, the newest stay), and stores them as they are; nothing is held back, and where a call fails, windows end
+    where they did. A storage of ``ndim`` dimensions holds frames of ``ndim - 1`` batch dimensions. What is sampled,
+    ``[N]``, has the keys, dtypes and rules of :class:`MultiStepTransform`: ``steps_to_next_obs`` (int64), ``gamma``
+    (float32, ``gamma ** steps``) and ``nonterminal`` (bool) at the root; under ``"next"`` every reward key holds the
+    n-step return, ``<reward_key>_orig`` the reward as it came and, with exactly one reward key, ``original_reward``
+    the same; done keys are those of frame ``e(t)`` and ``<done_key>_orig`` as they came, or with ``done_at="start"``
+    as they came; every other entry is the one of frame ``e(t)``, bit for bit. The other root entries are those of
+    frame ``t``, and ``"index"`` says where it lies. The result is new memory on the storage's device, on which
+    everything is computed; the host does not wait for it.
 
     Keyword Args:
         n_steps: frames in a full window, an int >= 1, or a pair ``(low, high)``: every sampled frame then draws its
@@ -202,7 +202,7 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
                 if queue[0].exception() is not None:
                     queue.popleft()
                     continue
-                _, info = queue[0].result()
+                info = dict(queue[0].result()[1])
                 with self._replay_lock, self._write_lock:
                     data = self._read(info)
                 computed: Future[Any] = Future()
@@ -277,24 +277,12 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
         agents = check_entries(frames, roles)
         leaves = with_saved(frames.leaves, roles.saved_in(frames.leaves))
         arguments = self._arguments(roles, leaves)
-        device, sizes = leaves[roles.done].device, data.shape[:ndim]
-        live = -(-len(storage) // max(sizes[1:].numel(), 1))
-        newest = (getattr(self._writer, "_cursor", 0) - 1) % live
-        each = [
-            torch.as_tensor(dim, dtype=torch.int64, device=device)
+        indices = [
+            torch.as_tensor(dim, dtype=torch.int64, device=leaves[roles.done].device)
             for dim in (index if isinstance(index, tuple) else (index,))
         ]
-        for dim, size in zip(each, (min(live, sizes[0]), *sizes[1:]), strict=True):
-            _check_index(dim, size)
-        shape = each[0].shape
-        low, high = steps if isinstance(steps := _steps_of_call.get() or self._n_steps, tuple) else (steps, steps)
-        drawn = None
-        if low < high:
-            by = storage._rng
-            drawn = torch.randint(
-                low, high + 1, (shape.numel(),), generator=by, device=device if by is None else by.device
-            ).to(device)
-        samples = Samples([dim.reshape(-1) for dim in each], newest, live, drawn)
+        shape = indices[0].shape
+        samples, high = self._samples([dim.reshape(-1) for dim in indices], data.shape[:ndim])
         if agents:
             keys = agent_paths(leaves, roles, frames.batch_size, agents)
             extension = n_step_sample_agents(
@@ -307,13 +295,33 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
             entries[_INDEX] = samples.indices[0]
         if objects:
             lengths = extension.steps.flatten(1).amin(1) if agents else extension.steps
-            here, end = tuple(samples.indices), ((samples.indices[0] + lengths - 1) % live, *samples.indices[1:])
+            here, (time, *others) = tuple(samples.indices), samples.indices
+            end = (time + lengths - 1) % samples.live, *others
             entries.update({path: value[end if roles.is_gathered(path) else here] for path, value in objects.items()})
         if tail := frames.nodes[()].tail:
             for path in WINDOW_PATHS:
                 entries[path] = entries[path].view(-1, *entries[path].shape[1:] or [1] * len(tail))
         built = frames.build(entries, torch.Size([shape.numel()]))
         return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])
+
+    def _samples(self, indices: Sequence[Tensor], sizes: torch.Size) -> tuple[Samples, int]:
+        """Frames at indices of a storage of these sizes, and the largest n of all."""
+        live = -(-len(self._storage) // max(sizes[1:].numel(), 1))
+        for dim, size in zip(indices, (min(live, sizes[0]), *sizes[1:]), strict=True):
+            _check_index(dim, size)
+        newest = (getattr(self._writer, "_cursor", 0) - 1) % live
+        low, high = steps if isinstance(steps := _steps_of_call.get() or self._n_steps, tuple) else (steps, steps)
+        drawn = None
+        if low < high:
+            generator, device = self._storage._rng, indices[0].device
+            drawn = torch.randint(
+                low,
+                high + 1,
+                indices[0].shape,
+                generator=generator,
+                device=device if generator is None else generator.device,
+            ).to(device)
+        return Samples(indices, newest, live, drawn), high
 
     def _needed(self) -> tuple[Collection[KeyPath], Collection[KeyPath]]:
         roles = self._roles

@@ -194,13 +194,14 @@ def test_readme_quotes_the_results_that_are_committed():
     rows = report.read(RESULTS / "cpu-compare.csv")
     assert report.excerpt(rows) in readme
     assert report.table(report.ratios_of(rows)) in readme
+    assert report.table(report.sampling_of(rows)) in readme
     slopes = report.table(growth.slopes(pd.read_csv(RESULTS / "cpu-growth.csv")))
     assert slopes in readme
     assert slopes in (RESULTS / "cpu-growth.md").read_text()
     verdict = training_step.verdict(pd.read_csv(RESULTS / "cpu-training-step.csv"))
     assert verdict in readme
     assert verdict in (RESULTS / "cpu-training-step.md").read_text()
-    for kind in ("ratio", "p-done", "n-steps", "bandwidth", "growth"):
+    for kind in ("ratio", "p-done", "n-steps", "bandwidth", "sample", "growth"):
         assert (RESULTS / f"cpu-{kind}.png").is_file()
 
 

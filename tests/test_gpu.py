@@ -151,6 +151,10 @@ def test_launches_of_a_sample_as_the_profiler_counts_them(n_steps, launches):
     assert len(ran) - launches <= 4
 
 
+def test_samples_of_a_storage_on_the_cpu_are_pinned():
+    assert buffer_on("cpu", pin_memory=True).sample(64)["next", "observation"].is_pinned()
+
+
 def test_offsets_of_a_storage_beyond_32_bits():
     buffer = NStepReplayBuffer(
         n_steps=3,

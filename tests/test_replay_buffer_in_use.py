@@ -6,12 +6,13 @@ import pickle
 import re
 import tempfile
 import threading
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import no_collection
+from conftest import kernels, no_collection
 from rings import (
     TRAJ_KEY,
     Ring,
@@ -25,7 +26,7 @@ from rings import (
     make_stream,
 )
 from rollouts import frames, make_rollout
-from tensordict import NonTensorStack
+from tensordict import NonTensorStack, TensorDict
 from torchrl.data import (
     ImmutableDatasetWriter,
     LazyMemmapStorage,
@@ -488,6 +489,22 @@ def test_a_priority_that_comes_with_the_data():
     assert_sampled(sample, ring, info=("index", "priority_weight"))
 
 
+def test_samples_are_pinned_once_transforms_are_through(monkeypatch):
+    """What pinning does takes an accelerator (``test_gpu.py``)."""
+    pinned = []
+    monkeypatch.setattr(TensorDict, "pin_memory", lambda data: pinned.append(data.clone()) or pinned[-1])
+    buffer, _ = wrapped(pin_memory=True, transform=Renamed())
+    sample = buffer.sample(8)
+    assert sample is pinned[0]
+    assert "renamed" in set(sample.keys())
+    assert len(pinned) == 1
+
+
+class Renamed(Transform):
+    def forward(self, data):
+        return data.rename_key_("number", "renamed")
+
+
 # Prefetching
 
 
@@ -888,15 +905,16 @@ class Drawn(RandomSampler):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_indices_of_any_integer_type(dtype, backend):
+@pytest.mark.parametrize("where", [nullcontext, kernels], ids=["reference", "kernels"])
+def test_indices_of_any_integer_type(dtype, where):
     """Of numpy, too, and in any strides."""
     index = torch.tensor([[3, 0], [0, 0], [7, 0]], dtype=dtype)[:, 0]
     for each in (index, index.numpy()):
-        buffer, ring = wrapped(8, (), sampler=Drawn(each), backend=backend)
-        sample = buffer.sample(3)
-        assert_sampled(sample, ring)
-        assert sample["index"].tolist() == [3, 0, 7]
+        with where():
+            buffer, ring = wrapped(8, (), sampler=Drawn(each))
+            sample = buffer.sample(3)
+            assert_sampled(sample, ring)
+            assert sample["index"].tolist() == [3, 0, 7]
 
 
 @pytest.mark.parametrize("index", [torch.tensor([0, 3]), torch.tensor([-1])], ids=str)
