@@ -248,12 +248,17 @@ def n_step_sample(
 
     Returns:
         :class:`Extension` with ``[N]`` in place of ``[*B, E]``, in new memory, and no carry.
+
+    Raises:
+        IndexError: on the CPU, and not by the kernels, which read what is nearest: an index is that of no frame.
     """
     sample: Callable[..., tuple[Any, ...]] = sampling.n_step_sample_reference
     chosen = resolve_backend(backend, [*data.values(), *samples.indices], [data[key] for key in reward_keys])
     if chosen == "triton":
         from multistep_triton.kernels.launch import launch_n_step_sample as sample
-    elif chosen == "verify":
+    else:
+        _check_indices(samples, data[done_key].shape)
+    if chosen == "verify":
         sample = verify.n_step_sample_verified
     leaves, returns, steps, discount, nonterminal = sample(
         samples,
@@ -273,6 +278,15 @@ def _lead(reward: Tensor, done: Tensor) -> torch.Size:
     """``[*B, T]``: all of ``done``'s shape if the reward's begins with it and goes on, else less a last 1."""
     begins = done.ndim < reward.ndim and reward.shape[: done.ndim] == done.shape
     return done.shape if begins or done.ndim == 1 or done.shape[-1:] != (1,) else done.shape[:-1]
+
+
+def _check_indices(samples: Samples, sizes: torch.Size) -> None:
+    """Checks that frames lie where they were drawn, but on an accelerator, for which the host would wait."""
+    for index, size in zip(samples.indices, (samples.live, *sizes[1:]), strict=False):
+        if index.is_cpu and index.numel():
+            low, high = (int(each) for each in index.aminmax())
+            if low < 0 or high >= size:
+                raise IndexError(f"a sampler must draw indices within 0 .. {size - 1}, got {low} .. {high}")
 
 
 def _check_steps(steps: Tensor) -> None:

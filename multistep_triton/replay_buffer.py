@@ -307,8 +307,6 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
     def _samples(self, indices: Sequence[Tensor], sizes: torch.Size) -> tuple[Samples, int]:
         """Frames at indices of a storage of these sizes, and the largest n of all."""
         live = -(-len(self._storage) // max(sizes[1:].numel(), 1))
-        for dim, size in zip(indices, (min(live, sizes[0]), *sizes[1:]), strict=True):
-            _check_index(dim, size)
         newest = (getattr(self._writer, "_cursor", 0) - 1) % live
         low, high = steps if isinstance(steps := _steps_of_call.get() or self._n_steps, tuple) else (steps, steps)
         drawn = None
@@ -326,11 +324,3 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
     def _needed(self) -> tuple[Collection[KeyPath], Collection[KeyPath]]:
         roles = self._roles
         return roles.needed, {roles.mask, *roles.kept, *roles.saved}
-
-
-def _check_index(index: Tensor, size: int) -> None:
-    """Checks indices, but for those on an accelerator, for which the host would wait; the kernels clamp them."""
-    if index.is_cpu and index.numel():
-        low, high = (int(each) for each in index.aminmax())
-        if low < 0 or high >= size:
-            raise IndexError(f"sampler must draw indices within 0 .. {size - 1}, got {low} .. {high}")

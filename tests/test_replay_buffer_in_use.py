@@ -920,7 +920,7 @@ def test_indices_of_any_integer_type(dtype, where):
 @pytest.mark.parametrize("index", [torch.tensor([0, 3]), torch.tensor([-1])], ids=str)
 def test_indices_of_no_frame(index):
     buffer, _ = wrapped(8, (), sampler=Drawn(index), frames=[3])
-    with pytest.raises(IndexError, match=r"sampler must draw indices within 0 \.\. 2, got"):
+    with pytest.raises(IndexError, match=r"a sampler must draw indices within 0 \.\. 2, got"):
         buffer.sample(2)
 
 
