@@ -63,11 +63,13 @@ def tile_frames(program, rows, frames, stream, TIME_MAJOR: tl.constexpr, LENGTH:
         frame = load_index(index[0], place, inside).to(tl.int32) - (first << 2 >> 4).to(tl.int32)
         frame = tl.where(frame < 0, frame + known, frame)
         # Nothing else is read, whatever the indices.
-        frame = tl.minimum(tl.maximum(frame, 0), known - 1)
+        inside &= (frame >= 0) & (frame < known)
         row = tl.zeros([BLOCK_F], tl.int32)
         for d in tl.static_range(1, len(index)):
             size = (sizes[d] << 2 >> 4).to(tl.int32)
-            row = row * size + tl.minimum(tl.maximum(load_index(index[d], place, inside).to(tl.int32), 0), size - 1)
+            dim = load_index(index[d], place, inside).to(tl.int32)
+            inside &= (dim >= 0) & (dim < size)
+            row = row * size + dim
         places = (place.to(tl.int64),)
         limits = own
         if len(own) > 0:

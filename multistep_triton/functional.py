@@ -250,7 +250,7 @@ def n_step_sample(
         :class:`Extension` with ``[N]`` in place of ``[*B, E]``, in new memory, and no carry.
 
     Raises:
-        IndexError: on the CPU, and not by the kernels, which read what is nearest: an index is that of no frame.
+        IndexError: an index is that of no frame, on the CPU; the kernels leave such a sample unwritten.
     """
     sample: Callable[..., tuple[Any, ...]] = sampling.n_step_sample_reference
     chosen = resolve_backend(backend, [*data.values(), *samples.indices], [data[key] for key in reward_keys])

@@ -7,6 +7,7 @@ than their alignment for others.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -184,6 +185,7 @@ def resources(kernel: Any) -> Resources:
 
 def main(target: str) -> list[str]:
     stub_driver.install(target)
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it logs to stdout what each storage allocates
     failures = []
     lines = [f"Triton {triton.__version__}, {target}: registers, bytes of the widest access, kB of code"]
     for name, case in CASES.items():

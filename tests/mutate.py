@@ -128,7 +128,7 @@ MUTATIONS = (
              ".to(tl.int32)"),
     Mutation("sampled: before the oldest", "stream", "tl.where(frame < 0, frame + known, frame)",
              "tl.where(frame <= 0, frame + known, frame)"),
-    Mutation("sampled: row", "stream", "row = row * size + tl.minimum(", "row = row + tl.minimum("),
+    Mutation("sampled: row", "stream", "row = row * size + dim", "row = row + dim"),
     Mutation("sampled: first slot", "stream", "slot += (picked[-1] << 2 >> 4).to(tl.int32)", "slot += 0"),
     Mutation("sampled: after the last slot", "stream", "tl.where(slot < known, slot, slot - known)",
              "tl.where(slot <= known, slot, slot - known)"),
