@@ -39,14 +39,13 @@ def copy_rows(
         frame += tl.where(frame < emitted, 0, stay)
         early = live & (frame < emitted)
     tile = row, frame, early, places, limits
-    place = output_places(tile, emitted)
     item = program % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
     source, out, held = leaf
     future = frame
     if GATHERED:
         if READ:
             if len(places) > 0:
-                address = (steps[0] << 2 >> 4) + place * 8
+                address = (steps[0] << 2 >> 4) + output_places(tile, emitted) * 8
             else:
                 address = frame_addresses(steps, row, frame, (0, known, sizes, ring, picked), 0)
             length = tl.load(address.to(tl.pointer_type(tl.int64)), mask=early, other=1)
@@ -57,7 +56,7 @@ def copy_rows(
     inside = live[:, None] & (item < D)[None, :]
     pointers = item_pointers(source, row, future, item, stream, TYPE, ITEM_BYTES, UNIT, D, RUN)
     value = tl.load(pointers, mask=inside, other=0)
-    to_out = (out << 2 >> 4) + place * (D * ITEM_BYTES)
+    to_out = (out << 2 >> 4) + output_places(tile, emitted) * (D * ITEM_BYTES)
     if len(places) == 0:
         to_held = slot_addresses(held, row, frame - emitted, known - emitted, to, D * ITEM_BYTES)
         to_out = tl.where(frame < emitted, to_out, to_held)
