@@ -28,6 +28,17 @@ class OrderedReplayBuffer(ReplayBuffer):
         """The entries that a call must have, and those that it must have if they are stored."""
         raise NotImplementedError
 
+    def _stored(self) -> TensorDictBase | None:
+        """The storage's entries ``[slots, *R]``, or None if it holds no frame."""
+        storage = self._storage
+        if not len(storage):
+            return None
+        if not storage.initialized:
+            # Another process made the entries; torchrl looks for them when a frame is read.
+            storage.get(0)
+        entries: TensorDictBase = storage._storage
+        return entries
+
     def _init(self) -> None:
         super()._init()
         check_parts(self._storage, self._writer, self._sampler)
@@ -68,18 +79,17 @@ class OrderedReplayBuffer(ReplayBuffer):
     def _check_data(self, data: TensorDictBase, time_dim: int | None) -> None:
         """Checks data ``[*B, T]``, or a frame, before it is written: torch fails when some of it is."""
         needed, if_stored = map(set, self._needed())
-        new, stored, ndim = _kinds(data, self._storage.ndim - (time_dim is None)), {}, self._storage.ndim
-        if len(self._storage):
-            stored = _kinds(self._storage._storage, ndim)
+        ndim, storage = self._storage.ndim, self._stored()
+        new, stored = _kinds(data, ndim - (time_dim is None)), {} if storage is None else _kinds(storage, ndim)
         if missing := sorted((needed | if_stored & stored.keys()) - new.keys()):
             raise KeyError(f"data must hold {', '.join(map(str, missing))}, got the entries {list(new)}")
-        if not stored:
+        if storage is None:
             return
         batch = [*data.shape[: ndim - (time_dim is None)]]
         if time_dim is not None:
             batch[0], batch[time_dim] = batch[time_dim], batch[0]
             del batch[0]
-        rows = [*self._storage._storage.shape[1:ndim]]
+        rows = [*storage.shape[1:ndim]]
         if batch != rows:
             raise ValueError(f"data must be of {rows} rows, as what is stored, got {batch}")
         for path in new.keys() & stored.keys():

@@ -266,9 +266,8 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
 
     def _n_step_at(self, index: Tensor | tuple[Tensor, ...]) -> TensorDict:
         """The n-step transitions of the frames that lie at an index of the storage."""
-        storage, roles = self._storage, self._checked_roles()
-        data, ndim = storage._storage, storage.ndim
-        if not len(storage):
+        data, ndim, roles = self._stored(), self._storage.ndim, self._checked_roles()
+        if data is None:
             raise RuntimeError("storage must hold frames to be sampled, got an empty one")
         # The writer's own entry says where a frame lies, which needs no reading.
         indexed = isinstance(self._writer, TensorDictRoundRobinWriter) and data.batch_dims == ndim

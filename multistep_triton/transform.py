@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -270,10 +271,14 @@ class MultiStepTransform(MultiStepBase, Transform):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the lock, and the frames held back copied: every process and every copy has its own."""
+        """All but the lock, and the frames held back copied: every copy has its own.
+
+        A process that is being started, such as a collector's worker, begins a stream of its own and gets none: each
+        of several workers would emit them once more.
+        """
         with self._lock:
             state: dict[str, Any] = super().__getstate__()
-            state["_carry"] = self._carry and self._carry.clone()
+            state["_carry"] = self._carry and self._carry.clone() if get_spawning_popen() is None else None
         del state["_lock"]
         return state
 
