@@ -5,6 +5,7 @@ Importing this package imports no Triton.
 
 from pathlib import Path as _Path
 
+from multistep_triton import operators as operators
 from multistep_triton.functional import NStepReturn, gather_future, n_step_return
 from multistep_triton.postproc import MultiStep
 from multistep_triton.replay_buffer import NStepReplayBuffer

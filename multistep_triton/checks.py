@@ -69,6 +69,31 @@ def check_reward(name: str, reward: Tensor, lead: torch.Size) -> None:
         raise ValueError(f"{name} must have shape [*B, T, *F] with [*B, T] = {list(lead)}, got {list(reward.shape)}")
 
 
+def check_n_step_return(reward: Tensor, done: Tensor, mask: Tensor | None) -> torch.Size:
+    """Checks the tensors of :func:`multistep_triton.n_step_return`, but not what is in them; returns ``[*B, T]``."""
+    flags = {"done": done} if mask is None else {"done": done, "mask": mask}
+    _check_tensors(reward=reward, **flags)
+    lead = _lead(reward, done)
+    if not lead:
+        raise ValueError(f"done must have a time dimension, [*B, T] or [*B, T, 1], got shape {list(done.shape)}")
+    for name, flag in flags.items():
+        check_flag(name, flag, lead)
+    check_reward("reward", reward, lead)
+    return lead
+
+
+def check_gather_future(value: Tensor, steps: Tensor) -> None:
+    """Checks the tensors of :func:`multistep_triton.gather_future`, but not what is in them."""
+    _check_tensors(value=value, steps=steps)
+    if steps.dtype != torch.int64:
+        raise TypeError(f"steps must be int64, got {steps.dtype}")
+    if not steps.ndim or value.shape[: steps.ndim] != steps.shape:
+        raise ValueError(
+            f"steps must be [*B, T] and value [*B, T, ...] with the same [*B, T], "
+            f"got steps {list(steps.shape)} and value {list(value.shape)}"
+        )
+
+
 def is_per_frame(value: Tensor, lead: torch.Size) -> bool:
     return value.shape == lead or value.shape == (*lead, 1)
 
@@ -79,3 +104,19 @@ def _check_per_frame(name: str, value: Tensor, lead: torch.Size, otherwise: str 
             f"{name} must have shape [*B, T] = {list(lead)} or [*B, T, 1] = {[*lead, 1]}{otherwise}, "
             f"got {list(value.shape)}"
         )
+
+
+def _lead(reward: Tensor, done: Tensor) -> torch.Size:
+    """``[*B, T]``: all of ``done``'s shape if the reward's begins with it and goes on, else less a last 1."""
+    begins = done.ndim < reward.ndim and reward.shape[: done.ndim] == done.shape
+    return done.shape if begins or done.ndim == 1 or done.shape[-1:] != (1,) else done.shape[:-1]
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{' and '.join(devices)} must be on one device, got {listed}")

@@ -1,8 +1,9 @@
 """Functions on tensors: validate the arguments, dispatch to the backend.
 
 ``n_step_extend`` is the seam between the transform and its implementations: the leaves of carry and data in, the
-leaves out and the new carry back, by whichever backend. May import ``checks``, ``backends``, ``reference``, ``verify``
-and, inside the branch that runs them, the kernels.
+leaves out and the new carry back, by whichever backend. What is compiled calls the operators instead, which
+``operators`` registers. May import ``checks``, ``backends``, ``reference``, ``verify`` and, inside the branch that runs
+them, the kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from multistep_triton import reference, sampling, verify
 from multistep_triton.backends import resolve_backend
-from multistep_triton.checks import check_flag, check_gamma, check_positive_int, check_reward
+from multistep_triton.checks import check_gamma, check_gather_future, check_n_step_return, check_positive_int
 from multistep_triton.ring import Ring, Samples
 
 
@@ -94,17 +95,12 @@ def n_step_return(
     """
     check_positive_int("n_steps", n_steps)
     check_gamma(gamma)
-    flags = {"done": done} if mask is None else {"done": done, "mask": mask}
-    _check_tensors(reward=reward, **flags)
-    lead = _lead(reward, done)
-    if not lead:
-        raise ValueError(f"done must have a time dimension, [*B, T] or [*B, T, 1], got shape {list(done.shape)}")
-    for name, flag in flags.items():
-        check_flag(name, flag, lead)
-    check_reward("reward", reward, lead)
+    if torch.compiler.is_compiling():
+        return NStepReturn(*torch.ops.multistep_triton.n_step_return(reward, done, mask, gamma, n_steps, backend))
+    lead = check_n_step_return(reward, done, mask)
     extension = n_step_extend(
         None,
-        {"reward": reward, **flags},
+        {"reward": reward, "done": done} if mask is None else {"reward": reward, "done": done, "mask": mask},
         time_dim=len(lead) - 1,
         reward_keys=("reward",),
         gathered_keys=(),
@@ -144,14 +140,10 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
         >>> gather_future(torch.tensor([10, 11, 12, 13]), torch.tensor([2, 2, 1, 1]))
         tensor([11, 12, 12, 13])
     """
-    _check_tensors(value=value, steps=steps)
-    if steps.dtype != torch.int64:
-        raise TypeError(f"steps must be int64, got {steps.dtype}")
-    if not steps.ndim or value.shape[: steps.ndim] != steps.shape:
-        raise ValueError(
-            f"steps must be [*B, T] and value [*B, T, ...] with the same [*B, T], "
-            f"got steps {list(steps.shape)} and value {list(value.shape)}"
-        )
+    if torch.compiler.is_compiling():
+        future: Tensor = torch.ops.multistep_triton.gather_future(value, steps, backend)
+        return future
+    check_gather_future(value, steps)
     chosen = resolve_backend(backend, (value, steps))
     if steps.is_cpu or chosen != "triton":
         _check_steps(steps)
@@ -274,12 +266,6 @@ def n_step_sample(
     return Extension(leaves, returns, steps, discount, nonterminal, None)
 
 
-def _lead(reward: Tensor, done: Tensor) -> torch.Size:
-    """``[*B, T]``: all of ``done``'s shape if the reward's begins with it and goes on, else less a last 1."""
-    begins = done.ndim < reward.ndim and reward.shape[: done.ndim] == done.shape
-    return done.shape if begins or done.ndim == 1 or done.shape[-1:] != (1,) else done.shape[:-1]
-
-
 def _check_indices(samples: Samples, sizes: torch.Size) -> None:
     """Checks that frames lie where they were drawn, but on an accelerator, for which the host would wait."""
     for index, size in zip(samples.indices, (samples.live, *sizes[1:]), strict=False):
@@ -297,13 +283,3 @@ def _check_steps(steps: Tensor) -> None:
         raise ValueError(
             f"steps must be within 1 .. T - t = {steps.shape[-1] - frame[-1]}, got {int(steps[frame])} at frame {frame}"
         )
-
-
-def _check_tensors(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    devices = {name: tensor.device for name, tensor in tensors.items()}
-    if len(set(devices.values())) > 1:
-        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"{' and '.join(devices)} must be on one device, got {listed}")

@@ -1,0 +1,93 @@
+"""``n_step_return`` and ``gather_future`` as operators of torch, for ``torch.compile(fullgraph=True)``.
+
+Registers ``torch.ops.multistep_triton.n_step_return`` and ``gather_future``, which those functions call when they are
+compiled: to the compiler each is one opaque call, of the backend that runs without it. Owns shapes and gradients of
+these, no maths of its own. May import ``functional``, ``checks`` and ``reference``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multistep_triton.checks import check_gather_future, check_n_step_return
+from multistep_triton.functional import gather_future, n_step_return
+from multistep_triton.reference import return_dtype
+
+
+@torch.library.custom_op(
+    "multistep_triton::n_step_return",
+    mutates_args=(),
+    schema="(Tensor reward, Tensor done, Tensor? mask, float gamma, SymInt n_steps, str backend) -> "
+    "(Tensor, Tensor, Tensor)",
+)
+def _n_step_return(
+    reward: Tensor, done: Tensor, mask: Tensor | None, gamma: float, n_steps: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(n_step_return(reward, done, gamma=gamma, n_steps=n_steps, mask=mask, backend=backend))
+
+
+@_n_step_return.register_fake
+def _(
+    reward: Tensor, done: Tensor, mask: Tensor | None, gamma: float, n_steps: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead = check_n_step_return(reward, done, mask)
+    return (
+        reward.new_empty(reward.shape, dtype=return_dtype(reward)),
+        reward.new_empty(lead, dtype=torch.int64),
+        reward.new_empty(lead, dtype=torch.float32),
+    )
+
+
+def _save_windows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    reward, _, _, ctx.gamma, ctx.n_steps, _ = inputs
+    ctx.dtype = reward.dtype
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _reward_gradient(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """Frame ``t + i`` gets ``gamma ** i`` of the gradient of every window that reaches it, that of frame ``t``."""
+    (steps,) = ctx.saved_tensors
+    dim = steps.ndim - 1
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    lengths = steps.view(*steps.shape, *[1] * (gradient.ndim - steps.ndim))
+    total, frames = wide, steps.shape[dim]
+    for i in range(1, min(ctx.n_steps, frames)):
+        reaches = torch.where(lengths > i, wide * ctx.gamma**i, 0.0).narrow(dim, 0, frames - i)
+        total = total + torch.cat((torch.zeros_like(wide.narrow(dim, 0, i)), reaches), dim)
+    return total.to(ctx.dtype), None, None, None, None, None
+
+
+_n_step_return.register_autograd(_reward_gradient, setup_context=_save_windows)
+
+
+@torch.library.custom_op(
+    "multistep_triton::gather_future", mutates_args=(), schema="(Tensor value, Tensor steps, str backend) -> Tensor"
+)
+def _gather_future(value: Tensor, steps: Tensor, backend: str) -> Tensor:
+    return gather_future(value, steps, backend=backend)
+
+
+@_gather_future.register_fake
+def _(value: Tensor, steps: Tensor, backend: str) -> Tensor:
+    check_gather_future(value, steps)
+    return value.new_empty(value.shape)
+
+
+def _save_steps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _value_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The frame at a window's end gets the gradient of the window."""
+    (steps,) = ctx.saved_tensors
+    dim = steps.ndim - 1
+    ends = torch.arange(steps.shape[dim], device=steps.device) + steps - 1
+    index = ends.view(*ends.shape, *[1] * (gradient.ndim - ends.ndim)).expand_as(gradient)
+    return torch.zeros_like(gradient).scatter_add(dim, index, gradient), None, None
+
+
+_gather_future.register_autograd(_value_gradient, setup_context=_save_steps)

@@ -1,0 +1,160 @@
+"""``torch.compile(fullgraph=True)`` of functions that call ``n_step_return`` and ``gather_future``."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from multistep_triton import gather_future, n_step_return
+
+BATCH, FRAMES, N, GAMMA = 3, 9, 3, 0.5
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+def draw(dtype=torch.float32, frames=FRAMES, features=(2,), seed=0):
+    """Rewards, dones, a mask and observations."""
+    generator = torch.Generator().manual_seed(seed)
+    reward = torch.randint(-8, 8, (BATCH, frames, *features), generator=generator).to(dtype)
+    done, padding = (torch.rand(BATCH, frames, generator=generator) < p for p in (0.3, 0.2))
+    return reward, done, ~padding, torch.randn(BATCH, frames, 4, generator=generator)
+
+
+def targets(reward, done, mask, observation, n_steps=N, backend="auto"):
+    """What a loss makes of them, with operators of torch before and after ours."""
+    out = n_step_return(reward * 2, done, gamma=GAMMA, n_steps=n_steps, mask=mask, backend=backend)
+    future = gather_future(observation, out.steps, backend=backend)
+    return out.reward + out.discount[..., None] * future.sum(-1, keepdim=True), out.steps
+
+
+def assert_equal(left, right):
+    for one, other in zip(left, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of its compiler
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_graph_that_gives_what_eager_gives(backend):
+    compiled = torch.compile(targets, fullgraph=True, backend=backend)
+    for arguments in (draw(), draw(seed=1)):
+        for one, other in zip(compiled(*arguments), targets(*arguments), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_dtypes_are_those_of_eager(dtype):
+    reward, done, mask, observation = draw(dtype)
+    observation[0, 0, 0] = torch.nan
+
+    def both(reward, done, mask, value):
+        out = n_step_return(reward, done, gamma=GAMMA, n_steps=N, mask=mask)
+        return *out, gather_future(value.view(torch.int32), out.steps)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(reward, done, mask, observation), both(reward, done, mask, observation))
+
+
+def test_the_kernels_run_in_a_graph(monkeypatch):
+    from multistep_triton.kernels import launch
+
+    launches = []
+    for name in ("launch_n_step_extend", "launch_gather_future"):
+        launch_it = getattr(launch, name)
+        monkeypatch.setattr(launch, name, lambda *a, it=launch_it, of=name, **k: launches.append(of) or it(*a, **k))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = [each.to(device) for each in draw()]
+    compiled = torch.compile(targets, fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(*arguments, backend="triton"), targets(*arguments, backend="reference"))
+    assert launches == ["launch_n_step_extend", "launch_gather_future"]
+
+
+def test_another_n_or_number_of_frames_is_no_new_graph():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(targets, fullgraph=True, backend=counter)
+    for n_steps in (2, 3, 5, 8, 13):
+        for frames in (7, 9, 20):
+            arguments = *draw(frames=frames), n_steps
+            assert_equal(compiled(*arguments), targets(*arguments))
+    # The first one, and one each in which the compiler learns that a number varies.
+    assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize("n_steps", [1, 3, FRAMES, 50])
+def test_gradients_are_those_of_eager(n_steps):
+    reward, done, mask, observation = draw(torch.float64)
+    weight = torch.randn(reward.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def gradients(function):
+        leaves = reward.clone().requires_grad_(), observation.double().requires_grad_()
+        target, _ = function(leaves[0], done, mask, leaves[1], n_steps)
+        return torch.autograd.grad((target * weight).sum(), leaves)
+
+    compiled = torch.compile(targets, fullgraph=True, backend="aot_eager")
+    for one, other in zip(gradients(compiled), gradients(targets), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_by_hand():
+    # Windows of frames 0 and 1 are (0, 1) and (1), as 1 is done; of 2 and 3 (2, 3) and (3).
+    done = torch.tensor([False, True, False, False])
+    reward, value = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(reward, value):
+        out = n_step_return(reward, done, gamma=0.5, n_steps=2)
+        weight = torch.tensor([1.0, 10.0, 100.0, 1000.0])
+        return (out.reward * weight).sum() + (gather_future(value, out.steps) * weight).sum()
+
+    loss(reward, value).backward()
+    assert reward.grad.tolist() == [1.0, 10.5, 100.0, 1050.0]
+    assert value.grad.tolist() == [0.0, 11.0, 0.0, 1100.0]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("frames", [FRAMES, 1, 0])
+def test_opcheck(frames, requires_grad):
+    reward, done, mask, observation = draw(frames=frames)
+    for rewards in (reward, reward.transpose(0, 1).contiguous().transpose(0, 1), reward[..., 0]):
+        for masks in (None, mask):
+            leaf = rewards.detach().requires_grad_(requires_grad)
+            arguments = leaf, done, masks, GAMMA, N, "auto"
+            torch.library.opcheck(torch.ops.multistep_triton.n_step_return, arguments)
+    steps = n_step_return(reward, done, gamma=GAMMA, n_steps=N).steps
+    for values in (observation, observation.transpose(0, 1).contiguous().transpose(0, 1), observation[..., 0]):
+        leaf = values.detach().requires_grad_(requires_grad)
+        torch.library.opcheck(torch.ops.multistep_triton.gather_future, (leaf, steps, "auto"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_of_dtypes(dtype):
+    reward, done, _, _ = draw(dtype)
+    torch.library.opcheck(torch.ops.multistep_triton.n_step_return, (reward, done, None, GAMMA, N, "auto"))
+    steps = torch.ones(BATCH, FRAMES, dtype=torch.int64)
+    torch.library.opcheck(torch.ops.multistep_triton.gather_future, (reward, steps, "auto"))
+
+
+WRONG = {
+    "n_steps must be an int >= 1, got 0": {"n_steps": 0},
+    "gamma must be a finite number in [0, 1], got 1.5": {"gamma": 1.5},
+    "done must be bool, got torch.float32": {"done": torch.zeros(BATCH, FRAMES)},
+    "mask must have shape": {"mask": torch.ones(BATCH, FRAMES + 1, dtype=torch.bool)},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_errors_keep_their_words(message):
+    reward, done, mask, _ = draw()
+    arguments = {"done": done, "mask": mask, "gamma": GAMMA, "n_steps": N, **WRONG[message]}
+    compiled = torch.compile(lambda: n_step_return(reward, **arguments), fullgraph=True, backend="aot_eager")
+    with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError)) as caught:
+        compiled()
+    assert message in str(caught.value)
+
+
+def test_steps_that_leave_the_row_are_an_error_when_it_runs():
+    compiled = torch.compile(gather_future, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"steps must be within 1 .. T - t = 1, got 2 at frame \(1,\)"):
+        compiled(torch.arange(2), torch.tensor([1, 2]))
