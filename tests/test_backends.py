@@ -1,12 +1,9 @@
 """Which backend runs, and what is said when one cannot."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import kernels
+from fresh import run
 from rollouts import make_rollout
 
 from multistep_triton import MultiStepTransform, backends, gather_future, n_step_return, reference
@@ -21,11 +18,6 @@ from tensordict import TensorDict
 from multistep_triton import MultiStep, MultiStepTransform, gather_future, n_step_return
 data = TensorDict({"next": {"reward": torch.ones(4, 1), "done": torch.zeros(4, 1, dtype=torch.bool)}}, [4])
 """
-
-
-def run(code: str, **environment: str | None) -> subprocess.CompletedProcess:
-    variables = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
 
 
 def last_line(code: str, **environment: str | None) -> str:
@@ -65,7 +57,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    message = last_line(code, TRITON_INTERPRET=None, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+    message = last_line(code, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     assert message.startswith("backend 'triton' cannot run: Triton finds no GPU")
     assert "TRITON_INTERPRET=1" in message
     assert message.endswith("or use backend='reference'")
@@ -165,7 +157,7 @@ launchers.launch_n_step_extend = fault
 
 
 def test_verify_is_refused_where_the_kernels_cannot_run():
-    done = run(SCRIPT, MULTISTEP_TRITON_BACKEND="verify", TRITON_INTERPRET=None, CUDA_VISIBLE_DEVICES="")
+    done = run(SCRIPT, MULTISTEP_TRITON_BACKEND="verify", CUDA_VISIBLE_DEVICES="")
     assert "RuntimeError: backend 'verify' cannot run: Triton finds no GPU" in done.stderr
     assert "set TRITON_INTERPRET=1 before Python starts, or unset MULTISTEP_TRITON_BACKEND" in done.stderr
 

@@ -4,6 +4,7 @@ import multiprocessing
 import warnings
 from functools import partial
 
+import fresh
 import pytest
 import torch
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
@@ -25,10 +26,9 @@ MULTI = [MultiSyncCollector, MultiAsyncCollector]
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_workers():
-    """Workers are forked from a server that has imported what they need; the default is to import it in each."""
+    """torchrl would start each of them anew, and they would import all that they need."""
     before = multiprocessing.get_start_method(allow_none=True)
-    multiprocessing.set_forkserver_preload(["torchrl.collectors", "multistep_triton", "workers"])
-    multiprocessing.set_start_method("forkserver", force=True)
+    multiprocessing.set_start_method(fresh.start().get_start_method(), force=True)
     yield
     multiprocessing.set_start_method(before, force=True)
 

@@ -1,15 +1,11 @@
 """The kernels as they are compiled, in processes without the interpreter, for a GPU that need not be there."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
+import fresh
 import pytest
 
-TESTS = Path(__file__).parent
 PREAMBLE = """
 import json
 import stub_driver
@@ -51,9 +47,7 @@ class Operators(TorchDispatchMode):
 
 
 def run(code: str) -> object:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", PREAMBLE + code], capture_output=True, text=True, env=environment)
+    done = fresh.run(PREAMBLE + code)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

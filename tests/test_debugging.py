@@ -7,6 +7,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import fresh
 import mutate
 import pytest
 import torch
@@ -440,7 +441,7 @@ def test_a_missing_package_is_named(saved, module):
     command = ["explain", str(saved), "--env", "0", "--t", "0", "--plot", "a.png"]
     command = ["doctor"] if module == "tqdm" else command
     code = f"import sys; sys.modules['{module}'] = None; from multistep_triton.__main__ import main; main({command})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert done.returncode == 2
     line = f"""error: this needs {module}: pip install "multistep_triton[debug]"\n"""
     assert done.stderr.endswith(line)
