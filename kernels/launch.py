@@ -49,7 +49,10 @@ def launch_n_step_extend(
         None,
         torch.get_default_dtype(),
     )
-    memory = _Memory(plan, data, seen.addresses, device, carry.leaves if carry and place and place.stay else {})
+    stay = None
+    if place:
+        stay = carry.leaves if carry and place.stay else {}
+    memory = _Memory(plan, data, seen.addresses, device, stay)
     _, rows, carried, known, emitted, *_ = plan.scalars
     ring = place.ring(memory.held, emitted, known) if place else None
     rings = _slots(carry, rows), _slots(ring, rows)

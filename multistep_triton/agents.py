@@ -137,15 +137,17 @@ def n_step_sample_agents(
         n_steps=None if samples.n_steps is None else samples.n_steps[frame],
     )
 
-    def sample(picked: Samples, leaves: Mapping[Any, Tensor], *marked: Hashable | None) -> Extension:
+    def sample(
+        picked: Samples, leaves: Mapping[Any, Tensor], mask_key: Hashable | None, traj_key: Hashable | None
+    ) -> Extension:
         return n_step_sample(
             picked,
             leaves,
             reward_keys=[key for key in reward_keys if key in leaves],
             gathered_keys=[key for key in gathered_keys if key in leaves],
             done_key=done_key,
-            mask_key=marked[0],
-            traj_key=marked[1],
+            mask_key=mask_key,
+            traj_key=traj_key,
             **arguments,
         )
 
@@ -154,7 +156,8 @@ def n_step_sample_agents(
 
     agents = sample(each_agent, of_agents, mask_key, traj_key)
     # The shortest window of an agent is that of the frame, whatever ended it.
-    shortest = back(agents.steps).flatten(1).amin(1)
+    steps = back(agents.steps)
+    shortest = steps.flatten(1).amin(1)
     rest = {key: leaf for key, leaf in data.items() if key not in agent_keys}
     rest[done_key] = torch.zeros((), dtype=torch.bool, device=device).expand(data[done_key].shape[:dims])
     frames = sample(samples._replace(n_steps=shortest), rest, None, None)
@@ -163,7 +166,7 @@ def n_step_sample_agents(
     return Extension(
         {**frames.leaves, **leaves},
         {**frames.returns, **returns},
-        back(agents.steps),
+        steps,
         back(agents.discount),
         back(agents.nonterminal),
         None,

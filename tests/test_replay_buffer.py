@@ -3,11 +3,10 @@
 import math
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
+from baselines import Peers, without_both
 from conftest import kernels
-from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rings import (
@@ -26,7 +25,6 @@ from rings import (
     make_stream,
 )
 from rollouts import frames, make_rollout
-from stable_baselines3.common.buffers import NStepReplayBuffer as PeerReplayBuffer
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 
@@ -327,58 +325,22 @@ def test_equal_to_what_the_transform_stores(batch, n_steps, cut):
     assert error <= 3 * n_steps * torch.finfo(torch.float32).eps * magnitude
 
 
-class Peers:
-    """A stable-baselines3 buffer for every environment, as theirs samples environments at random."""
-
-    def __init__(self, envs, **arguments):
-        box, actions = spaces.Box(-np.inf, np.inf, (3,)), spaces.Discrete(5)
-        self.of = [
-            PeerReplayBuffer(observation_space=box, action_space=actions, device="cpu", n_envs=1, **arguments)
-            for _ in range(envs)
-        ]
-
-    def add(self, data):
-        for peer, row in zip(self.of, data, strict=True):
-            for frame in row:
-                following = frame["next"]
-                peer.add(
-                    frame["observation"].numpy(),
-                    following["observation"].numpy(),
-                    frame["action"].numpy(),
-                    following["reward"].numpy(),
-                    following["done"].numpy(),
-                    [{"TimeLimit.truncated": following["truncated"].item()}],
-                )
-
-
 @pytest.mark.parametrize("n_steps", [1, 3, 7])
 def test_stable_baselines3_agrees_wherever_the_seam_is(n_steps):
     capacity, envs, gamma = 16, 3, 0.9
-    stream = make_stream((envs,), 60, seed=n_steps)
-    # both at once is a termination to torchrl, and a timeout to stable-baselines3
-    stream["next", "truncated"] &= ~stream["next", "terminated"]
+    stream = without_both(make_stream((envs,), 60, seed=n_steps))
     ring, buffer = Ring(stream, capacity), make_buffer(capacity, (envs,), n_steps=n_steps, gamma=gamma)
     peers = Peers(envs, buffer_size=capacity, n_steps=n_steps, gamma=gamma)
-    eps = torch.finfo(torch.float32).eps
-    magnitude = n_steps * stream["next", "reward"].abs().max()
     # not full, full, and wrapped around to different slots
     for cut in (5, 8, 3, 1, 2, 7, 5, 1, 14, 10):
         part = ring.take(cut)
         buffer.extend(part.clone()), peers.add(part)
         sample = everything(buffer)
         assert sorted(sample["number"].tolist()) == ring.numbers()
-        for env, peer in enumerate(peers.of):
+        for env in range(envs):
             ours = sample[sample["number"] // ring.length == env]
-            theirs = peer._get_samples((ours["number"] % ring.length % capacity).numpy())
-            assert torch.equal(theirs.observations, ours["observation"])
-            assert torch.equal(theirs.actions.flatten(), ours["action"])
-            # both sum in float32, perhaps in different orders
-            assert ((theirs.rewards - ours[REWARD]).abs() <= 3 * n_steps * eps * magnitude).all()
-            assert torch.equal(theirs.next_observations, ours[NEXT])
-            assert torch.equal(theirs.dones.bool(), ours["next", "terminated"])
-            # stable-baselines3 rounds gamma to float32 before it raises it
-            steps = ours["steps_to_next_obs"].unsqueeze(-1)
-            assert ((theirs.discounts - ours["gamma"].unsqueeze(-1)).abs() <= (steps + 1) * eps).all()
+            places = (ours["number"] % ring.length % capacity).numpy()
+            peers.assert_agrees(env, places, ours, stream["next", "reward"].abs().max())
 
 
 # Chance
