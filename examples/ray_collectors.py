@@ -128,6 +128,11 @@ def main() -> int:
     # A Ray of our own gets a CPU for every actor, whether or not the machine has as many.
     cpus = {} if options.address else {"num_cpus": options.collectors + 1}
     ray.init(address=options.address, log_to_driver=False, include_dashboard=False, **cpus)
+    needed, there = options.collectors + 1, int(ray.cluster_resources().get("CPU", 0))
+    if there < needed:
+        # Ray would wait for them.
+        parser.error(f"--collectors and the buffer need a CPU each, {needed}, and the cluster has {there}")
+    warnings.filterwarnings("ignore", "The policy is not an nn.Module")  # a random one has no weights
     policy = RandomPolicy(make_environment().action_spec)
     collector, buffer = make_pipeline(
         [make_environment] * options.collectors,
