@@ -66,10 +66,11 @@ class OrderedReplayBuffer(ReplayBuffer):
         self._check_data(data, time_dim)
         # Of several frames for one slot, torch might keep any.
         slots = max(-(-storage.max_size * frames // max(data.shape[: storage.ndim].numel(), 1)), 1)
+        parts = data.split(slots, time_dim) if frames > slots else [data]
         extend = super()._extend
         with self._undone_if_it_fails():
-            parts = [extend(part, update_priority=update_priority) for part in data.split(slots, time_dim)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            indices = [extend(part, update_priority=update_priority) for part in parts]
+        return indices[0] if len(indices) == 1 else torch.cat(indices)
 
     def _add(self, data: TensorDictBase) -> Any:
         self._check_data(data, None)
