@@ -68,7 +68,19 @@ class MultiStepBase:
 
     @property
     def n_steps(self) -> int:
-        """Frames in a full window."""
+        """Frames in a full window.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> frames = TensorDict({"next": {"reward": torch.ones(4), "done": torch.zeros(4, dtype=torch.bool)}}, [4])
+            >>> transform = MultiStepTransform(n_steps=3, gamma=1.0)
+            >>> transform.inv(frames)["next", "reward"]  # the last 3 are held back
+            tensor([3.])
+            >>> transform.n_steps = 2
+            >>> transform.inv(frames)["next", "reward"]  # 3 held back and 4 new ones, of which 2 are held back
+            tensor([2., 2., 2., 2., 2.])
+        """
         steps: int = self._n_steps
         return steps
 
@@ -78,7 +90,19 @@ class MultiStepBase:
 
     @property
     def gamma(self) -> float:
-        """Discount per step."""
+        """Discount per step.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
+            >>> multi_step = MultiStep(gamma=1.0, n_steps=2)
+            >>> multi_step(frames)["next", "reward"]
+            tensor([2., 2., 1.])
+            >>> multi_step.gamma = 0.5
+            >>> multi_step(frames)["next", "reward"]
+            tensor([1.5000, 1.5000, 1.0000])
+        """
         return self._gamma
 
     @gamma.setter
@@ -87,7 +111,16 @@ class MultiStepBase:
 
     @property
     def backend(self) -> str:
-        """The backend asked for."""
+        """The backend asked for.
+
+        Example:
+            >>> transform = MultiStepTransform(n_steps=3, gamma=0.99)
+            >>> transform.backend
+            'auto'
+            >>> transform.backend = "reference"
+            >>> transform.backend
+            'reference'
+        """
         return self._backend
 
     @backend.setter
@@ -96,7 +129,19 @@ class MultiStepBase:
 
     @property
     def reward_keys(self) -> Sequence[NestedKey]:
-        """Reward keys under ``"next"``."""
+        """Reward keys under ``"next"``.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> score, cost, done = torch.ones(3), torch.full((3,), 10.0), torch.zeros(3, dtype=torch.bool)
+            >>> frames = TensorDict({"next": {"score": score, "cost": cost, "done": done}}, [3])
+            >>> multi_step = MultiStep(gamma=1.0, n_steps=2)
+            >>> multi_step.reward_keys = ["score", "cost"]
+            >>> out = multi_step(frames)["next"]
+            >>> out["score"], out["cost"], out["cost_orig"]
+            (tensor([2., 2., 1.]), tensor([20., 20., 10.]), tensor([10., 10., 10.]))
+        """
         return self._reward_keys
 
     @reward_keys.setter
@@ -105,7 +150,18 @@ class MultiStepBase:
 
     @property
     def done_key(self) -> NestedKey:
-        """The done flag under ``"next"`` that ends trajectories."""
+        """The done flag under ``"next"`` that ends trajectories.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> flag = torch.tensor([False, True, False])
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "life_lost": flag}}, [3])
+            >>> multi_step = MultiStep(gamma=1.0, n_steps=3)
+            >>> multi_step.done_key = "life_lost"
+            >>> multi_step(frames)["next", "reward"]
+            tensor([2., 1., 1.])
+        """
         return self._done_key
 
     @done_key.setter
@@ -114,7 +170,20 @@ class MultiStepBase:
 
     @property
     def done_keys(self) -> Sequence[NestedKey]:
-        """Done flags under ``"next"``: ``done_at`` says of which frame they are."""
+        """Done flags under ``"next"``: ``done_at`` says of which frame they are.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> flag = torch.tensor([False, False, True])
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": flag, "life_lost": flag}}, [3])
+            >>> multi_step = MultiStep(gamma=1.0, n_steps=2)
+            >>> multi_step(frames)["next", "life_lost"]  # an entry like any other, of the window's end
+            tensor([False,  True,  True])
+            >>> multi_step.done_keys = ["done", "life_lost"]
+            >>> multi_step(frames)["next", "life_lost"]  # as done_at="start" has it
+            tensor([False, False,  True])
+        """
         return self._done_keys
 
     @done_keys.setter
@@ -123,7 +192,18 @@ class MultiStepBase:
 
     @property
     def mask_key(self) -> NestedKey:
-        """Root entry that is False where a frame is padding."""
+        """Root entry that is False where a frame is padding.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> next_ = {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}
+            >>> frames = TensorDict({"valid": torch.tensor([True, True, False]), "next": next_}, [3])
+            >>> multi_step = MultiStep(gamma=1.0, n_steps=3)
+            >>> multi_step.mask_key = "valid"
+            >>> multi_step(frames)["next", "reward"]
+            tensor([2., 1., 1.])
+        """
         return self._mask_key
 
     @mask_key.setter
@@ -132,7 +212,18 @@ class MultiStepBase:
 
     @property
     def traj_key(self) -> NestedKey | None:
-        """Entry of trajectory ids, a change of which is a boundary; None if there is none."""
+        """Entry of trajectory ids, a change of which is a boundary; None if there is none.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> next_ = {"reward": torch.ones(4), "done": torch.zeros(4, dtype=torch.bool)}
+            >>> frames = TensorDict({"traj_ids": torch.tensor([7, 7, 8, 8]), "next": next_}, [4])
+            >>> multi_step = MultiStep(gamma=1.0, n_steps=3)
+            >>> multi_step.traj_key = "traj_ids"
+            >>> multi_step(frames)["next", "reward"]
+            tensor([2., 1., 2., 1.])
+        """
         return self._traj_key
 
     @traj_key.setter
@@ -141,7 +232,20 @@ class MultiStepBase:
 
     @property
     def done_at(self) -> str:
-        """The frame that done keys are of: the window's ``"start"`` or its ``"end"``."""
+        """The frame that done keys are of: the window's ``"start"`` or its ``"end"``.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> done = torch.tensor([False, False, True])
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3])
+            >>> multi_step = MultiStep(gamma=1.0, n_steps=2)
+            >>> multi_step(frames)["next", "done"]  # of the frame itself
+            tensor([False, False,  True])
+            >>> multi_step.done_at = "end"
+            >>> multi_step(frames)["next", "done"]
+            tensor([False,  True,  True])
+        """
         return self._done_at
 
     @done_at.setter
@@ -150,7 +254,20 @@ class MultiStepBase:
 
     @property
     def match_reward_shape(self) -> bool:
-        """Whether ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` have the shape of the first reward."""
+        """Whether ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` have the shape of the first reward.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> done = torch.zeros(3, 1, dtype=torch.bool)
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3, 1), "done": done}}, [3])
+            >>> multi_step = MultiStep(gamma=1.0, n_steps=2)
+            >>> multi_step(frames)["steps_to_next_obs"].shape
+            torch.Size([3])
+            >>> multi_step.match_reward_shape = True
+            >>> multi_step(frames)["steps_to_next_obs"].shape
+            torch.Size([3, 1])
+        """
         return self._match_reward_shape
 
     @match_reward_shape.setter

@@ -21,7 +21,15 @@ from multistep_triton.ring import Ring, Samples
 
 
 class NStepReturn(NamedTuple):
-    """n-step return, window length and discount of every frame."""
+    """n-step return, window length and discount of every frame.
+
+    Example:
+        >>> import torch
+        >>> out = n_step_return(torch.ones(3), torch.tensor([False, True, False]), gamma=0.5, n_steps=2)
+        >>> reward, steps, discount = out
+        >>> out.reward, out.steps, out.discount
+        (tensor([1.5000, 1.0000, 1.0000]), tensor([2, 1, 1]), tensor([0.2500, 0.5000, 0.5000]))
+    """
 
     reward: Tensor
     """``[*B, T, *F]``, the reward's dtype (integers and bools: ``torch.get_default_dtype()``)."""

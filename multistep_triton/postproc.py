@@ -75,7 +75,18 @@ class MultiStep(MultiStepBase, nn.Module):
         )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """The n-step transitions of ``tensordict``, ``[*B, T]``."""
+        """The n-step transitions of ``tensordict``, ``[*B, T]``.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
+            >>> multi_step = MultiStep(gamma=1.0, n_steps=2)
+            >>> multi_step(frames)["next", "reward"]
+            tensor([2., 2., 1.])
+            >>> multi_step(frames)["next", "reward"]  # no frame of the call before
+            tensor([2., 2., 1.])
+        """
         if not isinstance(tensordict, TensorDictBase) or not tensordict.ndim:
             got = f"batch size {list(tensordict.batch_size)}" if hasattr(tensordict, "batch_size") else tensordict
             raise ValueError(f"data must be a TensorDict of batch size [*B, T], got {got}")

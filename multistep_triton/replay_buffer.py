@@ -144,7 +144,20 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
 
     @property  # type: ignore[override]
     def n_steps(self) -> Steps:
-        """Frames in a full window, or between which numbers of them each sampled frame draws its own."""
+        """Frames in a full window, or between which numbers of them each sampled frame draws its own.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> from torchrl.data import LazyTensorStorage
+            >>> frames = TensorDict({"next": {"reward": torch.ones(8), "done": torch.zeros(8, dtype=torch.bool)}}, [8])
+            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(8))
+            >>> indices = rb.extend(frames)
+            >>> rb.n_steps = 3, 5
+            >>> steps = rb.sample(1000)["steps_to_next_obs"]
+            >>> steps.unique()  # 1 and 2 where the newest frame is nearer
+            tensor([1, 2, 3, 4, 5])
+        """
         steps: Steps = self._n_steps
         return steps
 
@@ -177,6 +190,19 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
 
         Returns:
             TensorDict ``[batch_size]``; a tuple of this and the sampler's info if ``return_info``.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
+            >>> sampler = SamplerWithoutReplacement(shuffle=False)
+            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4), sampler=sampler)
+            >>> done = torch.zeros(3, dtype=torch.bool)
+            >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
+            >>> rb.sample(3)["next", "reward"]
+            tensor([2., 2., 1.])
+            >>> rb.sample(3, n_steps=3)["next", "reward"]
+            tensor([3., 2., 1.])
         """
         token = _steps_of_call.set(None if n_steps is None else check_steps("n_steps", n_steps))
         try:
@@ -215,7 +241,21 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
                     future.changes = changes
 
     def empty(self, empty_write_count: bool = True) -> None:
-        """Empties the buffer, and drops what was prefetched from it."""
+        """Empties the buffer, and drops what was prefetched from it.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> from torchrl.data import LazyTensorStorage
+            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
+            >>> done = torch.zeros(3, dtype=torch.bool)
+            >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
+            >>> len(rb)
+            3
+            >>> rb.empty()
+            >>> len(rb)
+            0
+        """
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             super().empty(empty_write_count)

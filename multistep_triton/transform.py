@@ -163,7 +163,19 @@ class MultiStepTransform(MultiStepBase, Transform):
         return emitted.squeeze(-1) if single else emitted
 
     def clear(self) -> None:
-        """Drops the frames held back."""
+        """Drops the frames held back.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
+            >>> transform = MultiStepTransform(n_steps=3, gamma=1.0)
+            >>> transform.inv(frames) is None  # all 3 are held back
+            True
+            >>> transform.clear()
+            >>> transform.flush() is None
+            True
+        """
         with self._lock:
             self._carry = None
 
@@ -175,6 +187,18 @@ class MultiStepTransform(MultiStepBase, Transform):
 
         Raises:
             KeyError, TypeError, ValueError, RuntimeError: as in a call; the frames are still held back.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
+            >>> transform = MultiStepTransform(n_steps=3, gamma=1.0)
+            >>> transform.inv(frames) is None  # all 3 are held back
+            True
+            >>> transform.flush()["next", "reward"]
+            tensor([3., 2., 1.])
+            >>> transform.flush() is None
+            True
         """
         with self._lock:
             if self._carry is None:
@@ -198,6 +222,20 @@ class MultiStepTransform(MultiStepBase, Transform):
             TypeError: not a replay buffer.
             ValueError: the buffer has an n-step transform, and not this one.
             Exception: whatever the buffer raises when it stores; the frames are still held back then.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> from torchrl.data import LazyTensorStorage, ReplayBuffer
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
+            >>> transform = MultiStepTransform(n_steps=2, gamma=1.0)
+            >>> rb = ReplayBuffer(storage=LazyTensorStorage(8), transform=transform)
+            >>> rb.extend(frames)
+            tensor([0])
+            >>> transform.flush_into(rb)
+            tensor([1, 2])
+            >>> rb[:]["next", "reward"]
+            tensor([2., 2., 1.])
         """
         if not isinstance(replay_buffer, ReplayBuffer):
             raise TypeError(f"replay_buffer must be a torchrl ReplayBuffer, got {type(replay_buffer).__name__}")
@@ -232,13 +270,39 @@ class MultiStepTransform(MultiStepBase, Transform):
 
         Raises:
             TypeError: a non-tensor entry holds what ``torch.load`` would not read.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
+            >>> transform = MultiStepTransform(n_steps=2, gamma=0.5)
+            >>> stored = transform.inv(frames)
+            >>> state = transform.get_extra_state()
+            >>> state["n_steps"], state["gamma"], state["carry"] is None
+            (2, 0.5, False)
+            >>> transform.state_dict()["_extra_state"].keys() == state.keys()
+            True
         """
         with self._lock:
             carry = None if self._carry is None else self._carry.frames().state()
             return {"n_steps": self._n_steps, "gamma": float(self._gamma), "carry": carry}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`get_extra_state` returned; the next call continues its stream."""
+        """Takes over what :meth:`get_extra_state` returned; the next call continues its stream.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
+            >>> transform = MultiStepTransform(n_steps=2, gamma=1.0)
+            >>> stored = transform.inv(frames)
+            >>> resumed = MultiStepTransform(n_steps=5, gamma=0.0)
+            >>> resumed.set_extra_state(transform.get_extra_state())
+            >>> resumed.n_steps, resumed.gamma
+            (2, 1.0)
+            >>> resumed.inv(frames)["next", "reward"]  # 2 held back and 3 new ones, of which 2 are held back
+            tensor([2., 2., 2.])
+        """
         if not isinstance(state, dict) or state.keys() != {"n_steps", "gamma", "carry"}:
             raise ValueError(f"the state must be one of a MultiStepTransform, got {state!r:.200}")
         n_steps, gamma = check_positive_int("n_steps", state["n_steps"]), check_gamma(state["gamma"])
@@ -283,7 +347,19 @@ class MultiStepTransform(MultiStepBase, Transform):
         return state
 
     def clone(self) -> MultiStepTransform:
-        """A copy without parent and container, with a copy of the frames held back."""
+        """A copy without parent and container, with a copy of the frames held back.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
+            >>> transform = MultiStepTransform(n_steps=2, gamma=1.0)
+            >>> stored = transform.inv(frames)
+            >>> twin = transform.clone()
+            >>> transform.clear()
+            >>> twin.flush()["next", "reward"]
+            tensor([2., 1.])
+        """
         with self._lock:
             twin: MultiStepTransform = super().clone()
             twin._carry = self._carry and self._carry.clone()

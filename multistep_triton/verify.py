@@ -34,6 +34,13 @@ class EquivalenceError(RuntimeError):
             ``(*b, agent, t)``; of a sample, its number.
         kernels, reference: the two values of the first element that differs there.
         tolerance: how far apart they may be; 0 where they must be equal.
+
+    Example:
+        >>> try:  # in place of a call with backend="verify"
+        ...     raise EquivalenceError("they differ", key="gamma", frame=(0, 21), kernels=0.75, reference=0.5)
+        ... except EquivalenceError as error:
+        ...     print(error.key, error.frame, error.kernels - error.reference)
+        gamma (0, 21) 0.25
     """
 
     def __init__(self, message: str, **attributes: Any) -> None:
