@@ -2,13 +2,18 @@
 
 import doctest
 import inspect
+import warnings
 
 import pytest
 
 import multistep_triton
 from multistep_triton.base import MultiStepBase
 
-MODULES = [multistep_triton]
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # torchrl's own, on import
+    import multistep_triton.configs
+
+MODULES = [multistep_triton, multistep_triton.configs]
 PUBLIC = {name: getattr(module, name) for module in MODULES for name in module.__all__}
 
 
