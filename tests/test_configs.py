@@ -1,11 +1,10 @@
 """Nodes for torchrl's Hydra configs: what they build is what the same arguments build by hand."""
 
 import inspect
-import subprocess
-import sys
 import warnings
 from dataclasses import fields
 
+import fresh
 import pytest
 import torch
 from hydra import compose, initialize
@@ -260,7 +259,8 @@ try:
 except ImportError as error:
     print(error)
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    run = fresh.run(script)
+    assert not run.returncode, run.stderr
     assert run.stdout.splitlines() == [
         "[]",
         'multistep_triton.configs needs hydra-core: pip install "multistep_triton[hydra]"',
