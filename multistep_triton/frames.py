@@ -7,8 +7,6 @@ tensorclasses, non-tensor entries) and no maths. May import tensordict, torch an
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
@@ -68,7 +66,7 @@ class Frames:
         frames._read(data, (), len(data.batch_size), without, non_tensors)
         for path, value in non_tensors.items():
             frames._read_objects(value, path)
-        return frames._find_kinds()
+        return frames.find_kinds()
 
     @classmethod
     def read_storage(
@@ -82,7 +80,8 @@ class Frames:
         frames.nodes = {path: node._replace(names=None) for path, node in frames.nodes.items()}
         return frames, non_tensors
 
-    def _find_kinds(self) -> Frames:
+    def find_kinds(self) -> Frames:
+        """These frames, with the kinds of their leaves."""
         ndim, objects = len(self.batch_size), self.objects
         self.kinds = {
             path: ("non-tensor", leaf.shape[ndim:], None)
@@ -169,54 +168,6 @@ class Frames:
                 structure.objects[path] = [objects[index] for index in used.tolist()]
         return Held(structure, ring)
 
-    def state(self) -> dict[str, Any]:
-        """These frames in tensors and plain containers, which ``torch.load`` reads with ``weights_only=True``.
-
-        Raises:
-            TypeError: a non-tensor entry holds anything else.
-        """
-        for path, objects in self.objects.items():
-            _check_loadable(path, objects)
-        nodes = {
-            path: {
-                "tensorclass": None if node.kind is None else [node.kind.__module__, node.kind.__qualname__],
-                "tail": list(node.tail),
-                "names": node.names,
-                "on_device": node.device is not None,
-            }
-            for path, node in self.nodes.items()
-        }
-        copies = {path: list(objects) for path, objects in self.objects.items()}
-        return {"batch_size": list(self.batch_size), "leaves": self.leaves, "objects": copies, "nodes": nodes}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Frames:
-        """The frames of a :meth:`state`, on whatever device its tensors are now.
-
-        Raises:
-            ValueError: it is none, or a tensorclass in it has not been imported.
-        """
-        try:
-            batch_size, leaves, objects = torch.Size(state["batch_size"]), dict(state["leaves"]), dict(state["objects"])
-            device = next((leaf.device for leaf in leaves.values()), None)
-            nodes = {
-                path: Node(
-                    kind=None if node["tensorclass"] is None else _find_tensorclass(*node["tensorclass"]),
-                    tail=tuple(node["tail"]),
-                    names=node["names"],
-                    device=device if node["on_device"] else None,
-                )
-                for path, node in state["nodes"].items()
-            }
-            whole = all(
-                leaf.shape[: len(batch_size)] == batch_size and path[:-1] in nodes for path, leaf in leaves.items()
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the state of frames held back must be one that was saved, got {state!r:.200}") from error
-        if not whole or not leaves.keys() >= objects.keys() or not leaves:
-            raise ValueError(f"the state of frames held back must be whole, got {state!r:.200}")
-        return cls(batch_size, leaves, nodes, objects)._find_kinds()
-
     def build(self, leaves: Mapping[KeyPath, Tensor], batch_size: torch.Size) -> TensorDict:
         """A tensordict ``[*B, E]`` of this structure; ``leaves`` may hold more entries than were read."""
         entries: dict[KeyPath, dict[str, Any]] = {path: {} for path in self.nodes}
@@ -272,7 +223,7 @@ class Held:
         device = next((leaf.device for leaf in leaves.values()), None)
         old = self.structure
         nodes = {path: node._replace(device=node.device and device) for path, node in old.nodes.items()}
-        frames = Frames(old.batch_size, leaves, nodes, old.objects)._find_kinds()
+        frames = Frames(old.batch_size, leaves, nodes, old.objects).find_kinds()
         return Held(replace(frames, leaves={}), self.ring.with_leaves(leaves))
 
 
@@ -281,31 +232,6 @@ def _describe(kind: tuple[Any, ...] | None) -> str:
         return "absent"
     dtype, shape, device = kind
     return f"{dtype} {list(shape)}" if device is None else f"{dtype} {list(shape)} on {device}"
-
-
-def _check_loadable(path: KeyPath, objects: list[Any]) -> None:
-    file = io.BytesIO()
-    try:
-        torch.save(objects, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
-    except Exception as error:
-        kinds = ", ".join(sorted({type(each).__name__ for each in objects}))
-        raise TypeError(
-            f"non-tensor entry {path} must hold what torch.load reads with weights_only=True to be part of a state, "
-            f"got {kinds}: allow it with torch.serialization.add_safe_globals, or flush before"
-        ) from error
-
-
-def _find_tensorclass(module: str, name: str) -> type:
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, type) or not is_tensorclass(found):
-        raise ValueError(
-            f"tensorclass {name} of the frames held back must be imported from {module} before, got {found}"
-        )
-    return found
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -1,6 +1,6 @@
 """MultiStepTransform: n-step transitions on ``ReplayBuffer.extend``.
 
-Owns the carry, and how a replay buffer calls. May import ``base`` and ``frames``.
+Owns the carry, and how a replay buffer calls. May import ``base``, ``frames`` and ``saved``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torchrl.envs.transforms.rb_transforms import MultiStepTransform as _TorchRL
 
 from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_gamma, check_positive_int
-from multistep_triton.frames import Frames, Held
+from multistep_triton.frames import Held
+from multistep_triton.saved import from_state, to_state
 
 
 class MultiStepTransform(MultiStepBase, Transform):
@@ -284,7 +285,7 @@ class MultiStepTransform(MultiStepBase, Transform):
             True
         """
         with self._lock:
-            carry = None if self._carry is None else self._carry.frames().state()
+            carry = None if self._carry is None else to_state(self._carry)
             return {"n_steps": self._n_steps, "gamma": float(self._gamma), "carry": carry}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -306,7 +307,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         if not isinstance(state, dict) or state.keys() != {"n_steps", "gamma", "carry"}:
             raise ValueError(f"the state must be one of a MultiStepTransform, got {state!r:.200}")
         n_steps, gamma = check_positive_int("n_steps", state["n_steps"]), check_gamma(state["gamma"])
-        carry = None if state["carry"] is None else Held.of(Frames.from_state(state["carry"]))
+        carry = None if state["carry"] is None else from_state(state["carry"])
         with self._lock:
             self._n_steps, self._gamma, self._carry = n_steps, gamma, carry
 
