@@ -1,0 +1,284 @@
+"""DQN on CartPole with n-step transitions, and what their targets need to be right.
+
+Trains three arms with the same seeds: n=1; n=3 with ``done_at="start"``, torchrl's rule, with which the last n - 1
+targets before a termination bootstrap from where the episode ended; and n=3 with ``done_at="end"``. ``train`` is the
+part to copy. Writes returns of the greedy policy to DIR/dqn_cartpole.csv and draws them as DIR/dqn_cartpole.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gymnasium
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import pyplot as plt
+from tensordict.nn import TensorDictSequential
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import GymEnv
+from torchrl.modules import MLP, EGreedyModule, QValueActor
+from torchrl.objectives import DQNLoss, SoftUpdate
+from tqdm import tqdm
+
+import multistep_triton
+from multistep_triton import MultiStepTransform
+from multistep_triton.backends import BACKENDS, resolve_backend
+from multistep_triton.checks import check_gamma, check_positive_int
+
+ENVIRONMENT = "CartPole-v1"
+FRAMES_PER_BATCH, UPDATES_PER_BATCH, BATCH_SIZE = 50, 20, 64
+EVALUATIONS, EPISODES, FINAL = 20, 10, 4
+"""Evaluations of a run, episodes of each, and how many of the last make up the final return, as one alone is noisy."""
+RESAMPLES = 5000
+COLUMNS = ["arm", "n_steps", "done_at", "seed", "frames", "return"]
+COLORS = ["#8a8a8a", "#2a6f97", "#b5484a"]
+
+
+def train(
+    n_steps: int, done_at: str, seed: int, *, frames: int, gamma: float, backend: str, device: torch.device
+) -> Iterator[tuple[int, float]]:
+    """One run; yields, at every evaluation, the frames collected so far and the mean return of the greedy policy."""
+    torch.manual_seed(seed)
+    env = GymEnv(ENVIRONMENT, categorical_action_encoding=True, device=device)
+    env.set_seed(seed)
+    network = MLP(in_features=4, out_features=2, num_cells=[128, 128], device=device)
+    actor = QValueActor(network, in_keys=["observation"], spec=env.action_spec)
+    explore = EGreedyModule(env.action_spec, eps_init=1.0, eps_end=0.05, annealing_num_steps=max(frames // 5, 1))
+    # Batches [T] of one environment, each of which goes on where the one before ended: the windows of the last n frames
+    # of a batch are completed from the next. Several environments, [B, T], take a storage of ndim=2.
+    collector = Collector(
+        env,
+        TensorDictSequential(actor, explore),
+        frames_per_batch=FRAMES_PER_BATCH,
+        total_frames=frames,
+        auto_register_policy_transforms=False,  # the policy needs none
+    )
+    buffer = make_buffer(n_steps, done_at, gamma, backend, device)
+    loss = make_loss(actor, gamma)
+    target = SoftUpdate(loss, tau=0.05)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    evaluate = make_evaluation(network, seed, device)
+    batches_per_evaluation = max(frames // FRAMES_PER_BATCH // EVALUATIONS, 1)
+    for number, batch in enumerate(collector, 1):
+        explore.step(batch.numel())
+        buffer.extend(batch)
+        if len(buffer) >= BATCH_SIZE:
+            for _ in range(UPDATES_PER_BATCH):
+                loss(buffer.sample())["loss"].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                target.step()
+        if number % batches_per_evaluation == 0:
+            yield number * FRAMES_PER_BATCH, evaluate()
+    # n frames are still held back. Nothing samples them any more; a buffer that is to be kept as a data set would get
+    # them by buffer.transform[0].flush_into(buffer).
+    collector.shutdown()
+
+
+def make_buffer(n_steps: int, done_at: str, gamma: float, backend: str, device: torch.device) -> TensorDictReplayBuffer:
+    return TensorDictReplayBuffer(
+        storage=LazyTensorStorage(50_000, device=device),
+        transform=MultiStepTransform(n_steps, gamma, done_at=done_at, backend=backend),
+        batch_size=BATCH_SIZE,
+    )
+
+
+def make_loss(actor: QValueActor, gamma: float) -> DQNLoss:
+    """A loss whose target is ``reward + gamma ** steps_to_next_obs * (1 - terminated) * value of next``.
+
+    Reward, next, terminated and ``steps_to_next_obs`` are those of the n-step transition; gamma is that of one step.
+    """
+    loss = DQNLoss(actor, loss_function="smooth_l1", delay_value=True, double_dqn=True)
+    # Without this the estimator takes 0.99, whatever gamma the transform summed rewards with.
+    loss.make_value_estimator(gamma=gamma)
+    return loss
+
+
+def make_evaluation(network: torch.nn.Module, seed: int, device: torch.device) -> Callable[[], float]:
+    """The mean return of the greedy policy, over episodes of gymnasium's vectorized environment, which is quicker."""
+    envs = gymnasium.make_vec(ENVIRONMENT, EPISODES, vectorization_mode="vector_entry_point")
+    envs.reset(seed=10_000 + seed)
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        observation, _ = envs.reset()
+        returns, running = np.zeros(EPISODES), np.ones(EPISODES, dtype=bool)
+        while running.any():
+            values = network(torch.as_tensor(observation, device=device))
+            observation, reward, terminated, truncated, _ = envs.step(values.argmax(-1).cpu().numpy())
+            returns += reward * running
+            running &= ~(terminated | truncated)
+        return float(returns.mean())
+
+    return evaluate
+
+
+def run(arm: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one run, in a process of its own."""
+    torch.set_num_threads(1)
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it logs to stdout what each storage allocates
+    evaluations = train(arm["n_steps"], arm["done_at"], arm["seed"], **settings)
+    return [{**arm, "frames": frames, "return": value} for frames, value in evaluations]
+
+
+def run_all(seeds: int, n_steps: int, jobs: int, settings: dict[str, Any]) -> pd.DataFrame:
+    arms = [("n=1", 1, "end"), *((f"n={n_steps}, done_at={at}", n_steps, at) for at in ("start", "end"))]
+    # Seed by seed, so that what drifts on a machine hits all arms alike.
+    runs = [dict(zip(COLUMNS, (*arm, seed), strict=False)) for seed in range(seeds) for arm in arms]
+    rows: list[dict[str, Any]] = []
+    latest: dict[str, str] = {}
+    with get_context("spawn").Pool(jobs) as pool:
+        found_by_run = pool.imap_unordered(partial(run, settings=settings), runs)
+        for found in (bar := tqdm(found_by_run, total=len(runs), unit="run", disable=None)):
+            rows += found
+            latest[found[-1]["arm"]] = f"{found[-1]['return']:.0f}"
+            bar.set_postfix(latest)
+    return pd.DataFrame(rows).sort_values(["n_steps", "done_at", "seed", "frames"])
+
+
+def about(options: argparse.Namespace, seconds: float) -> str:
+    """What a reader of the rows needs to know, as comment lines."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchrl", "tensordict", "gymnasium"))
+    return (
+        f"# {ENVIRONMENT}, gamma {options.gamma}, {EPISODES} episodes in each evaluation; {date.today().isoformat()}\n"
+        f"# wall time {seconds:.0f} s; {options.jobs} jobs of one thread, device {options.device}, backend "
+        f"{options.backend}; {names[0] if names else platform.machine()}, {os.cpu_count()} cores\n"
+        f"# python {platform.python_version()}, multistep_triton {multistep_triton.__version__}, {packages}\n"
+    )
+
+
+def read(path: Path) -> pd.DataFrame:
+    rows = pd.read_csv(path, comment="#", dtype={"seed": int, "frames": int, "return": float})
+    if rows.empty or not set(COLUMNS) <= set(rows) or rows.duplicated(["arm", "seed", "frames"]).any():
+        raise ValueError(f"redraw must be a CSV with rows of {', '.join(COLUMNS)}, each once, got {path}")
+    return rows
+
+
+def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By arm, the returns: a row per seed, a column per evaluation."""
+    return {arm: group.pivot(index="seed", columns="frames", values="return") for arm, group in rows.groupby("arm")}
+
+
+def interval(values: np.ndarray) -> np.ndarray:
+    """The 95% interval of the mean over seeds ``[S, ...]``, as a percentile bootstrap: ``[2, ...]``."""
+    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    return np.percentile(values[draws].mean(1), [2.5, 97.5], axis=0)
+
+
+def with_interval(values: pd.Series) -> str:
+    low, high = interval(values.to_numpy())
+    return f"{values.mean():.0f} [{low:.0f}, {high:.0f}]"
+
+
+MEASURES: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+    "final return": lambda curves: curves.iloc[:, -FINAL:].mean(axis=1),
+    "area under the curve": lambda curves: curves.mean(axis=1),
+}
+"""Of every seed; the area is divided by the frames, which is the mean over the evaluations."""
+
+
+def summary(rows: pd.DataFrame) -> str:
+    """A table of the arms, and whether the seeds tell the two of the same n apart."""
+    curves = curves_of(rows)
+    found = {name: {arm: of(each) for arm, each in curves.items()} for name, of in MEASURES.items()}
+    table = pd.DataFrame(found).map(with_interval)
+    lines = [table.to_string(), f"(mean over seeds [95% bootstrap interval]; final: the last {FINAL} evaluations)"]
+    start, end = (next((arm for arm in curves if arm.endswith(at)), None) for at in ("start", "end"))
+    for name, by_arm in found.items() if start and end else ():
+        difference = (by_arm[end] - by_arm[start]).dropna()
+        low, high = interval(difference.to_numpy())
+        separate = "separate" if len(difference) > 1 and (low > 0 or high < 0) else "do not separate"
+        lines.append(f"{name}, {end} minus {start}, paired by seed: {with_interval(difference)}: seeds {separate} them")
+    return "\n".join(lines)
+
+
+def draw(rows: pd.DataFrame, path: Path) -> None:
+    """Learning curves: mean over seeds and its interval."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for color, (arm, curves) in zip(COLORS, curves_of(rows).items(), strict=False):
+        axes.plot(curves.columns, curves.mean(), color=color, label=arm)
+        axes.fill_between(curves.columns, *interval(curves.to_numpy()), color=color, alpha=0.18, linewidth=0)
+    axes.set(xlabel="frames", ylabel="return of the greedy policy", ylim=(0, 510), xlim=(0, None))
+    seeds = f"mean of {rows['seed'].nunique()} seeds; band: 95% bootstrap interval of the mean"
+    axes.set_title(f"DQN on {ENVIRONMENT}: {seeds}", fontsize=10, loc="left")
+    axes.grid(color="#e5e5e5")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(COLORS), frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong, and exits with 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=8, help="runs of each arm")
+    parser.add_argument("--frames", type=int, default=20_000, help=f"of each run, a multiple of {FRAMES_PER_BATCH}")
+    parser.add_argument("--n-steps", type=int, default=3, help="n of two of the arms")
+    parser.add_argument("--gamma", type=float, default=0.99, help="discount per step")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of the transform")
+    parser.add_argument("--device", default="cpu", help="of the networks and the buffer")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--out", type=Path, default=Path(".benchmarks"), metavar="DIR", help="where the files go")
+    parser.add_argument("--redraw", type=Path, metavar="CSV", help="train nothing; draw and sum up these rows")
+    options = parser.parse_args(arguments)
+    try:
+        for name in ("seeds", "frames", "n_steps", "jobs"):
+            check_positive_int(name, getattr(options, name))
+        check_gamma(options.gamma)
+        if options.frames % FRAMES_PER_BATCH:
+            raise ValueError(f"frames must be a multiple of {FRAMES_PER_BATCH}, got {options.frames}")
+        if not 2 <= options.n_steps < options.frames:
+            raise ValueError(f"n_steps must be at least 2 and less than the frames, got {options.n_steps}")
+        options.device = torch.device(options.device)
+        resolve_backend(options.backend, [torch.ones(1, device=options.device).cpu().to(options.device)])
+        options.rows = read(options.redraw) if options.redraw else None
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # the first: torch without CUDA
+        parser.error(str(error))
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    rows = options.rows
+    if rows is None:
+        settings = {name: getattr(options, name) for name in ("frames", "gamma", "backend", "device")}
+        start = time.perf_counter()
+        rows = run_all(options.seeds, options.n_steps, options.jobs, settings)
+        header = about(options, time.perf_counter() - start)
+        with (options.out / "dqn_cartpole.csv").open("w") as file:
+            file.write(header)
+            rows.to_csv(file, index=False)
+    draw(rows, options.out / "dqn_cartpole.png")
+    print(f"{summary(rows)}\nwritten to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
