@@ -151,6 +151,9 @@ def run_all(seeds: int, n_steps: int, jobs: int, settings: dict[str, Any]) -> pd
             rows += found
             latest[found[-1]["arm"]] = f"{found[-1]['return']:.0f}"
             bar.set_postfix(latest)
+        # To end by themselves: leaving the block would stop workers that have semaphores to clear away.
+        pool.close()
+        pool.join()
     return pd.DataFrame(rows).sort_values(["n_steps", "done_at", "seed", "frames"])
 
 
