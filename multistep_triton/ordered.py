@@ -44,17 +44,44 @@ class OrderedReplayBuffer(ReplayBuffer):
         check_parts(self._storage, self._writer, self._sampler)
 
     def set_storage(self, storage: Storage, collate_fn: Callable[..., Any] | None = None) -> Any:
-        """Exchanges the storage, as in torchrl."""
+        """Exchanges the storage, as in torchrl; one whose frames lie in no order is a TypeError.
+
+        Example:
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from torchrl.data import LazyMemmapStorage, LazyTensorStorage
+            >>> rb = NStepReplayBuffer(n_steps=3, gamma=0.99, storage=LazyTensorStorage(100), batch_size=4)
+            >>> _ = rb.set_storage(LazyMemmapStorage(50))
+            >>> rb.storage.max_size
+            50
+        """
         check_parts(storage, self.writer, self.sampler)
         return super().set_storage(storage, collate_fn)
 
     def set_writer(self, writer: Writer) -> Any:
-        """Exchanges the writer, as in torchrl."""
+        """Exchanges the writer, as in torchrl; one that does not store in order is a TypeError.
+
+        Example:
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from torchrl.data import LazyTensorStorage, TensorDictRoundRobinWriter
+            >>> rb = NStepReplayBuffer(n_steps=3, gamma=0.99, storage=LazyTensorStorage(100), batch_size=4)
+            >>> _ = rb.set_writer(TensorDictRoundRobinWriter(track_generations=True))
+            >>> rb.writer.tracks_generations
+            True
+        """
         check_parts(self.storage, writer, self.sampler)
         return super().set_writer(writer)
 
     def set_sampler(self, sampler: Sampler) -> Any:
-        """Exchanges the sampler, as in torchrl."""
+        """Exchanges the sampler, as in torchrl; one that consumes what it samples is a TypeError.
+
+        Example:
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
+            >>> rb = NStepReplayBuffer(n_steps=3, gamma=0.99, storage=LazyTensorStorage(100), batch_size=4)
+            >>> _ = rb.set_sampler(SamplerWithoutReplacement())
+            >>> type(rb.sampler).__name__
+            'SamplerWithoutReplacement'
+        """
         check_parts(self.storage, self.writer, sampler)
         return super().set_sampler(sampler)
 

@@ -3,11 +3,12 @@
 import inspect
 import warnings
 from dataclasses import fields
+from pathlib import Path
 
 import fresh
 import pytest
 import torch
-from hydra import compose, initialize
+from hydra import compose, initialize, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -23,6 +24,7 @@ with warnings.catch_warnings():
 
     from multistep_triton.configs import MultiStepConfig, MultiStepTransformConfig, NStepReplayBufferConfig
 
+ROOT = Path(__file__).parent.parent
 KINDS = {
     MultiStepTransform: MultiStepTransformConfig,
     MultiStep: MultiStepConfig,
@@ -141,6 +143,17 @@ def test_stored_frames_are_those_of_a_transform_made_by_hand(name, kind):
         expected.extend(part)
     assert len(rb) == 2 * (40 - 4)
     assert_equal(rb[:], expected[:])
+
+
+def test_the_config_in_the_readme(tmp_path):
+    text = (ROOT / "README.md").read_text().split("<!-- config: hydra -->\n```yaml\n")[1].split("```")[0]
+    (tmp_path / "config.yaml").write_text(text)
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        rb = instantiate(compose("config").replay_buffer)
+    (transform,) = rb.transform
+    assert type(rb) is ReplayBuffer
+    assert type(transform) is MultiStepTransform
+    assert (transform.n_steps, transform.gamma, transform.traj_key) == (3, 0.99, ("collector", "traj_ids"))
 
 
 def test_torchrls_name_builds_ours_when_stored_so(monkeypatch):
