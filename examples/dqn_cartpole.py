@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import platform
-import re
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import gymnasium
 import matplotlib
@@ -29,6 +24,7 @@ matplotlib.use("Agg")
 import numpy as np
 import pandas as pd
 import torch
+from console import Parser, machine
 from matplotlib import pyplot as plt
 from tensordict.nn import TensorDictSequential
 from torchrl.collectors import Collector
@@ -38,7 +34,6 @@ from torchrl.modules import MLP, EGreedyModule, QValueActor
 from torchrl.objectives import DQNLoss, SoftUpdate
 from tqdm import tqdm
 
-import multistep_triton
 from multistep_triton import MultiStepTransform
 from multistep_triton.backends import BACKENDS, resolve_backend
 from multistep_triton.checks import check_gamma, check_positive_int
@@ -157,19 +152,6 @@ def run_all(seeds: int, n_steps: int, jobs: int, settings: dict[str, Any]) -> pd
     return pd.DataFrame(rows).sort_values(["n_steps", "done_at", "seed", "frames"])
 
 
-def about(options: argparse.Namespace, seconds: float) -> str:
-    """What a reader of the rows needs to know, as comment lines."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchrl", "tensordict", "gymnasium"))
-    return (
-        f"# {ENVIRONMENT}, gamma {options.gamma}, {EPISODES} episodes in each evaluation; {date.today().isoformat()}\n"
-        f"# wall time {seconds:.0f} s; {options.jobs} jobs of one thread, device {options.device}, backend "
-        f"{options.backend}; {names[0] if names else platform.machine()}, {os.cpu_count()} cores\n"
-        f"# python {platform.python_version()}, multistep_triton {multistep_triton.__version__}, {packages}\n"
-    )
-
-
 def read(path: Path) -> pd.DataFrame:
     rows = pd.read_csv(path, comment="#", dtype={"seed": int, "frames": int, "return": float})
     if rows.empty or not set(COLUMNS) <= set(rows) or rows.duplicated(["arm", "seed", "frames"]).any():
@@ -231,14 +213,6 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Says what is wrong, and exits with 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", type=int, default=8, help="runs of each arm")
@@ -273,12 +247,15 @@ def main(arguments: list[str] | None = None) -> None:
     rows = options.rows
     if rows is None:
         settings = {name: getattr(options, name) for name in ("frames", "gamma", "backend", "device")}
-        start = time.perf_counter()
+        about, start = machine(options.device), time.perf_counter()
         rows = run_all(options.seeds, options.n_steps, options.jobs, settings)
-        header = about(options, time.perf_counter() - start)
-        with (options.out / "dqn_cartpole.csv").open("w") as file:
-            file.write(header)
-            rows.to_csv(file, index=False)
+        about += [
+            f"{ENVIRONMENT}, gamma {options.gamma}, {EPISODES} episodes in each evaluation, device {options.device}, "
+            f"backend {options.backend}",
+            f"wall time {time.perf_counter() - start:.0f} s, {options.jobs} jobs of one thread",
+        ]
+        lines = "".join(f"# {line}\n" for line in about)
+        (options.out / "dqn_cartpole.csv").write_text(lines + rows.to_csv(index=False))
     draw(rows, options.out / "dqn_cartpole.png")
     print(f"{summary(rows)}\nwritten to {options.out}")
 

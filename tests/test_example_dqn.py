@@ -15,7 +15,7 @@ from torchrl.objectives import SoftUpdate
 
 with warnings.catch_warnings():  # what torchrl deprecates in itself
     warnings.simplefilter("ignore", DeprecationWarning)
-    from examples import dqn_cartpole as example
+    import dqn_cartpole as example
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = ROOT / "examples" / "results" / "dqn_cartpole.csv"
