@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from console import Parser
 from tensordict import TensorDictBase
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import EnvBase, GymEnv, StepCounter, TransformedEnv
@@ -113,7 +114,7 @@ def make_environment() -> EnvBase:
 
 def main() -> int:
     """Collects, samples, and prints what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--address", help="of a Ray cluster; 'auto' finds that of this machine")
     parser.add_argument("--collectors", type=int, default=2, help="actors that collect, one CPU each")
     parser.add_argument("--frames", type=int, default=10_000, help="frames to collect")

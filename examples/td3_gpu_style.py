@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
-from typing import NoReturn
 
-import cpuinfo
 import pandas as pd
-import tensordict
 import torch
-import torchrl
+from console import Parser, machine
 from pendulum import MAX_STEPS, MAX_TORQUE, PendulumEnv
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.data import LazyTensorStorage, ReplayBuffer
@@ -31,7 +26,6 @@ from torchrl.modules import MLP, TanhModule, ValueOperator
 from torchrl.objectives import SoftUpdate, TD3Loss
 from tqdm import tqdm
 
-import multistep_triton
 from multistep_triton import MultiStepTransform, NStepReplayBuffer, n_step_return
 
 BUFFERS = ("sample", "extend")
@@ -179,16 +173,9 @@ def train(when: str, options: argparse.Namespace) -> dict[str, str | float]:
     return {"buffer": when, **measured, "first_return": returns[0], "final_return": returns[-1]}
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options; with wrong ones, it exits with 2 and a line that says why."""
-    parser = _Parser(
+    parser = Parser(
         description="TD3 with many environments and n-step returns.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -227,16 +214,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def about(options: argparse.Namespace) -> list[str]:
     """The machine and versions, the options, and what is timed; call it before, for the load that others make."""
-    gpu = f"{torch.cuda.get_device_name(options.device)} beside " if options.device.type == "cuda" else ""
-    cpu = f"{cpuinfo.get_cpu_info()['brand_raw']}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    packages = (torch, torchrl, tensordict, multistep_triton)
-    versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
     asked = ", ".join(f"{name} {value}" for name, value in vars(options).items() if name != "out")
-    before = options.n_steps + COLLECTED
     return [
-        f"{gpu}{cpu}, load {os.getloadavg()[0]:.2f} beforehand; {versions}; {date.today().isoformat()}",
-        f"{asked}, capacity {CAPACITY} frames of each environment",
-        f"excluded from times: {before} steps before the first update, {WARM_UP} to warm up, and evaluation",
+        *machine(options.device),
+        f"{asked}, capacity {CAPACITY} frames of each environment, {torch.get_num_threads()} threads",
+        f"excluded from times: {options.n_steps + COLLECTED} steps before the first update, {WARM_UP} to warm up, and "
+        f"evaluation",
     ]
 
 

@@ -11,19 +11,15 @@ import gymnasium
 import numpy as np
 import pandas as pd
 import pytest
+import td3_gpu_style
 import torch
+from pendulum import MAX_STEPS, MAX_TORQUE, PendulumEnv
 from tensordict import TensorDict
 from torchrl.data import SamplerWithoutReplacement
 from torchrl.envs import check_env_specs
 from torchrl.objectives import SoftUpdate
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-with pytest.MonkeyPatch.context() as patch:
-    # A script finds what lies beside it.
-    patch.syspath_prepend(EXAMPLES)
-    import td3_gpu_style
-    from pendulum import MAX_STEPS, MAX_TORQUE, PendulumEnv
-
 COMMITTED = EXAMPLES / "results" / td3_gpu_style.RESULT
 COLUMNS = [
     "buffer",
@@ -227,11 +223,11 @@ def test_the_script_writes_a_row_per_buffer(tmp_path):
     assert result.returncode == 0, result.stderr
     path = tmp_path / "new" / td3_gpu_style.RESULT
     assert list(read(path).index) == ["sample", "extend"]
-    machine, asked, excluded = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert f"torch {torch.__version__}" in machine
+    machine, versions, asked, excluded = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert f"torch {torch.__version__}" in versions
     assert "envs 8, steps 40" in asked
     assert "13 steps before the first update, 10 to warm up, and evaluation" in excluded
-    for text in (machine, asked, excluded):
+    for text in (machine, versions, asked, excluded):
         assert text.removeprefix("# ") in result.stdout
 
 

@@ -18,9 +18,8 @@ from multistep_triton import MultiStepTransform, NStepReplayBuffer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # torchrl's own, on import
+    from ray_collectors import REMOTE, TRAJ_KEY, DistinctTrajectories, make_pipeline
     from torchrl.collectors.distributed import RayCollector
-
-    from examples.ray_collectors import REMOTE, TRAJ_KEY, DistinctTrajectories, make_pipeline
 
 ROOT = Path(__file__).parent.parent
 N = 3
@@ -39,7 +38,7 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     # Its processes import what these tests do.
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "examples", "tests"))
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     yield
     ray.shutdown()
