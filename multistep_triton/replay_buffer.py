@@ -21,6 +21,7 @@ from torchrl.data import (
 )
 
 from multistep_triton.agents import n_step_sample_agents
+from multistep_triton.arguments import Arguments
 from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_steps
 from multistep_triton.frames import Frames, KeyPath
@@ -35,7 +36,7 @@ Steps = int | tuple[int, int]
 _steps_of_call: ContextVar[Steps | None] = ContextVar("n_steps of a call", default=None)
 
 _INDEX = ("index",)
-_ARGUMENTS = frozenset(name for name, value in vars(MultiStepBase).items() if isinstance(value, property))
+_ARGUMENTS = frozenset(name for name, value in vars(Arguments).items() if isinstance(value, property))
 
 
 class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuffer):

@@ -32,7 +32,7 @@ DOCUMENTED = documented()
 
 
 def test_functions_methods_and_properties_are_found():
-    names = {"gather_future", "MultiStepBase.gamma", "MultiStepTransform.flush", "NStepReplayBuffer.n_steps"}
+    names = {"gather_future", "Arguments.gamma", "MultiStepTransform.flush", "NStepReplayBuffer.n_steps"}
     names.add("OrderedReplayBuffer.set_storage")
     assert names <= DOCUMENTED.keys()
 

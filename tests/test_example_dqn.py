@@ -127,6 +127,18 @@ def test_committed_results_are_of_a_default_run_and_are_drawn_again(tmp_path, ca
     assert not (tmp_path / "dqn_cartpole.csv").exists()
 
 
+def test_readme_quotes_the_committed_results():
+    said = " ".join((ROOT / "README.md").read_text().split())
+    final = example.MEASURES["final return"]
+    by_arm = {arm: final(curves) for arm, curves in example.curves_of(example.read(COMMITTED)).items()}
+    one, start, end = (by_arm[arm] for arm in ("n=1", "n=3, done_at=start", "n=3, done_at=end"))
+    assert (
+        f"Over {len(end)} seeds of 20,000 frames the greedy return at the end is {example.with_interval(one)} with "
+        f'n=1, {example.with_interval(start)} with `done_at="start"` and {example.with_interval(end)} with `"end"`'
+    ) in said
+    assert f"the last two differ by {example.with_interval(end - start)}" in said
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
