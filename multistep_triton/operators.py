@@ -26,7 +26,8 @@ from multistep_triton.reference import return_dtype
 def _n_step_return(
     reward: Tensor, done: Tensor, mask: Tensor | None, gamma: float, n_steps: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(n_step_return(reward, done, gamma=gamma, n_steps=n_steps, mask=mask, backend=backend))
+    out = n_step_return(reward, done, gamma=gamma, n_steps=n_steps, mask=mask, backend=backend)
+    return out.reward, out.steps, out.discount
 
 
 @_n_step_return.register_fake
