@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import secrets
 import sys
 import warnings
@@ -133,6 +134,7 @@ def main() -> int:
     if there < needed:
         # Ray would wait for them.
         parser.error(f"--collectors and the buffer need a CPU each, {needed}, and the cluster has {there}")
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it logs which actors it ends
     warnings.filterwarnings("ignore", "The policy is not an nn.Module")  # a random one has no weights
     policy = RandomPolicy(make_environment().action_spec)
     collector, buffer = make_pipeline(
