@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from console import Parser, machine
 from matplotlib import pyplot as plt
+from scipy import stats
 from tensordict.nn import TensorDictSequential
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -42,7 +43,6 @@ ENVIRONMENT = "CartPole-v1"
 FRAMES_PER_BATCH, UPDATES_PER_BATCH, BATCH_SIZE = 50, 20, 64
 EVALUATIONS, EPISODES, FINAL = 20, 10, 4
 """Evaluations of a run, episodes of each, and how many of the last make up the final return, as one alone is noisy."""
-RESAMPLES = 5000
 COLUMNS = ["arm", "n_steps", "done_at", "seed", "frames", "return"]
 COLORS = ["#8a8a8a", "#2a6f97", "#b5484a"]
 
@@ -156,6 +156,9 @@ def read(path: Path) -> pd.DataFrame:
     rows = pd.read_csv(path, comment="#", dtype={"seed": int, "frames": int, "return": float})
     if rows.empty or not set(COLUMNS) <= set(rows) or rows.duplicated(["arm", "seed", "frames"]).any():
         raise ValueError(f"redraw must be a CSV with rows of {', '.join(COLUMNS)}, each once, got {path}")
+    whole = rows.pivot(index=["seed", "frames"], columns="arm", values="return")
+    if len(whole.columns) > len(COLORS) or whole.isna().any(axis=None):
+        raise ValueError(f"redraw must have at most {len(COLORS)} arms, with the same seeds and frames, got {path}")
     return rows
 
 
@@ -165,9 +168,10 @@ def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def interval(values: np.ndarray) -> np.ndarray:
-    """The 95% interval of the mean over seeds ``[S, ...]``, as a percentile bootstrap: ``[2, ...]``."""
-    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    return np.percentile(values[draws].mean(1), [2.5, 97.5], axis=0)
+    """Student's 95% confidence interval of the mean over seeds ``[S, ...]``: ``[2, ...]``; of one seed, its value."""
+    if len(values) < 2:
+        return np.stack([values[0], values[0]])
+    return np.stack(stats.t.interval(0.95, len(values) - 1, values.mean(0), stats.sem(values)))
 
 
 def with_interval(values: pd.Series) -> str:
@@ -187,10 +191,13 @@ def summary(rows: pd.DataFrame) -> str:
     curves = curves_of(rows)
     found = {name: {arm: of(each) for arm, each in curves.items()} for name, of in MEASURES.items()}
     table = pd.DataFrame(found).map(with_interval)
-    lines = [table.to_string(), f"(mean over seeds [95% bootstrap interval]; final: the last {FINAL} evaluations)"]
+    lines = [
+        table.to_string(),
+        f"(mean over seeds [95% confidence interval]; final: the mean of the last {FINAL} evaluations)",
+    ]
     start, end = (next((arm for arm in curves if arm.endswith(at)), None) for at in ("start", "end"))
     for name, by_arm in found.items() if start and end else ():
-        difference = (by_arm[end] - by_arm[start]).dropna()
+        difference = by_arm[end] - by_arm[start]
         low, high = interval(difference.to_numpy())
         separate = "separate" if len(difference) > 1 and (low > 0 or high < 0) else "do not separate"
         lines.append(f"{name}, {end} minus {start}, paired by seed: {with_interval(difference)}: seeds {separate} them")
@@ -204,7 +211,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         axes.plot(curves.columns, curves.mean(), color=color, label=arm)
         axes.fill_between(curves.columns, *interval(curves.to_numpy()), color=color, alpha=0.18, linewidth=0)
     axes.set(xlabel="frames", ylabel="return of the greedy policy", ylim=(0, 510), xlim=(0, None))
-    seeds = f"mean of {rows['seed'].nunique()} seeds; band: 95% bootstrap interval of the mean"
+    seeds = f"mean of {rows['seed'].nunique()} seeds; band: 95% confidence interval of the mean"
     axes.set_title(f"DQN on {ENVIRONMENT}: {seeds}", fontsize=10, loc="left")
     axes.grid(color="#e5e5e5")
     axes.spines[["top", "right"]].set_visible(False)

@@ -23,6 +23,7 @@ from torchrl.modules import RandomPolicy
 from tqdm import tqdm
 
 from multistep_triton import MultiStepTransform
+from multistep_triton.checks import check_gamma, check_positive_int
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # torchrl's own, on import
@@ -124,8 +125,17 @@ def main() -> int:
     parser.add_argument("--gamma", type=float, default=0.99)
     parser.add_argument("--where", choices=WHERE, default="collectors", help="what computes the n-step transitions")
     options = parser.parse_args()
-    if min(options.collectors, options.frames) < 1 or options.frames_per_batch <= options.n_steps:
-        parser.error("--collectors and --frames must be at least 1, and --frames-per-batch more than --n-steps")
+    try:
+        for name in ("collectors", "frames", "frames_per_batch", "n_steps"):
+            check_positive_int(name, getattr(options, name))
+        check_gamma(options.gamma)
+        if not options.n_steps < options.frames_per_batch <= options.frames:
+            raise ValueError(
+                f"frames_per_batch must be more than n_steps, {options.n_steps}, and at most frames, {options.frames}, "
+                f"got {options.frames_per_batch}"
+            )
+    except ValueError as error:
+        parser.error(str(error))
 
     # A Ray of our own gets a CPU for every actor, whether or not the machine has as many.
     cpus = {} if options.address else {"num_cpus": options.collectors + 1}

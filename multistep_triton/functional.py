@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from multistep_triton import reference, sampling, verify
 from multistep_triton.backends import resolve_backend
@@ -103,7 +104,7 @@ def n_step_return(
     """
     check_positive_int("n_steps", n_steps)
     check_gamma(gamma)
-    if torch.compiler.is_compiling():
+    if _is_traced():
         return NStepReturn(*torch.ops.multistep_triton.n_step_return(reward, done, mask, gamma, n_steps, backend))
     lead = check_n_step_return(reward, done, mask)
     extension = n_step_extend(
@@ -148,7 +149,7 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
         >>> gather_future(torch.tensor([10, 11, 12, 13]), torch.tensor([2, 2, 1, 1]))
         tensor([11, 12, 12, 13])
     """
-    if torch.compiler.is_compiling():
+    if _is_traced():
         future: Tensor = torch.ops.multistep_triton.gather_future(value, steps, backend)
         return future
     check_gather_future(value, steps)
@@ -272,6 +273,18 @@ def n_step_sample(
         gamma=gamma,
     )
     return Extension(leaves, returns, steps, discount, nonterminal, None)
+
+
+def _is_traced() -> bool:
+    """Whether an operator stands for the call: in what is compiled, but where derivatives are wanted that it lacks.
+
+    Those of forward mode and of ``torch.func``; the compiler then looks into the call, or leaves it out of its graph.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _check_indices(samples: Samples, sizes: torch.Size) -> None:

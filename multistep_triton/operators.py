@@ -42,6 +42,28 @@ def _(
     )
 
 
+@torch.library.custom_op(
+    "multistep_triton::n_step_return_backward",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor steps, float gamma, SymInt n_steps, ScalarType dtype) -> Tensor",
+)
+def _reward_gradient(gradient: Tensor, steps: Tensor, gamma: float, n_steps: int, dtype: torch.dtype) -> Tensor:
+    """Frame ``t + i`` gets ``gamma ** i`` of the gradient of every window that reaches it, that of frame ``t``."""
+    dim = steps.ndim - 1
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    lengths = steps.view(*steps.shape, *[1] * (gradient.ndim - steps.ndim))
+    total, frames = gradient.clone(memory_format=torch.contiguous_format), steps.shape[dim]
+    for i in range(1, min(n_steps, frames)):
+        reaches = torch.where(lengths > i, gradient, 0.0).narrow(dim, 0, frames - i)
+        total.narrow(dim, i, frames - i).add_(reaches, alpha=gamma**i)
+    return total.to(dtype)
+
+
+@_reward_gradient.register_fake
+def _(gradient: Tensor, steps: Tensor, gamma: float, n_steps: int, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=dtype)
+
+
 def _save_windows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     reward, _, _, ctx.gamma, ctx.n_steps, _ = inputs
     ctx.dtype = reward.dtype
@@ -49,20 +71,12 @@ def _save_windows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _reward_gradient(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """Frame ``t + i`` gets ``gamma ** i`` of the gradient of every window that reaches it, that of frame ``t``."""
+def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (steps,) = ctx.saved_tensors
-    dim = steps.ndim - 1
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    lengths = steps.view(*steps.shape, *[1] * (gradient.ndim - steps.ndim))
-    total, frames = wide, steps.shape[dim]
-    for i in range(1, min(ctx.n_steps, frames)):
-        reaches = torch.where(lengths > i, wide * ctx.gamma**i, 0.0).narrow(dim, 0, frames - i)
-        total = total + torch.cat((torch.zeros_like(wide.narrow(dim, 0, i)), reaches), dim)
-    return total.to(ctx.dtype), None, None, None, None, None
+    return _reward_gradient(gradient, steps, ctx.gamma, ctx.n_steps, ctx.dtype), None, None, None, None, None
 
 
-_n_step_return.register_autograd(_reward_gradient, setup_context=_save_windows)
+_n_step_return.register_autograd(_backward, setup_context=_save_windows)
 
 
 @torch.library.custom_op(

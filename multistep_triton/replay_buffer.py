@@ -16,9 +16,11 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_nn_modules
 from torch import Tensor
 from torchrl.data import (
+    ReplayBuffer,
     TensorDictReplayBuffer,
     TensorDictRoundRobinWriter,
 )
+from torchrl.envs.transforms import Transform
 
 from multistep_triton.agents import n_step_sample_agents
 from multistep_triton.arguments import Arguments
@@ -29,6 +31,7 @@ from multistep_triton.functional import n_step_sample
 from multistep_triton.ordered import OrderedReplayBuffer
 from multistep_triton.ring import Samples
 from multistep_triton.roles import WINDOW_PATHS, agent_paths, check_entries, with_saved
+from multistep_triton.transform import find_n_step
 
 Steps = int | tuple[int, int]
 
@@ -142,6 +145,36 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
             match_reward_shape,
         )
         super().__init__(**kwargs)
+
+    def _init(self) -> None:
+        super()._init()
+        _check_transform(self._transform)
+
+    def append_transform(self, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
+        """Appends a transform, as in torchrl; one of n steps is a ValueError.
+
+        Example:
+            >>> from torchrl.data import LazyTensorStorage
+            >>> from torchrl.envs.transforms import DoubleToFloat
+            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
+            >>> len(rb.append_transform(DoubleToFloat()).transform)
+            1
+        """
+        _check_transform(transform)
+        return super().append_transform(transform, invert=invert)
+
+    def insert_transform(self, index: int, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
+        """Inserts a transform, as in torchrl; one of n steps is a ValueError.
+
+        Example:
+            >>> from torchrl.data import LazyTensorStorage
+            >>> from torchrl.envs.transforms import DoubleToFloat
+            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
+            >>> len(rb.insert_transform(0, DoubleToFloat()).transform)
+            1
+        """
+        _check_transform(transform)
+        return super().insert_transform(index, transform, invert=invert)
 
     @property  # type: ignore[override]
     def n_steps(self) -> Steps:
@@ -276,6 +309,8 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
         tensordict.set("index", index.view(*lead, ndim).transpose(0, dim))
 
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict[str, Any]]:
+        # Another process may have laid the storage out, which the sampler does not see.
+        self._stored()
         with self._replay_lock, self._write_lock:
             index, info = self._sampler.sample(self._storage, batch_size)
             if self._sample_unit is not None:
@@ -364,3 +399,11 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
     def _needed(self) -> tuple[Collection[KeyPath], Collection[KeyPath]]:
         roles = self._roles
         return roles.needed, {roles.mask, *roles.kept, *roles.saved}
+
+
+def _check_transform(transform: Any) -> None:
+    if found := find_n_step(transform):
+        raise ValueError(
+            f"transform must leave frames single steps, as their windows are computed when they are sampled, got "
+            f"{found[0]}"
+        )

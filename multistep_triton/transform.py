@@ -243,9 +243,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         transforms = _flat(replay_buffer.transform)
         if self in transforms:
             transforms = transforms[: transforms.index(self)]
-        elif others := [
-            each for each in transforms if isinstance(each, MultiStepTransform | _TorchRLMultiStepTransform)
-        ]:
+        elif others := find_n_step(replay_buffer.transform):
             raise ValueError(f"replay_buffer must hold this transform or none of its kind, got {others[0]}")
         # The buffer's lock first, as in its load_state_dict.
         with replay_buffer._replay_lock, self._lock:
@@ -377,6 +375,11 @@ class MultiStepTransform(MultiStepBase, Transform):
         with self._lock:
             frames = None if self._carry is None else self._carry.frames()
         return None if frames is None else frames.build(frames.leaves, frames.batch_size)
+
+
+def find_n_step(transform: Any) -> list[Transform]:
+    """The n-step transforms in a buffer's transform, ours and torchrl's."""
+    return [each for each in _flat(transform) if isinstance(each, MultiStepTransform | _TorchRLMultiStepTransform)]
 
 
 def _flat(transform: Transform) -> list[Transform]:

@@ -153,8 +153,39 @@ def test_workers_write_into_a_buffer_that_is_sampled(kind):
         shared=True,
     )
     collect(kind, workers(), replay_buffer=buffer)
-    frames = frames_of(buffer[:])
+    batch, frames = buffer.sample(), frames_of(buffer[:])
     assert len(frames) >= BATCH * BATCHES
-    batch = buffer.sample()
     expected = expected_rows(frames, N, "end")
     assert rows_of(batch) == [expected[row] for row in batch["index"].reshape(-1).tolist()]
+
+
+def two_of(worker):
+    return SerialEnv(2, [partial(Countdown, 2 * worker), partial(Countdown, 2 * worker + 1)])
+
+
+def test_workers_of_several_environments_write_into_a_buffer_that_is_sampled():
+    buffer = NStepReplayBuffer(
+        n_steps=N,
+        gamma=GAMMA,
+        traj_key=TRAJ_KEY,
+        storage=LazyTensorStorage(1000, ndim=2, shared_init=True),
+        batch_size=256,
+        shared=True,
+    )
+    policy = RandomPolicy(two_of(0).action_spec)
+    collector = MultiSyncCollector(
+        [partial(two_of, worker) for worker in range(2)],
+        policy,
+        frames_per_batch=2 * BATCH,
+        total_frames=2 * BATCH * BATCHES,
+        replay_buffer=buffer,
+    )
+    try:
+        for _ in collector:
+            pass
+    finally:
+        collector.shutdown()
+    batch, rows = buffer.sample(), buffer[:]
+    expected = [expected_rows(frames_of(row), N, "end") for row in rows]
+    assert {worker for worker, _ in frames_of(rows.flatten())} == {0, 1, 2, 3}
+    assert rows_of(batch) == [expected[row][time] for time, row in batch["index"].tolist()]

@@ -103,13 +103,31 @@ def rows_of(end, start):
 
 
 def test_verdict():
+    # 10, 9, 12 and 8 more, while the returns of each arm overlap. Student's: 9.75 -+ 3.182 * 1.708 / 2.
     better = example.summary(rows_of([400.0, 420.0, 300.0, 310.0], [390.0, 411.0, 288.0, 302.0]))
-    # 10, 9, 12 and 8 more, while the returns of each arm overlap.
-    assert better.count("paired by seed: 10 [8, 11]: seeds separate them") == 2
+    assert better.count("paired by seed: 10 [7, 12]: seeds separate them") == 2
+    # 50, -50 and 1: 0.33 -+ 4.303 * 50.003 / 1.732.
     same = example.summary(rows_of([400.0, 300.0, 350.0], [350.0, 350.0, 349.0]))
-    assert same.count("paired by seed: 0 [-50, 50]: seeds do not separate them") == 2
+    assert same.count("paired by seed: 0 [-124, 125]: seeds do not separate them") == 2
     alone = example.summary(rows_of([400.0], [350.0]))
     assert alone.count("paired by seed: 50 [50, 50]: seeds do not separate them") == 2
+
+
+@pytest.mark.parametrize("spoil", ["a seed less", "no return", "too many arms"])
+def test_rows_that_cannot_be_compared_are_refused(spoil, tmp_path, capsys):
+    rows = rows_of([400.0, 420.0], [390.0, 411.0])
+    if spoil == "a seed less":
+        rows = rows[1:]
+    elif spoil == "no return":
+        rows.loc[0, "return"] = float("nan")
+    else:
+        rows = pd.concat([rows.assign(arm=rows["arm"] + more) for more in ("", " again")])
+    path = tmp_path / "rows.csv"
+    rows.to_csv(path, index=False)
+    with pytest.raises(SystemExit) as stopped:
+        example.main(["--redraw", str(path), "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert "redraw must have at most 3 arms, with the same seeds and frames" in capsys.readouterr().err
 
 
 def test_committed_results_are_of_a_default_run_and_are_drawn_again(tmp_path, capsys):

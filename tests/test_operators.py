@@ -97,6 +97,68 @@ def test_gradients_are_those_of_eager(n_steps):
         torch.testing.assert_close(one, other)
 
 
+def test_with_gradients_another_n_or_number_of_frames_is_no_new_graph():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(targets, fullgraph=True, backend=counter)
+    for n_steps in (2, 5, 13, 50):
+        for frames in (7, 9, 20, 23):
+            reward, done, mask, observation = draw(frames=frames)
+            gradients = []
+            for function in (compiled, targets):
+                leaf = reward.clone().requires_grad_()
+                gradients += torch.autograd.grad(
+                    function(leaf, done, mask, observation, n_steps)[0].square().sum(), leaf
+                )
+            torch.testing.assert_close(*gradients)
+    assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_of_halves(dtype):
+    reward, done, mask, observation = draw(dtype)
+
+    def gradient(function):
+        leaf = reward.clone().requires_grad_()
+        return torch.autograd.grad(function(leaf, done, mask, observation, 5)[0].sum(), leaf)[0]
+
+    one, other = gradient(torch.compile(targets, fullgraph=True, backend="aot_eager")), gradient(targets)
+    assert one.dtype == other.dtype == dtype
+    torch.testing.assert_close(one, other)
+
+
+def test_the_kernels_run_where_gradients_are_wanted():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reward, done, mask, observation = (each.to(device) for each in draw())
+    gradients = []
+    for function, backend in (
+        (torch.compile(targets, fullgraph=True, backend="aot_eager"), "triton"),
+        (targets, "auto"),
+    ):
+        leaf = reward.clone().requires_grad_()
+        target, _ = function(leaf, done, mask, observation, N, "reference" if backend == "auto" else backend)
+        gradients += torch.autograd.grad(target.square().sum(), leaf)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of its decompositions
+@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap of grad"])
+def test_derivatives_that_the_operators_lack_are_those_of_eager(transform):
+    reward, done, mask, observation = draw()
+
+    def total(reward):
+        return targets(reward, done, mask, observation)[0].square().sum()
+
+    def derivative(reward):
+        if transform == "jvp":
+            return torch.func.jvp(total, (reward,), (torch.ones_like(reward),))[1]
+        if transform == "grad":
+            return torch.func.grad(total)(reward)
+        return torch.func.vmap(torch.func.grad(total))(torch.stack([reward, 2 * reward]))
+
+    compiled = torch.compile(derivative, backend="aot_eager")
+    torch.testing.assert_close(compiled(reward), derivative(reward))
+
+
 def test_gradients_by_hand():
     # Windows of frames 0 and 1 are (0, 1) and (1), as 1 is done; of 2 and 3 (2, 3) and (3).
     done = torch.tensor([False, True, False, False])
@@ -120,12 +182,16 @@ def test_opcheck(frames, requires_grad):
     for rewards in (reward, reward.transpose(0, 1).contiguous().transpose(0, 1), reward[..., 0]):
         for masks in (None, mask):
             leaf = rewards.detach().requires_grad_(requires_grad)
-            arguments = leaf, done, masks, GAMMA, N, "auto"
-            torch.library.opcheck(torch.ops.multistep_triton.n_step_return, arguments)
+            for n_steps, flag in ((N, done), (1, done[..., None])):
+                arguments = leaf, flag, masks, GAMMA, n_steps, "auto"
+                torch.library.opcheck(torch.ops.multistep_triton.n_step_return, arguments)
     steps = n_step_return(reward, done, gamma=GAMMA, n_steps=N).steps
     for values in (observation, observation.transpose(0, 1).contiguous().transpose(0, 1), observation[..., 0]):
         leaf = values.detach().requires_grad_(requires_grad)
         torch.library.opcheck(torch.ops.multistep_triton.gather_future, (leaf, steps, "auto"))
+    gradient = torch.ones_like(reward).transpose(0, 1).contiguous().transpose(0, 1)
+    arguments = gradient, steps, GAMMA, N, torch.float32
+    torch.library.opcheck(torch.ops.multistep_triton.n_step_return_backward, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

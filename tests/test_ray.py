@@ -18,6 +18,7 @@ from multistep_triton import MultiStepTransform, NStepReplayBuffer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # torchrl's own, on import
+    import ray_collectors
     from ray_collectors import REMOTE, TRAJ_KEY, DistinctTrajectories, make_pipeline
     from torchrl.collectors.distributed import RayCollector
 
@@ -173,3 +174,23 @@ def test_the_example():
     run = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     assert "next observations that many steps ahead: True" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--collectors 0", "collectors must be an int >= 1, got 0"),
+        ("--gamma 2", "gamma must be a finite number in [0, 1], got 2.0"),
+        ("--n-steps 0", "n_steps must be an int >= 1, got 0"),
+        ("--frames-per-batch 3", "frames_per_batch must be more than n_steps, 3, and at most frames, 10000, got 3"),
+        ("--frames 100", "frames_per_batch must be more than n_steps, 3, and at most frames, 100, got 200"),
+        ("--where moon", "argument --where: invalid choice: 'moon'"),
+    ],
+)
+def test_the_example_refuses_wrong_options_in_one_line(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ray_collectors.py", *options.split()])
+    with pytest.raises(SystemExit) as stopped:
+        ray_collectors.main()
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert f"error: {message}" in err and err.count("\n") == 1

@@ -42,6 +42,7 @@ from torchrl.data import (
 from torchrl.data.replay_buffers import Sequence
 from torchrl.data.replay_buffers.samplers import ConsumingSampler, PrioritizedSampler, SliceSampler, prioritized
 from torchrl.envs.transforms import Compose, DoubleToFloat, RewardScaling, Transform
+from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
 
 from multistep_triton import MultiStepTransform, NStepReplayBuffer
 
@@ -1110,3 +1111,18 @@ def test_no_batch_size():
         buffer.sample()
     with pytest.raises(RuntimeError, match="batch_size not specified"):
         buffer.sample(n_steps=2)
+
+
+@pytest.mark.parametrize("n_step", [MultiStepTransform, TorchRLMultiStepTransform])
+def test_an_n_step_transform_is_refused(n_step):
+    """It would make n-step transitions of n-step ones."""
+    message = "transform must leave frames single steps"
+    for transform in (n_step(3, 0.9), Compose(DoubleToFloat(), n_step(3, 0.9))):
+        with pytest.raises(ValueError, match=message):
+            make_buffer(8, (), transform=transform)
+        buffer = make_buffer(8, ())
+        with pytest.raises(ValueError, match=message):
+            buffer.append_transform(transform)
+        with pytest.raises(ValueError, match=message):
+            buffer.insert_transform(0, transform)
+        assert not len(buffer.transform)
