@@ -19,7 +19,7 @@ from console import Parser
 from tensordict import TensorDictBase
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import EnvBase, GymEnv, StepCounter, TransformedEnv
-from torchrl.modules import RandomPolicy
+from torchrl.modules import MLP, QValueActor
 from tqdm import tqdm
 
 from multistep_triton import MultiStepTransform
@@ -145,8 +145,9 @@ def main() -> int:
         # Ray would wait for them.
         parser.error(f"--collectors and the buffer need a CPU each, {needed}, and the cluster has {there}")
     logging.getLogger("torchrl").setLevel(logging.WARNING)  # it logs which actors it ends
-    warnings.filterwarnings("ignore", "The policy is not an nn.Module")  # a random one has no weights
-    policy = RandomPolicy(make_environment().action_spec)
+    policy = QValueActor(
+        MLP(in_features=4, out_features=2), in_keys=["observation"], spec=make_environment().action_spec
+    )
     collector, buffer = make_pipeline(
         [make_environment] * options.collectors,
         policy,
@@ -160,7 +161,7 @@ def main() -> int:
     )
     collector.update_policy_weights_()
     for _ in tqdm(collector, total=-(-options.frames // options.frames_per_batch), unit="batch", disable=None):
-        # Here a learner would sample and update.
+        # Here a learner would sample, update the policy, and send it to the collectors.
         pass
     batch = buffer.sample()
     steps = batch["steps_to_next_obs"]
