@@ -153,7 +153,10 @@ def run_all(seeds: int, n_steps: int, jobs: int, settings: dict[str, Any]) -> pd
 
 
 def read(path: Path) -> pd.DataFrame:
-    rows = pd.read_csv(path, comment="#", dtype={"seed": int, "frames": int, "return": float})
+    try:
+        rows = pd.read_csv(path, comment="#", dtype={"seed": int, "frames": int, "return": float})
+    except ValueError as error:
+        raise ValueError(f"redraw must be a CSV with rows of {', '.join(COLUMNS)}, got {path}: {error}") from error
     if rows.empty or not set(COLUMNS) <= set(rows) or rows.duplicated(["arm", "seed", "frames"]).any():
         raise ValueError(f"redraw must be a CSV with rows of {', '.join(COLUMNS)}, each once, got {path}")
     whole = rows.pivot(index=["seed", "frames"], columns="arm", values="return")
@@ -169,14 +172,14 @@ def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def interval(values: np.ndarray) -> np.ndarray:
     """Student's 95% confidence interval of the mean over seeds ``[S, ...]``: ``[2, ...]``; of one seed, its value."""
-    if len(values) < 2:
-        return np.stack([values[0], values[0]])
-    return np.stack(stats.t.interval(0.95, len(values) - 1, values.mean(0), stats.sem(values)))
+    mean = values.mean(0)
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else 0 * mean
+    return np.stack([mean - half, mean + half])
 
 
 def with_interval(values: pd.Series) -> str:
-    low, high = interval(values.to_numpy())
-    return f"{values.mean():.0f} [{low:.0f}, {high:.0f}]"
+    mean, (low, high) = values.mean(), interval(values.to_numpy())
+    return f"{round(mean)} [{round(low)}, {round(high)}]" if len(values) > 1 else f"{round(mean)} (one seed)"
 
 
 MEASURES: dict[str, Callable[[pd.DataFrame], pd.Series]] = {

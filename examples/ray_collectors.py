@@ -139,7 +139,10 @@ def main() -> int:
 
     # A Ray of our own gets a CPU for every actor, whether or not the machine has as many.
     cpus = {} if options.address else {"num_cpus": options.collectors + 1}
-    ray.init(address=options.address, log_to_driver=False, include_dashboard=False, **cpus)
+    try:
+        ray.init(address=options.address, log_to_driver=False, include_dashboard=False, **cpus)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        parser.error(f"argument --address: {error}")
     needed, there = options.collectors + 1, int(ray.cluster_resources().get("CPU", 0))
     if there < needed:
         # Ray would wait for them.

@@ -204,7 +204,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.device = torch.device(options.device)
         frame = torch.zeros(1, 1, device=options.device)
         # Says what is wrong with the device, gamma or the backend before anything is made.
-        n_step_return(frame, frame.bool(), gamma=options.gamma, n_steps=options.n_steps, backend=options.backend)
+        out = n_step_return(frame, frame.bool(), gamma=options.gamma, n_steps=options.n_steps, backend=options.backend)
+        out.reward.cpu()
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from multistep_triton.checks import check_choice
+from multistep_triton.checks import check_choice, is_transformed
 
 BACKENDS = ("auto", "reference", "triton", "verify")
 BACKEND_VARIABLE = "MULTISTEP_TRITON_BACKEND"
@@ -96,6 +96,11 @@ def _obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str | N
         return "the tensors are on several devices. Move them to one"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "a tensor requires grad, and the kernels have no backward pass. Detach it or use torch.no_grad()"
+    if is_transformed():
+        return (
+            "the call is inside forward-mode differentiation or a transform of torch.func, such as vmap, which the "
+            "kernels know nothing of. Call it outside"
+        )
     from multistep_triton.kernels.stream import ELEMENTS
 
     for reward in rewards:

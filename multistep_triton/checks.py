@@ -6,6 +6,7 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _IDS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
@@ -96,6 +97,14 @@ def check_gather_future(value: Tensor, steps: Tensor) -> None:
 
 def is_per_frame(value: Tensor, lead: torch.Size) -> bool:
     return value.shape == lead or value.shape == (*lead, 1)
+
+
+def is_transformed() -> bool:
+    """Whether tensors may hold more than their own memory: tangents, or the dimensions and levels of ``torch.func``.
+
+    Not in ``backends``: torch's compiler takes a file whose path ends so for Triton's, and looks into none of them.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _check_per_frame(name: str, value: Tensor, lead: torch.Size, otherwise: str = "") -> None:

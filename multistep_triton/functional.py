@@ -13,11 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from multistep_triton import reference, sampling, verify
 from multistep_triton.backends import resolve_backend
-from multistep_triton.checks import check_gamma, check_gather_future, check_n_step_return, check_positive_int
+from multistep_triton.checks import (
+    check_gamma,
+    check_gather_future,
+    check_n_step_return,
+    check_positive_int,
+    is_transformed,
+)
 from multistep_triton.ring import Ring, Samples
 
 
@@ -103,7 +108,7 @@ def n_step_return(
         tensor([2., 4., 4., 8.])
     """
     check_positive_int("n_steps", n_steps)
-    check_gamma(gamma)
+    gamma = float(check_gamma(gamma))
     if _is_traced():
         return NStepReturn(*torch.ops.multistep_triton.n_step_return(reward, done, mask, gamma, n_steps, backend))
     lead = check_n_step_return(reward, done, mask)
@@ -116,7 +121,7 @@ def n_step_return(
         done_key="done",
         mask_key=None if mask is None else "mask",
         n_steps=n_steps,
-        gamma=float(gamma),
+        gamma=gamma,
         hold=False,
         backend=backend,
     )
@@ -130,7 +135,8 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
         value: ``[*B, T, *F]``, any dtype, any strides.
         steps: ``[*B, T]``, int64, on the value's device, such as :attr:`NStepReturn.steps`; ``t + steps(t) - 1``
             must lie within ``t .. T - 1``. That is checked on the CPU and by the reference, which on an accelerator
-            waits for the device; the kernels do not wait there, and cut a window at the end of its row.
+            waits for the device; the kernels do not wait there, and cut a window at the end of its row, as is done in
+            a transform of ``torch.func``, too.
 
     Keyword Args:
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``.
@@ -154,7 +160,10 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
         return future
     check_gather_future(value, steps)
     chosen = resolve_backend(backend, (value, steps))
-    if steps.is_cpu or chosen != "triton":
+    if torch._C._are_functorch_transforms_active():
+        # What is in a tensor cannot be asked there. Windows are cut, as the kernels cut them.
+        steps = steps.clamp(min=1).minimum(_room(steps))
+    elif steps.is_cpu or chosen != "triton":
         _check_steps(steps)
     if chosen == "reference":
         return reference.gather_future_reference(value, steps)
@@ -280,11 +289,7 @@ def _is_traced() -> bool:
 
     Those of forward mode and of ``torch.func``; the compiler then looks into the call, or leaves it out of its graph.
     """
-    return (
-        torch.compiler.is_compiling()
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return torch.compiler.is_compiling() and not is_transformed()
 
 
 def _check_indices(samples: Samples, sizes: torch.Size) -> None:
@@ -296,9 +301,13 @@ def _check_indices(samples: Samples, sizes: torch.Size) -> None:
                 raise IndexError(f"a sampler must draw indices within 0 .. {size - 1}, got {low} .. {high}")
 
 
+def _room(steps: Tensor) -> Tensor:
+    """Frames from each to the end of its row, ``[T]``."""
+    return torch.arange(steps.shape[-1], 0, -1, device=steps.device)
+
+
 def _check_steps(steps: Tensor) -> None:
-    room = torch.arange(steps.shape[-1], 0, -1, device=steps.device)
-    outside = (steps < 1) | (steps > room)
+    outside = (steps < 1) | (steps > _room(steps))
     if outside.any():
         frame = tuple(outside.nonzero()[0].tolist())
         raise ValueError(

@@ -87,6 +87,7 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
         storage, time_dim = self._storage, self.dim_extend
+        _check_dims(data, storage.ndim, storage.ndim)
         frames = data.shape[time_dim]
         if not frames:
             return torch.zeros((0, storage.ndim) if storage.ndim > 1 else (0,), dtype=torch.long)
@@ -100,6 +101,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         return indices[0] if len(indices) == 1 else torch.cat(indices)
 
     def _add(self, data: TensorDictBase) -> Any:
+        _check_dims(data, self._storage.ndim - 1, self._storage.ndim)
         self._check_data(data, None)
         with self._undone_if_it_fails():
             return super()._add(data)
@@ -137,6 +139,16 @@ class OrderedReplayBuffer(ReplayBuffer):
                 if cursor is not None:
                     writer._cursor, writer._write_count = cursor, count
                 raise
+
+
+def _check_dims(data: TensorDictBase, dims: int, ndim: int) -> None:
+    """Checks that data has the batch dimensions of the storage's index; that of one dimension may hold any rows."""
+    if data.batch_dims < dims or (data.batch_dims > dims and ndim > 1):
+        kind = "[*B, T]" if dims == ndim else "[*B]"
+        raise ValueError(
+            f"data must have a batch size {kind} of {dims} dimensions, as the storage has ndim={ndim}, "
+            f"got {list(data.batch_size)}"
+        )
 
 
 def _kinds(data: TensorDictBase, ndim: int) -> dict[KeyPath, tuple[torch.dtype, torch.Size]]:

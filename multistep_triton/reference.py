@@ -103,7 +103,7 @@ def n_step_extend_reference(
         begin = (place.first if ring else 0) * stride
         dtype = index_dtype((known + n_steps + place.capacity) * rows)
         ends = torch.arange(begin - stride, begin - stride + lengths.shape[0], dtype=dtype, device=steps.device)
-        ends.add_(lengths, alpha=stride)
+        ends = torch.add(ends, lengths, alpha=stride)
         source_rows = cut(ends.remainder_(place.capacity * rows) if ring else ends).flatten()
     else:
         # Windows that end in the carry have no row here; they get any, and are overwritten below.

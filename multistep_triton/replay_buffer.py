@@ -20,7 +20,7 @@ from torchrl.data import (
     TensorDictReplayBuffer,
     TensorDictRoundRobinWriter,
 )
-from torchrl.envs.transforms import Transform
+from torchrl.envs.transforms import NextStateReconstructor, Transform
 
 from multistep_triton.agents import n_step_sample_agents
 from multistep_triton.arguments import Arguments
@@ -31,7 +31,7 @@ from multistep_triton.functional import n_step_sample
 from multistep_triton.ordered import OrderedReplayBuffer
 from multistep_triton.ring import Samples
 from multistep_triton.roles import WINDOW_PATHS, agent_paths, check_entries, with_saved
-from multistep_triton.transform import find_n_step
+from multistep_triton.transform import N_STEP, find_transforms
 
 Steps = int | tuple[int, int]
 
@@ -151,7 +151,7 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
         _check_transform(self._transform)
 
     def append_transform(self, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
-        """Appends a transform, as in torchrl; one of n steps is a ValueError.
+        """Appends a transform, as in torchrl; one that writes what windows do is a ValueError.
 
         Example:
             >>> from torchrl.data import LazyTensorStorage
@@ -164,7 +164,7 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
         return super().append_transform(transform, invert=invert)
 
     def insert_transform(self, index: int, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
-        """Inserts a transform, as in torchrl; one of n steps is a ValueError.
+        """Inserts a transform, as in torchrl; one that writes what windows do is a ValueError.
 
         Example:
             >>> from torchrl.data import LazyTensorStorage
@@ -402,8 +402,8 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
 
 
 def _check_transform(transform: Any) -> None:
-    if found := find_n_step(transform):
+    if found := find_transforms(transform, (*N_STEP, NextStateReconstructor)):
         raise ValueError(
-            f"transform must leave frames single steps, as their windows are computed when they are sampled, got "
-            f"{found[0]}"
+            f"transform must leave rewards and the entries under 'next' to the windows, which are computed when frames "
+            f"are sampled, got {found[0]}"
         )

@@ -243,7 +243,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         transforms = _flat(replay_buffer.transform)
         if self in transforms:
             transforms = transforms[: transforms.index(self)]
-        elif others := find_n_step(replay_buffer.transform):
+        elif others := find_transforms(replay_buffer.transform, N_STEP):
             raise ValueError(f"replay_buffer must hold this transform or none of its kind, got {others[0]}")
         # The buffer's lock first, as in its load_state_dict.
         with replay_buffer._replay_lock, self._lock:
@@ -377,9 +377,13 @@ class MultiStepTransform(MultiStepBase, Transform):
         return None if frames is None else frames.build(frames.leaves, frames.batch_size)
 
 
-def find_n_step(transform: Any) -> list[Transform]:
-    """The n-step transforms in a buffer's transform, ours and torchrl's."""
-    return [each for each in _flat(transform) if isinstance(each, MultiStepTransform | _TorchRLMultiStepTransform)]
+N_STEP: tuple[type[Transform], ...] = MultiStepTransform, _TorchRLMultiStepTransform
+"""The n-step transforms, ours and torchrl's."""
+
+
+def find_transforms(transform: Any, kinds: tuple[type[Transform], ...]) -> list[Transform]:
+    """Those of some kinds in a buffer's transform."""
+    return [each for each in _flat(transform) if isinstance(each, kinds)]
 
 
 def _flat(transform: Transform) -> list[Transform]:

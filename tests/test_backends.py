@@ -1,10 +1,13 @@
 """Which backend runs, and what is said when one cannot."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import kernels
 from fresh import run
 from rollouts import make_rollout
+from torch.autograd import forward_ad
 
 from multistep_triton import MultiStepTransform, backends, gather_future, n_step_return, reference
 from multistep_triton.backends import BACKENDS, resolve_backend
@@ -208,6 +211,31 @@ def test_what_the_kernels_cannot_do_is_refused_and_auto_takes_the_reference(kind
     if reward.is_cuda:
         out = n_step_return(reward, done, gamma=0.5, n_steps=2)
         assert out.reward.float()[0].tolist() == [1.5, 1.5, 1.5, 1.5, 1.0]
+
+
+TRANSFORMS = {
+    "vmap": lambda function, reward: torch.vmap(function)(reward),
+    "jvp": lambda function, reward: torch.func.jvp(function, (reward,), (torch.ones_like(reward),))[1],
+    "forward mode": lambda function, reward: tangent_of(function, reward),
+}
+
+
+def tangent_of(function, reward):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(reward, torch.ones_like(reward)))).tangent
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of its decompositions
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_the_kernels_are_refused_inside_a_transform_and_auto_takes_the_reference(kind):
+    def function(reward, backend="auto"):
+        return n_step_return(reward, reward > 1, gamma=0.5, n_steps=2, backend=backend).reward
+
+    with kernels():
+        reward = torch.ones(2, 5)
+        with pytest.raises(RuntimeError, match=r"inside forward-mode differentiation or a transform of torch.func"):
+            TRANSFORMS[kind](partial(function, backend="triton"), reward)
+    assert TRANSFORMS[kind](function, reward).tolist() == [[1.5, 1.5, 1.5, 1.5, 1.0]] * 2
 
 
 def test_the_kernels_run_without_grad_on_a_tensor_that_requires_it():

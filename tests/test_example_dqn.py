@@ -110,7 +110,9 @@ def test_verdict():
     same = example.summary(rows_of([400.0, 300.0, 350.0], [350.0, 350.0, 349.0]))
     assert same.count("paired by seed: 0 [-124, 125]: seeds do not separate them") == 2
     alone = example.summary(rows_of([400.0], [350.0]))
-    assert alone.count("paired by seed: 50 [50, 50]: seeds do not separate them") == 2
+    assert alone.count("paired by seed: 50 (one seed): seeds do not separate them") == 2
+    equal = example.summary(rows_of([400.0, 390.0], [400.0, 390.0]))
+    assert equal.count("paired by seed: 0 [0, 0]: seeds do not separate them") == 2
 
 
 @pytest.mark.parametrize("spoil", ["a seed less", "no return", "too many arms"])
@@ -168,7 +170,7 @@ def test_readme_quotes_the_committed_results():
         ("--backend", "numpy", "argument --backend: invalid choice: 'numpy'"),
         ("--device", "abacus", "device type at start of device string: abacus"),
         ("--redraw", "missing.csv", "No such file or directory: 'missing.csv'"),
-        ("--redraw", __file__, ""),
+        ("--redraw", __file__, "redraw must be a CSV with rows of arm, n_steps, done_at, seed, frames, return, got "),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(option, value, message, tmp_path, capsys):

@@ -257,6 +257,7 @@ def test_the_committed_run_learned_and_readme_quotes_it():
         (["--gamma", "2"], "gamma must be a finite number in [0, 1], got 2.0"),
         (["--backend", "cuda"], "backend must be one of 'auto', 'reference', 'triton', 'verify', got 'cuda'"),
         (["--device", "abacus"], "device string: abacus"),
+        (["--device", "meta"], "meta tensor"),
         (["--out", "/dev/null/x"], "/dev/null"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -1,5 +1,8 @@
-"""``torch.compile(fullgraph=True)`` of functions that call ``n_step_return`` and ``gather_future``."""
+"""``torch.compile(fullgraph=True)`` of functions that call ``n_step_return`` and ``gather_future``; ``torch.func``."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -159,6 +162,44 @@ def test_derivatives_that_the_operators_lack_are_those_of_eager(transform):
     torch.testing.assert_close(compiled(reward), derivative(reward))
 
 
+@pytest.mark.parametrize("n_steps", [1, N, 50])
+def test_vmap_is_one_more_batch_dimension(n_steps):
+    rows = [torch.stack(parts) for parts in zip(*(draw(torch.float64, seed=seed) for seed in range(4)), strict=True)]
+
+    def function(*row):
+        return targets(*row, n_steps)
+
+    for dims in itertools.product((0, -1, None), repeat=4):
+        if set(dims) == {None}:
+            continue
+        arguments = [row[0] if dim is None else row.movedim(0, dim) for row, dim in zip(rows, dims, strict=True)]
+        each = [[row[0 if dim is None else i] for row, dim in zip(rows, dims, strict=True)] for i in range(4)]
+        expected = [torch.stack(parts) for parts in zip(*(function(*row) for row in each), strict=True)]
+        for one, other in zip(torch.vmap(function, in_dims=dims)(*arguments), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_every_row(compiled):
+    rows = [torch.stack(parts) for parts in zip(*(draw(torch.float64, seed=seed) for seed in range(4)), strict=True)]
+
+    def gradients(reward, done, mask, observation):
+        total = torch.func.grad(lambda *row: targets(*row)[0].square().sum(), argnums=(0, 3))
+        return torch.func.vmap(total)(reward, done, mask, observation.double())
+
+    function = torch.compile(gradients, backend="aot_eager") if compiled else gradients
+    leaves = [row.double().clone().requires_grad_() if row.is_floating_point() else row for row in rows]
+    expected = torch.autograd.grad(targets(*leaves)[0].square().sum(), (leaves[0], leaves[3]))
+    for one, other in zip(function(*rows), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_vmap_cuts_windows_that_leave_the_row():
+    value, steps = torch.arange(6).view(2, 3), torch.tensor([[0, 3, 9], [-4, 2, 1]])
+    assert torch.vmap(gather_future)(value, steps).tolist() == [[0, 2, 2], [3, 5, 5]]
+
+
 def test_gradients_by_hand():
     # Windows of frames 0 and 1 are (0, 1) and (1), as 1 is done; of 2 and 3 (2, 3) and (3).
     done = torch.tensor([False, True, False, False])
@@ -200,6 +241,13 @@ def test_opcheck_of_dtypes(dtype):
     torch.library.opcheck(torch.ops.multistep_triton.n_step_return, (reward, done, None, GAMMA, N, "auto"))
     steps = torch.ones(BATCH, FRAMES, dtype=torch.int64)
     torch.library.opcheck(torch.ops.multistep_triton.gather_future, (reward, steps, "auto"))
+
+
+def test_gamma_as_one_of_numpys_numbers():
+    def function(gamma):
+        return n_step_return(torch.ones(3), torch.zeros(3, dtype=torch.bool), gamma=gamma, n_steps=2).reward
+
+    assert torch.compile(function, backend="aot_eager")(np.float64(0.5)).tolist() == [1.5, 1.5, 1.0]
 
 
 WRONG = {

@@ -185,6 +185,7 @@ def test_the_example():
         ("--frames-per-batch 3", "frames_per_batch must be more than n_steps, 3, and at most frames, 10000, got 3"),
         ("--frames 100", "frames_per_batch must be more than n_steps, 3, and at most frames, 100, got 200"),
         ("--where moon", "argument --where: invalid choice: 'moon'"),
+        ("--address moon", "argument --address: "),
     ],
 )
 def test_the_example_refuses_wrong_options_in_one_line(options, message, monkeypatch, capsys):

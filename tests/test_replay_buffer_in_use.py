@@ -41,7 +41,7 @@ from torchrl.data import (
 )
 from torchrl.data.replay_buffers import Sequence
 from torchrl.data.replay_buffers.samplers import ConsumingSampler, PrioritizedSampler, SliceSampler, prioritized
-from torchrl.envs.transforms import Compose, DoubleToFloat, RewardScaling, Transform
+from torchrl.envs.transforms import Compose, DoubleToFloat, NextStateReconstructor, RewardScaling, Transform
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
 
 from multistep_triton import MultiStepTransform, NStepReplayBuffer
@@ -1113,11 +1113,17 @@ def test_no_batch_size():
         buffer.sample(n_steps=2)
 
 
-@pytest.mark.parametrize("n_step", [MultiStepTransform, TorchRLMultiStepTransform])
-def test_an_n_step_transform_is_refused(n_step):
-    """It would make n-step transitions of n-step ones."""
-    message = "transform must leave frames single steps"
-    for transform in (n_step(3, 0.9), Compose(DoubleToFloat(), n_step(3, 0.9))):
+REFUSED = {
+    "it would make n-step transitions of n-step ones": lambda: MultiStepTransform(3, 0.9),
+    "so would torchrl's": lambda: TorchRLMultiStepTransform(3, 0.9),
+    "it fills in what is one step ahead, whatever the window": NextStateReconstructor,
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_transform_that_writes_what_windows_do_is_refused(why):
+    message = "transform must leave rewards and the entries under 'next' to the windows"
+    for transform in (REFUSED[why](), Compose(DoubleToFloat(), REFUSED[why]())):
         with pytest.raises(ValueError, match=message):
             make_buffer(8, (), transform=transform)
         buffer = make_buffer(8, ())
@@ -1126,3 +1132,27 @@ def test_an_n_step_transform_is_refused(n_step):
         with pytest.raises(ValueError, match=message):
             buffer.insert_transform(0, transform)
         assert not len(buffer.transform)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize(
+    "ndim, method, shape, expected",
+    [
+        (1, "extend", [], "[*B, T] of 1"),
+        (2, "extend", [5], "[*B, T] of 2"),
+        (2, "extend", [2, 3, 5], "[*B, T] of 2"),
+        (3, "extend", [2, 5], "[*B, T] of 3"),
+        (2, "add", [], "[*B] of 1"),
+        (2, "add", [2, 5], "[*B] of 1"),
+    ],
+)
+def test_another_number_of_batch_dimensions_is_an_error_that_stores_nothing(ndim, method, shape, expected, filled):
+    buffer = NStepReplayBuffer(n_steps=2, gamma=0.9, storage=LazyTensorStorage(60, ndim=ndim), batch_size=2)
+    if filled:
+        buffer.extend(make_rollout((2, 3)[: ndim - 1], 4))
+    before = len(buffer)
+    data = make_rollout(shape, 1).squeeze(-1)
+    message = f"data must have a batch size {expected} dimensions, as the storage has ndim={ndim}, got {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(buffer, method)(data)
+    assert len(buffer) == before

@@ -138,10 +138,9 @@ def test_a_buffer_that_is_resumed(schedule, way, storage):
         check_buffer(calls, point, way, storage, data)
 
 
-def check_buffer(calls, point, way, storage, data):
+def check_buffer(calls, point, way, storage, data, given=10):
     whole, resumed = make_buffer(storage), make_buffer(storage)
-    whole.extend(data[:, :10]), resumed.extend(data[:, :10])
-    given = 10
+    whole.extend(data[:, :given]), resumed.extend(data[:, :given])
     for i, (frames, n_steps) in enumerate([*calls, (0, N_STEPS)]):
         if i == point:
             resumed = BUFFERS[way](resumed)
@@ -153,6 +152,24 @@ def check_buffer(calls, point, way, storage, data):
         buffer.transform[0].flush_into(buffer)
     assert len(whole) == len(resumed) == 2 * given
     assert_same_bytes(whole[:], resumed[:])
+
+
+@pytest.mark.filterwarnings("ignore:Loading the storage on an uninitialized TensorDict:UserWarning")
+@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
+@pytest.mark.parametrize("way", ["state_dict", "deepcopy"])
+def test_a_buffer_that_is_resumed_before_anything_is_stored(way, storage):
+    check_buffer([(1, N_STEPS), (9, N_STEPS)], 0, way, storage, make_data(12), given=2)
+
+
+def test_torchrl_dumps_no_storage_that_is_empty():
+    """Whatever its transform; with ours the frames held back stay."""
+    ours, plain = make_buffer(), ReplayBuffer(storage=LazyTensorStorage(500, ndim=2))
+    ours.extend(make_data(2))
+    with tempfile.TemporaryDirectory() as folder:
+        for buffer in (ours, plain):
+            with pytest.raises(RuntimeError, match="Cannot save a non-initialized storage"):
+                buffer.dumps(folder)
+    assert ours.transform[0].flush().batch_size == (2, 2)
 
 
 @pytest.mark.parametrize("way", TRANSFORMS)
