@@ -235,7 +235,7 @@ def run_tests(copy: Path) -> str:
     done = run_python(copy, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS)
     if done.returncode == 0:
         return ""
-    if failed := re.search(r"^FAILED \S+?::(\S+)", done.stdout, re.MULTILINE):
+    if failed := re.search(r"^FAILED \S+?::(.+?)(?: - |$)", done.stdout, re.MULTILINE):
         return failed[1]
     if done.returncode < 0:
         return f"a test, by {signal.Signals(-done.returncode).name}"

@@ -62,8 +62,13 @@ def flags(shape, p, seed=0):
 def emitted_and_held(data, carry, n_steps, **arguments):
     """What ``n_step_extend`` makes of leaves named done, reward, value and copied, by the kernels."""
     time_dim = data["done"].ndim - 1
+    ring = None
+    if carry is not None:
+        # Not a copy, which would begin at an address of its own.
+        count = carry["done"].shape[time_dim]
+        ring = Ring({key: leaf.contiguous() for key, leaf in carry.items()}, 0, count, count, False)
     return n_step_extend(
-        None if carry is None else Ring.of(carry, carry["done"].shape[time_dim]),
+        ring,
         data,
         time_dim=time_dim,
         reward_keys=[key for key in data if key.startswith("reward")],
