@@ -153,12 +153,13 @@ def run_all(seeds: int, n_steps: int, jobs: int, settings: dict[str, Any]) -> pd
 
 
 def read(path: Path) -> pd.DataFrame:
+    rule = f"redraw must be a CSV with rows of {', '.join(COLUMNS)}"
     try:
         rows = pd.read_csv(path, comment="#", dtype={"seed": int, "frames": int, "return": float})
     except ValueError as error:
-        raise ValueError(f"redraw must be a CSV with rows of {', '.join(COLUMNS)}, got {path}: {error}") from error
+        raise ValueError(f"{rule}, got {path}: {error}") from error
     if rows.empty or not set(COLUMNS) <= set(rows) or rows.duplicated(["arm", "seed", "frames"]).any():
-        raise ValueError(f"redraw must be a CSV with rows of {', '.join(COLUMNS)}, each once, got {path}")
+        raise ValueError(f"{rule}, each once, got {path}")
     whole = rows.pivot(index=["seed", "frames"], columns="arm", values="return")
     if len(whole.columns) > len(COLORS) or whole.isna().any(axis=None):
         raise ValueError(f"redraw must have at most {len(COLORS)} arms, with the same seeds and frames, got {path}")

@@ -213,16 +213,16 @@ def test_what_the_kernels_cannot_do_is_refused_and_auto_takes_the_reference(kind
         assert out.reward.float()[0].tolist() == [1.5, 1.5, 1.5, 1.5, 1.0]
 
 
-TRANSFORMS = {
-    "vmap": lambda function, reward: torch.vmap(function)(reward),
-    "jvp": lambda function, reward: torch.func.jvp(function, (reward,), (torch.ones_like(reward),))[1],
-    "forward mode": lambda function, reward: tangent_of(function, reward),
-}
-
-
 def tangent_of(function, reward):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(function(forward_ad.make_dual(reward, torch.ones_like(reward)))).tangent
+
+
+TRANSFORMS = {
+    "vmap": lambda function, reward: torch.vmap(function)(reward),
+    "jvp": lambda function, reward: torch.func.jvp(function, (reward,), (torch.ones_like(reward),))[1],
+    "forward mode": tangent_of,
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of its decompositions
