@@ -31,7 +31,7 @@ def launch_n_step_extend(
     gamma: float,
     hold: bool,
 ) -> tuple[Any, ...]:
-    """Computes :func:`multistep_triton.functional.n_step_extend`."""
+    """Computes :func:`multistep_triton.dispatch.n_step_extend`."""
     device, carried = data[done_key].device, carry.count if carry else 0
     place = find_place(carry, data.values(), data[done_key].shape[time_dim], n_steps) if hold else None
     seen = _Seen(data, carry)
@@ -73,7 +73,7 @@ def launch_n_step_sample(
     n_steps: int,
     gamma: float,
 ) -> tuple[Any, ...]:
-    """Computes :func:`multistep_triton.functional.n_step_sample`."""
+    """Computes :func:`multistep_triton.dispatch.n_step_sample`."""
     device, dims = data[done_key].device, len(samples.indices)
     index = [each.contiguous() for each in samples.indices]
     seen = _Seen(data, None, dims)

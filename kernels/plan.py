@@ -115,10 +115,10 @@ def plan_extend(
     picked: tuple[int, bool] | None,
     default_dtype: torch.dtype,
 ) -> Plan:
-    """The plan of :func:`multistep_triton.functional.n_step_extend`; of every leaf its key and its :class:`Leaf`.
+    """The plan of :func:`multistep_triton.dispatch.n_step_extend`; of every leaf its key and its :class:`Leaf`.
 
     ``held`` is a :class:`multistep_triton.ring.Place` without its first slot. With ``picked`` it is that of
-    :func:`multistep_triton.functional.n_step_sample` for so many frames, which come out as one row; where
+    :func:`multistep_triton.dispatch.n_step_sample` for so many frames, which come out as one row; where
     each has an n of its own, the kernel is another one.
     """
     described = {key: Leaf(*leaf) for key, *leaf in leaves}

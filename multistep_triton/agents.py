@@ -1,7 +1,7 @@
 """A done flag for every agent: each agent is a row of its own.
 
 Leaves ``[*B, T, *A, ...]`` of the agents are read as ``[*B, *A, T, ...]``, views in another order, so that what
-computes windows knows rows and no agents. May import ``functional``.
+computes windows knows rows and no agents. May import ``dispatch``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multistep_triton.functional import Extension, n_step_extend, n_step_sample
+from multistep_triton.dispatch import Extension, n_step_extend, n_step_sample
 from multistep_triton.ring import Ring, Samples
 
 
@@ -30,7 +30,7 @@ def n_step_extend_agents(
     traj_key: Hashable | None,
     **arguments: Any,
 ) -> Extension:
-    """:func:`multistep_triton.functional.n_step_extend` with a done flag ``[*B, T, *A]`` or ``[*B, T, *A, 1]``.
+    """:func:`multistep_triton.dispatch.n_step_extend` with a done flag ``[*B, T, *A]`` or ``[*B, T, *A, 1]``.
 
     Args:
         carry, data: as there.
@@ -109,7 +109,7 @@ def n_step_sample_agents(
     traj_key: Hashable | None,
     **arguments: Any,
 ) -> Extension:
-    """:func:`multistep_triton.functional.n_step_sample` with a done flag ``[C, *R, *A]`` or ``[C, *R, *A, 1]``.
+    """:func:`multistep_triton.dispatch.n_step_sample` with a done flag ``[C, *R, *A]`` or ``[C, *R, *A, 1]``.
 
     Keyword Args:
         agent_dims: the number of dimensions ``A``.

@@ -1,6 +1,6 @@
 """What MultiStepTransform and MultiStep share: one call from frames to n-step transitions.
 
-Owns what is written where; no maths. May import ``arguments``, ``roles``, ``frames``, ``functional`` and ``agents``.
+Owns what is written where; no maths. May import ``arguments``, ``roles``, ``frames``, ``dispatch`` and ``agents``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from multistep_triton.agents import n_step_extend_agents
 from multistep_triton.arguments import Arguments
+from multistep_triton.dispatch import Extension, n_step_extend
 from multistep_triton.frames import Frames, Held, KeyPath
-from multistep_triton.functional import Extension, n_step_extend
 from multistep_triton.roles import (
     ORIGINAL_REWARD_PATH,
     WINDOW_PATHS,

@@ -1,7 +1,7 @@
 """The reference: n-step windows in eager PyTorch, on any device.
 
 It defines what is correct, verifies the kernels, and is the fast path on CPU. Owns the maths and nothing
-else: arguments arrive validated (by ``functional``), keys are opaque. May import torch and ``ring``.
+else: arguments arrive validated (by ``functional`` and ``base``), keys are opaque. May import torch and ``ring``.
 
 Terms: a *boundary* is a frame after which nothing of its trajectory follows; the *window* of frame ``t`` is
 ``t .. e(t)``, ``e(t)`` the smallest of ``t + n - 1``, the first boundary at or after ``t``, and the last frame.
@@ -51,7 +51,7 @@ def n_step_extend_reference(
     gamma: float,
     hold: bool,
 ) -> tuple[Leaves, Leaves, Tensor, Tensor, Tensor, Ring | None]:
-    """Computes :func:`multistep_triton.functional.n_step_extend`."""
+    """Computes :func:`multistep_triton.dispatch.n_step_extend`."""
     *lead, new = data[done_key].shape[: time_dim + 1]
     carried = carry.count if carry else 0
     known = carried + new
@@ -102,8 +102,8 @@ def n_step_extend_reference(
     if ring or seam == emitted:
         begin = (place.first if ring else 0) * stride
         dtype = index_dtype((known + n_steps + place.capacity) * rows)
-        ends = torch.arange(begin - stride, begin - stride + lengths.shape[0], dtype=dtype, device=steps.device)
-        ends = torch.add(ends, lengths, alpha=stride)
+        before = torch.arange(begin - stride, begin - stride + lengths.shape[0], dtype=dtype, device=steps.device)
+        ends = torch.add(before, lengths, alpha=stride)
         source_rows = cut(ends.remainder_(place.capacity * rows) if ring else ends).flatten()
     else:
         # Windows that end in the carry have no row here; they get any, and are overwritten below.

@@ -1,6 +1,6 @@
 """NStepReplayBuffer: single steps are stored, n-step transitions are sampled.
 
-Owns where frames lie in a storage, and how a replay buffer samples. May import ``base``, ``frames`` and ``functional``.
+Owns where frames lie in a storage, and how a replay buffer samples. May import ``base``, ``frames`` and ``dispatch``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from multistep_triton.agents import n_step_sample_agents
 from multistep_triton.arguments import Arguments
 from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_steps
+from multistep_triton.dispatch import n_step_sample
 from multistep_triton.frames import Frames, KeyPath
-from multistep_triton.functional import n_step_sample
 from multistep_triton.ordered import OrderedReplayBuffer
 from multistep_triton.ring import Samples
 from multistep_triton.roles import WINDOW_PATHS, agent_paths, check_entries, with_saved

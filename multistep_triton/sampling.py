@@ -28,7 +28,7 @@ def n_step_sample_reference(
     n_steps: int,
     gamma: float,
 ) -> tuple[dict[Hashable, Tensor], dict[Hashable, Tensor], Tensor, Tensor, Tensor]:
-    """Computes :func:`multistep_triton.functional.n_step_sample`.
+    """Computes :func:`multistep_triton.dispatch.n_step_sample`.
 
     Windows are those of a flat stream (see ``reference``): of the whole ring or, where that is more, of the frames
     that windows may have, ``[K, N]``.

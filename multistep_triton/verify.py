@@ -72,7 +72,7 @@ class _Output(NamedTuple):
 
 
 def n_step_extend_verified(carry: Ring | None, data: Mapping[Any, Tensor], **arguments: Any) -> tuple[Any, ...]:
-    """Computes :func:`multistep_triton.functional.n_step_extend` twice.
+    """Computes :func:`multistep_triton.dispatch.n_step_extend` twice.
 
     Returns:
         What the kernels computed.
@@ -95,7 +95,7 @@ def n_step_extend_verified(carry: Ring | None, data: Mapping[Any, Tensor], **arg
 
 
 def n_step_sample_verified(samples: Samples, data: Mapping[Any, Tensor], **arguments: Any) -> tuple[Any, ...]:
-    """Computes :func:`multistep_triton.functional.n_step_sample` twice; returns and raises as for extend."""
+    """Computes :func:`multistep_triton.dispatch.n_step_sample` twice; returns and raises as for extend."""
     from multistep_triton.kernels import launch
 
     expected = sampling.n_step_sample_reference(samples, data, **arguments)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.errors import InterpreterError
 
 from multistep_triton import gather_future, n_step_return
-from multistep_triton.functional import n_step_extend
+from multistep_triton.dispatch import n_step_extend
 from multistep_triton.kernels import launch, plan
 from multistep_triton.kernels.extend import INTERPRETED
 from multistep_triton.kernels.launch import launch_gather_future

@@ -20,7 +20,7 @@ from multistep_triton import (
     gather_future,
     n_step_return,
 )
-from multistep_triton.functional import Extension
+from multistep_triton.dispatch import Extension
 from multistep_triton.kernels import launch as launchers
 from multistep_triton.ring import Ring
 from multistep_triton.rounding import float64_returns
