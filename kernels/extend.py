@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from multistep_triton.kernels.gather import copy_rows
-from multistep_triton.kernels.stream import TYPES, output_places, tile_frames
+from multistep_triton.kernels.stream import TYPES, output_places, tile_frames, written
 from multistep_triton.kernels.window import bfloat16_bits, power, window, window_steps
 
 
@@ -30,8 +30,9 @@ def _write_windows(
     if len(limits) > 0:
         tile = row, frame, live, places, (tl.maximum(limits[0], 2),)
     steps = window_steps(tile, stream, flags, n, 2 if UNROLLED == 1 else UNROLLED, ENDS)
-    nonterminal = steps > 1
-    steps = tl.minimum(steps, limits[0] if len(limits) > 0 else n)
+    nonterminal = live & (steps > 1)
+    steps = tl.where(live, tl.minimum(steps, limits[0] if len(limits) > 0 else n), 0)
+    live = written(tile)
     steps_ptr, discount_ptr, nonterminal_ptr = outputs
     tl.store((steps_ptr << 2 >> 4).to(tl.pointer_type(tl.int64)) + place, steps.to(tl.int64), mask=live)
     discount = power(gamma.reshape(1), steps, 5 if UNROLLED > 0 else 31).to(tl.float32)
@@ -49,14 +50,14 @@ def _write_returns(
 ):  # fmt: skip
     chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     tile = tile_frames(program // chunks, rows, emitted, stream, TIME_MAJOR, LENGTH, BLOCK_F)
-    live = tile[2]
     item = program % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
     source, returns_ptr = reward
     _, returns = window(
         tile, stream, flags, source, item, n, gamma, UNROLLED, ENDS, TYPE, SUM, ITEM_BYTES, D, RUN
     )  # fmt: skip
+    returns = tl.where(tile[2][:, None], returns, float("nan"))
     place = output_places(tile, emitted)[:, None] * D + item[None, :]
-    mask = live[:, None] & (item < D)[None, :]
+    mask = written(tile)[:, None] & (item < D)[None, :]
     if TYPES[RETURN] == tl.bfloat16:
         tl.store((returns_ptr << 2 >> 4).to(tl.pointer_type(tl.int16)) + place, bfloat16_bits(returns), mask=mask)
     else:

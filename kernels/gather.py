@@ -12,6 +12,7 @@ from multistep_triton.kernels.stream import (
     row_pointers,
     slot_addresses,
     tile_frames,
+    written,
 )
 from multistep_triton.kernels.window import window_steps
 
@@ -61,4 +62,5 @@ def copy_rows(
         to_held = slot_addresses(held, row, frame - emitted, known - emitted, to, D * ITEM_BYTES)
         to_out = tl.where(frame < emitted, to_out, to_held)
     pointers = row_pointers(to_out, TYPE, UNIT)
-    tl.store(pointers[:, None] + item[None, :], value, mask=inside)
+    wanted = written((row, frame, live, places, limits))[:, None] & (item < D)[None, :]
+    tl.store(pointers[:, None] + item[None, :], value, mask=wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def launch_n_step_extend(
     time_dim: int,
     reward_keys: Collection[Hashable],
     gathered_keys: Collection[Hashable],
-    done_key: Hashable,
+    done_keys: Sequence[Hashable],
     mask_key: Hashable | None,
     traj_key: Hashable | None,
     n_steps: int,
@@ -32,15 +32,15 @@ def launch_n_step_extend(
     hold: bool,
 ) -> tuple[Any, ...]:
     """Computes :func:`multistep_triton.dispatch.n_step_extend`."""
-    device, carried = data[done_key].device, carry.count if carry else 0
-    place = find_place(carry, data.values(), data[done_key].shape[time_dim], n_steps) if hold else None
+    device, carried = data[done_keys[0]].device, carry.count if carry else 0
+    place = find_place(carry, data.values(), data[done_keys[0]].shape[time_dim], n_steps) if hold else None
     seen = _Seen(data, carry)
     plan = plan_extend(
         tuple(seen.described),
         time_dim,
         tuple(reward_keys),
         frozenset(gathered_keys),
-        done_key,
+        tuple(done_keys),
         mask_key,
         traj_key,
         carried,
@@ -56,7 +56,7 @@ def launch_n_step_extend(
     _, rows, carried, known, emitted, *_ = plan.scalars
     ring = place.ring(memory.held, emitted, known) if place else None
     rings = _slots(carry, rows), _slots(ring, rows)
-    flags = seen.flags(plan, done_key, mask_key, traj_key)
+    flags = seen.flags(plan, *done_keys, mask_key, traj_key)
     _run(plan, device, *plan.scalars, *rings, (), gamma, flags, *memory.arguments)
     return memory.leaves, memory.returns, *memory.windows, ring
 
@@ -67,14 +67,14 @@ def launch_n_step_sample(
     *,
     reward_keys: Collection[Hashable],
     gathered_keys: Collection[Hashable],
-    done_key: Hashable,
+    done_keys: Sequence[Hashable],
     mask_key: Hashable | None,
     traj_key: Hashable | None,
     n_steps: int,
     gamma: float,
 ) -> tuple[Any, ...]:
     """Computes :func:`multistep_triton.dispatch.n_step_sample`."""
-    device, dims = data[done_key].device, len(samples.indices)
+    device, dims = data[done_keys[0]].device, len(samples.indices)
     index = [each.contiguous() for each in samples.indices]
     seen = _Seen(data, None, dims)
     plan = plan_extend(
@@ -82,7 +82,7 @@ def launch_n_step_sample(
         dims - 1,
         tuple(reward_keys),
         frozenset(gathered_keys),
-        done_key,
+        tuple(done_keys),
         mask_key,
         traj_key,
         0,
@@ -94,13 +94,13 @@ def launch_n_step_sample(
     memory = _Memory(plan, data, seen.addresses, device)
     picked = (
         tuple([coded(each.data_ptr()) for each in index]),
-        tuple([coded(size) for size in data[done_key].shape[:dims]]),
+        tuple([coded(size) for size in data[done_keys[0]].shape[:dims]]),
         () if samples.n_steps is None else (coded(samples.n_steps.data_ptr()),),
         coded(len(index[0])),
         coded((samples.newest + 1) % samples.live),
     )
     sizes, rows, carried, _, *rest = plan.scalars
-    flags = seen.flags(plan, done_key, mask_key, traj_key)
+    flags = seen.flags(plan, *done_keys, mask_key, traj_key)
     _run(plan, device, sizes, rows, carried, samples.live, *rest, (), (), picked, gamma, flags, *memory.arguments)
     return memory.leaves, memory.returns, *memory.windows
 

@@ -106,7 +106,7 @@ def plan_extend(
     time_dim: int,
     reward_keys: tuple[Hashable, ...],
     gathered_keys: frozenset[Hashable],
-    done_key: Hashable,
+    done_keys: tuple[Hashable, ...],
     mask_key: Hashable | None,
     traj_key: Hashable | None,
     carried: int,
@@ -122,7 +122,7 @@ def plan_extend(
     each has an n of its own, the kernel is another one.
     """
     described = {key: Leaf(*leaf) for key, *leaf in leaves}
-    lead, new = described[done_key].shape[:time_dim], described[done_key].shape[time_dim]
+    lead, new = described[done_keys[0]].shape[:time_dim], described[done_keys[0]].shape[time_dim]
     known = carried + new
     capacity, stay, time_first = held or (0, 0, False)
     emitted = known - min(n_steps, known) if held else known
@@ -145,7 +145,7 @@ def plan_extend(
         _, (slot, *strides) = _contiguous((capacity, *lead, *leaf.shape[time_dim + 1 :]))
         return frames(leaf, capacity)[0], (*strides[:time_dim], slot, *strides[time_dim:])
 
-    windows = [_job(layouts[done_key], 1, TILE, rows, emitted)]
+    windows = [_job(layouts[done_keys[0]], 1, TILE, rows, emitted)]
     returns, rewards = {}, []
     for key in reward_keys:
         reward = described[key]
@@ -161,7 +161,7 @@ def plan_extend(
             alike.setdefault((job, places[key]), []).append(copy)
     jobs = [_Job(job.programs * len(group), job.constants) for (job, _), group in alike.items()]
 
-    ends = mask_key is not None, _NO_IDS if traj_key is None else ELEMENTS[described[traj_key].dtype]
+    ends = len(done_keys), mask_key is not None, _NO_IDS if traj_key is None else ELEMENTS[described[traj_key].dtype]
     if n_steps <= (UNROLLED_STEPS if traj_key is None else UNROLLED_STEPS_WITH_IDS):
         launches = [_launch(windows, rewards, jobs, n_steps, ends)]
     else:
@@ -279,10 +279,10 @@ def _launch(
     rewards: list[_Job],
     copies: list[_Job],
     unrolled: int,
-    ends: tuple[bool, int] = (False, _NO_IDS),
+    ends: tuple[int, bool, int] = (0, False, _NO_IDS),
     read: bool = False,
 ) -> Launch:
-    """One launch; ``ends`` is what ends windows besides done, see ``window.step_back``."""
+    """One launch; ``ends`` is what ends windows, see ``window.step_back``."""
     jobs = windows, rewards, copies
     starts = list(itertools.accumulate((job.programs for kind in jobs for job in kind), initial=0))
     return Launch(

@@ -53,7 +53,8 @@ def tile_frames(program, rows, frames, stream, TIME_MAJOR: tl.constexpr, LENGTH:
     Where the neighbours of a frame are those of the rows beside it, the tile is a rectangle: LENGTH frames at most,
     and as many rows as is left of BLOCK_F, so that both what it reads and what it writes are stretches of memory.
     Of frames that were picked, a tile is a stretch, wherever they lie; and there are two things more, in tuples that
-    else are empty: which of them each is, and, where every one has an n of its own, this.
+    else are empty: which of them each is and whether it is one, and, where every one has an n of its own, this. A frame
+    that was picked where there is none is not inside, and comes out blank.
     """
     _, known, _, _, picked = stream
     if len(picked) > 0:
@@ -70,7 +71,7 @@ def tile_frames(program, rows, frames, stream, TIME_MAJOR: tl.constexpr, LENGTH:
             dim = load_index(index[d], place, inside).to(tl.int32)
             inside &= (dim >= 0) & (dim < size)
             row = row * size + dim
-        places = (place.to(tl.int64),)
+        places = (place.to(tl.int64), place < (count << 2 >> 4))
         limits = own
         if len(own) > 0:
             limits = (tl.minimum(load_index(own[0], place, inside), known).to(tl.int32),)
@@ -99,6 +100,13 @@ def load_index(address, place, inside):
     """What a list of int64 holds at a place."""
     pointers = (address << 2 >> 4).to(tl.pointer_type(tl.int64)) + place
     return tl.load(pointers, mask=inside, other=0)
+
+
+@triton.jit
+def written(tile):
+    """Which places of a tile are written: those that are inside and, of what was picked, those of no frame, too."""
+    _, _, inside, places, _ = tile
+    return places[1] if len(places) > 0 else inside
 
 
 @triton.jit

@@ -36,23 +36,27 @@ def step_back(
 ):  # fmt: skip
     """From the windows that begin at frame ``t + i + 1`` to those that begin at ``t + i``.
 
-    A window ends at a boundary: a frame that is done, or invalid, or followed by an invalid one or by one of another
-    trajectory. ENDS holds what there is besides done: whether a mask, and the type of trajectory ids, -1 for none.
+    A window ends at a boundary: a frame that is done by any flag, or invalid, or followed by an invalid one or by one
+    of another trajectory. ENDS holds what there is: the number of done flags, whether a mask, and the type of
+    trajectory ids, -1 for none.
     """
     row, frame, live, _, _ = tile
     known = stream[1]
     here = frame + i
     live &= here < known
-    ends = load_flag(flags[0], row, here, live, stream) | (here + 1 >= known) | (i + 1 >= n)
-    MASK: tl.constexpr = ENDS[0]
-    TRAJ: tl.constexpr = ENDS[1]
+    DONES: tl.constexpr = ENDS[0]
+    MASK: tl.constexpr = ENDS[1]
+    TRAJ: tl.constexpr = ENDS[2]
+    ends = (here + 1 >= known) | (i + 1 >= n)
+    for k in tl.static_range(DONES):
+        ends |= load_flag(flags[k], row, here, live, stream)
     if MASK:
         followed = valid
-        valid = load_flag(flags[1], row, here, live, stream)
+        valid = load_flag(flags[DONES], row, here, live, stream)
         ends |= ~(valid & followed)
     if TRAJ >= 0:
         following = traj
-        address = frame_addresses(flags[1 + MASK], row, here, stream, TYPES[TRAJ].primitive_bitwidth // 8)
+        address = frame_addresses(flags[DONES + MASK], row, here, stream, TYPES[TRAJ].primitive_bitwidth // 8)
         traj = tl.load(address.to(tl.pointer_type(TYPES[TRAJ])), mask=live, other=0)
         ends |= traj != following
     steps = tl.where(ends, 1, steps + 1)
@@ -77,7 +81,7 @@ def window(
     steps = tl.zeros_like(tile[1])
     returns = tl.zeros([tile[1].shape[0], item.shape[0]], TYPES[SUM])
     valid = tile[2]
-    traj = tl.zeros([tile[1].shape[0]], TYPES[ENDS[1]] if ENDS[1] >= 0 else tl.int8)
+    traj = tl.zeros([tile[1].shape[0]], TYPES[ENDS[2]] if ENDS[2] >= 0 else tl.int8)
     if TYPE is not None:
         gamma = gamma.to(TYPES[SUM])
     if UNROLLED > 0:
@@ -87,7 +91,7 @@ def window(
                 limits[0] if len(limits) > 0 else UNROLLED, gamma, ENDS, TYPE, ITEM_BYTES, D, RUN,
             )  # fmt: skip
     else:
-        turn: tl.constexpr = STEPS_PER_TURN if ENDS[1] < 0 else STEPS_PER_TURN // 2
+        turn: tl.constexpr = STEPS_PER_TURN if ENDS[2] < 0 else STEPS_PER_TURN // 2
         i = tl.cdiv(n, turn) * turn
         while i > 0:
             for _ in tl.static_range(turn):

@@ -159,7 +159,7 @@ def _add_explain(commands: Any) -> None:
     key("--done-key", default="done", help=f'the flag under "next" that ends trajectories{DEFAULT}')
     keys("--done-keys", help='flags under "next" (default: done,truncated,terminated)')
     key("--mask-key", default="mask", help=f"the entry that is False where a frame is padding{DEFAULT}")
-    key("--traj-key", help="the entry of trajectory ids")
+    key("--traj-key", default="auto", help=f"the entry of trajectory ids, or none{DEFAULT}")
     parser.add_argument("--plot", metavar="PNG", type=Path, help="draw the windows around it, and the first reward")
 
 
@@ -177,7 +177,7 @@ def _explain(parser: _Parser, options: argparse.Namespace) -> int:
             done_key=options.done_key,
             done_keys=options.done_keys,
             mask_key=options.mask_key,
-            traj_key=options.traj_key,
+            traj_key=None if options.traj_key == "none" else options.traj_key,
             backend="reference",
         )
         windows = explain.find_windows(explain.load_rollout(options.file), options.env, options.agent, multistep)

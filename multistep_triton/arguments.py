@@ -194,7 +194,10 @@ class Arguments:
 
     @property
     def traj_key(self) -> NestedKey | None:
-        """Entry of trajectory ids, a change of which is a boundary; None if there is none.
+        """Entry of trajectory ids, a change of which is a boundary; None if none is looked at.
+
+        ``"auto"`` is ``("collector", "traj_ids")``, where torchrl's collectors write ids and its samplers look for
+        them, if it is in the data.
 
         Example:
             >>> import torch

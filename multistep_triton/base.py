@@ -1,27 +1,29 @@
 """What MultiStepTransform and MultiStep share: one call from frames to n-step transitions.
 
-Owns what is written where; no maths. May import ``arguments``, ``roles``, ``frames``, ``dispatch`` and ``agents``.
+Owns what is written where; no maths. May import ``arguments``, ``roles``, ``frames`` and ``groups``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from multistep_triton.agents import n_step_extend_agents
 from multistep_triton.arguments import Arguments
-from multistep_triton.dispatch import Extension, n_step_extend
+from multistep_triton.checks import check_not_captured
+from multistep_triton.dispatch import Extension
 from multistep_triton.frames import Frames, Held, KeyPath
+from multistep_triton.groups import Group, Windows, find_groups, n_step_extend_groups
 from multistep_triton.roles import (
+    AUTO,
     ORIGINAL_REWARD_PATH,
+    TRAJ_PATH,
     WINDOW_PATHS,
     Roles,
-    agent_paths,
-    check_entries,
+    check_single_steps,
     find_roles,
     original,
     with_saved,
@@ -31,16 +33,17 @@ from multistep_triton.roles import (
 class MultiStepBase(Arguments):
     """The call, with these arguments."""
 
-    @property
-    def _roles(self) -> Roles:
-        return find_roles(
-            self._done_key,
-            self._mask_key,
-            self._traj_key,
-            tuple(self._reward_keys),
-            tuple(self._done_keys),
-            self._done_at,
+    def _roles_in(self, entries: Container[KeyPath]) -> Roles:
+        """The roles in data of these entries."""
+        traj = self._traj_key
+        if traj == AUTO:
+            traj = TRAJ_PATH if TRAJ_PATH in entries else None
+        roles = find_roles(
+            self._done_key, self._mask_key, traj, tuple(self._reward_keys), tuple(self._done_keys), self._done_at
         )
+        if self._match_reward_shape and not roles.rewards:
+            raise ValueError("match_reward_shape must be False where reward_keys is empty, got True")
+        return roles
 
     def _n_step(
         self, data: TensorDictBase | Frames, carry: Held | None, *, hold: bool
@@ -50,9 +53,15 @@ class MultiStepBase(Arguments):
         Without ``hold`` windows are cut at the last frame, all frames come out, and with no carry either an entry
         that does not change is the data's own.
         """
-        roles = self._checked_roles()
-        frames = data if isinstance(data, Frames) else Frames.read(data, without=roles.written)
-        agents = check_entries(frames, roles)
+        if hold:
+            check_not_captured("a MultiStepTransform")
+        if isinstance(data, Frames):
+            frames = data
+        else:
+            check_single_steps(data)
+            frames = Frames.read(data, without=self._roles_in(()).written)
+        roles = self._roles_in(frames.leaves)
+        groups = find_groups(frames, roles)
         if carry is not None:
             frames.follow(carry.structure)
         time_dim, leaves, before = len(frames.batch_size) - 1, frames.leaves, None if carry is None else carry.ring
@@ -62,14 +71,9 @@ class MultiStepBase(Arguments):
             leaves = with_saved(leaves, saved)
             if before is not None:
                 before = before.with_leaves(with_saved(before.leaves, saved))
-        if agents:
-            keys = agent_paths(leaves, roles, frames.batch_size, agents)
-            extension = n_step_extend_agents(before, leaves, agent_dims=len(agents), agent_keys=keys, **arguments)
-        else:
-            extension = n_step_extend(before, leaves, **arguments)
-
+        extension, windows = n_step_extend_groups(before, leaves, groups, **arguments)
         shape = torch.Size((*frames.batch_size[:-1], extension.steps.shape[time_dim]))
-        emitted = frames.build(self._output_leaves(extension, roles, agents), shape)
+        emitted = frames.build(self._output_leaves(extension, roles, groups, windows), shape)
         held = extension.carry
         if held is None or not held.count:
             return emitted, None
@@ -77,31 +81,35 @@ class MultiStepBase(Arguments):
             del held.leaves[kept]
         return emitted, frames.hold(held)
 
-    def _checked_roles(self) -> Roles:
-        roles = self._roles
-        if self._match_reward_shape and not roles.rewards:
-            raise ValueError("match_reward_shape must be False where reward_keys is empty, got True")
-        return roles
-
     def _arguments(self, roles: Roles, leaves: Mapping[KeyPath, Tensor]) -> dict[str, Any]:
         """What to compute with these leaves, in the words of the seam."""
         return {
             "reward_keys": roles.rewards,
             "gathered_keys": frozenset([path for path in leaves if roles.is_gathered(path)]),
-            "done_key": roles.done,
             "mask_key": roles.mask if roles.mask in leaves else None,
             "traj_key": roles.traj,
             "gamma": float(self._gamma),
             "backend": self._backend,
         }
 
-    def _output_leaves(self, extension: Extension, roles: Roles, agents: torch.Size) -> dict[KeyPath, Tensor]:
+    def _output_leaves(
+        self, extension: Extension, roles: Roles, groups: Sequence[Group], windows: Sequence[Windows]
+    ) -> dict[KeyPath, Tensor]:
+        """What comes out, by path: windows of the done key's group at the root, those of others beside their rewards.
+
+        A group ``("next", *name)`` that has flags and rewards of its own has them at the root, under its name.
+        """
         leaves = extension.leaves
-        windows = [extension.steps, extension.discount, extension.nonterminal]
-        if agents or self._match_reward_shape:
-            shape = extension.returns[roles.rewards[0]].shape if self._match_reward_shape else leaves[roles.done].shape
-            windows = [_expand(window, shape) for window in windows]
-        leaves.update(zip(WINDOW_PATHS, windows, strict=True))
+        for group, of_group in zip(groups, windows, strict=True):
+            name, rewards = group.flags[0][1:-1], [path for path in roles.rewards if path in group.paths]
+            if group is groups[0]:
+                name, rewards = (), [*roles.rewards]
+            elif group.shared or not name or not rewards:
+                continue
+            if group.agents or self._match_reward_shape:
+                shape = extension.returns[rewards[0]] if self._match_reward_shape else leaves[group.flags[0]]
+                of_group = [_expand(window, shape.shape) for window in of_group]
+            leaves.update(((*name, *path), window) for path, window in zip(WINDOW_PATHS, of_group, strict=True))
         for path, returns in extension.returns.items():
             leaves[original(path)] = leaves[path]
             leaves[path] = returns

@@ -95,6 +95,15 @@ def check_gather_future(value: Tensor, steps: Tensor) -> None:
         )
 
 
+def check_not_captured(call: str) -> None:
+    """Checks that no CUDA graph is being captured: it would repeat a call whose place in the stream the host knows."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{call} must be called outside of the capture of a CUDA graph: how far the stream of frames has come the "
+            f"host knows, and a graph that is replayed would repeat the call that was captured"
+        )
+
+
 def is_per_frame(value: Tensor, lead: torch.Size) -> bool:
     return value.shape == lead or value.shape == (*lead, 1)
 

@@ -56,7 +56,7 @@ class _Arguments:
     mask_key: Any = None
     backend: str = "auto"
     done_at: str = "start"
-    traj_key: Any = None
+    traj_key: Any = "auto"
     match_reward_shape: bool = False
 
 

@@ -7,7 +7,7 @@ branch that runs them, the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ def n_step_extend(
     time_dim: int,
     reward_keys: Collection[Hashable],
     gathered_keys: Collection[Hashable],
-    done_key: Hashable,
+    done_keys: Sequence[Hashable],
     mask_key: Hashable | None,
     traj_key: Hashable | None = None,
     n_steps: int,
@@ -60,7 +60,7 @@ def n_step_extend(
         time_dim: the position of the time dimension, ``len(B)``.
         reward_keys: leaves whose n-step return is wanted.
         gathered_keys: leaves that are read at the end of the window.
-        done_key: the leaf, bool ``[*B, T]`` or ``[*B, T, 1]``, that ends trajectories.
+        done_keys: the leaves, bool ``[*B, T]`` or ``[*B, T, 1]``, any of which ends a trajectory; one at least.
         mask_key: the leaf, shaped likewise, that is False where a frame is padding; None if there is none.
         traj_key: the leaf, shaped likewise, of integers that tell trajectories apart; None if there is none.
         n_steps, gamma, backend: as for :func:`multistep_triton.n_step_return`.
@@ -83,7 +83,7 @@ def n_step_extend(
             time_dim=time_dim,
             reward_keys=reward_keys,
             gathered_keys=gathered_keys,
-            done_key=done_key,
+            done_keys=done_keys,
             mask_key=mask_key,
             traj_key=traj_key,
             n_steps=n_steps,
@@ -99,7 +99,7 @@ def n_step_sample(
     *,
     reward_keys: Collection[Hashable],
     gathered_keys: Collection[Hashable],
-    done_key: Hashable,
+    done_keys: Sequence[Hashable],
     mask_key: Hashable | None,
     traj_key: Hashable | None,
     n_steps: int,
@@ -114,29 +114,29 @@ def n_step_sample(
 
     Keyword Args:
         n_steps: frames in a full window, or if ``samples`` has numbers of its own, the largest of them.
-        reward_keys, gathered_keys, done_key, mask_key, traj_key, gamma, backend: as for
+        reward_keys, gathered_keys, done_keys, mask_key, traj_key, gamma, backend: as for
             :func:`n_step_extend`, with ``[C, *R]`` in place of ``[*B, T]``.
 
     Returns:
         :class:`Extension` with ``[N]`` in place of ``[*B, E]``, in new memory, and no carry.
 
     Raises:
-        IndexError: an index is that of no frame, on the CPU; the kernels leave such a sample unwritten.
+        IndexError: an index is that of no frame, on the CPU. On an accelerator the host does not wait to know: such a
+            sample has 0 steps, NaN as its return, discount 1, and zeros for all else.
     """
     sample: Callable[..., tuple[Any, ...]] = sampling.n_step_sample_reference
     chosen = resolve_backend(backend, [*data.values(), *samples.indices], [data[key] for key in reward_keys])
+    _check_indices(samples, data[done_keys[0]].shape)
     if chosen == "triton":
         from multistep_triton.kernels.launch import launch_n_step_sample as sample
-    else:
-        _check_indices(samples, data[done_key].shape)
-    if chosen == "verify":
+    elif chosen == "verify":
         sample = verify.n_step_sample_verified
     leaves, returns, steps, discount, nonterminal = sample(
         samples,
         data,
         reward_keys=reward_keys,
         gathered_keys=gathered_keys,
-        done_key=done_key,
+        done_keys=done_keys,
         mask_key=mask_key,
         traj_key=traj_key,
         n_steps=n_steps,

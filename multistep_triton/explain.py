@@ -18,8 +18,9 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from multistep_triton.frames import Frames, KeyPath
+from multistep_triton.groups import find_groups
 from multistep_triton.postproc import MultiStep
-from multistep_triton.roles import WINDOW_PATHS, agent_paths, check_entries
+from multistep_triton.roles import WINDOW_PATHS
 from multistep_triton.windows import Row, number, shortened
 
 # What torch.save writes of a tensordict besides tensors.
@@ -148,18 +149,18 @@ def find_windows(data: TensorDictBase, env: Sequence[int], agent: int | None, mu
     for index, size in zip(env, batch, strict=True):
         check_index("env", index, size)
     rollout = data[tuple(env)] if env else data
-    frames, roles = Frames.read(rollout), multistep._roles
-    leaves = frames.leaves
+    frames = Frames.read(rollout)
+    leaves, roles = frames.leaves, multistep._roles_in(frames.leaves)
     if written := [_name(path) for path in WINDOW_PATHS if path in leaves]:
         raise ValueError(f"the rollout must hold 1-step transitions, got n-step ones, with {', '.join(written)}")
-    agents = check_entries(frames, roles)
+    group = find_groups(frames, roles)[0]
+    agents = group.agents
     if (agent is None) != (not agents):
         rule = "one of those that have a done flag each" if agents else "left out, as one done flag is for all"
         got = f"{agent} (done {list(leaves[roles.done].shape)}, batch size {list(frames.batch_size)} = [T])"
         raise ValueError(f"agent must be {rule}, got {got}")
     if agent is not None:
         check_index("agent", agent, agents.numel())
-    of_windows = agent_paths(leaves, roles, frames.batch_size, agents) if agents else leaves
     out = multistep(rollout)
 
     def row(tensor: Tensor) -> Tensor:
@@ -173,9 +174,9 @@ def find_windows(data: TensorDictBase, env: Sequence[int], agent: int | None, mu
     def window(path: KeyPath) -> list[Any]:
         return row(out[path])[:, 0].tolist()
 
-    rewards = [path for path in roles.rewards if path in of_windows]
+    rewards = [path for path in roles.rewards if path in group.paths]
     dones = [roles.done]
-    for path in of_windows:
+    for path in filter(leaves.__contains__, group.paths):
         if path in roles.kept and path not in (roles.done, *rewards) and row(leaves[path]).shape[1] == 1:
             dones.append(path)
     mask, traj = (leaves.get(path) if path else None for path in (roles.mask, roles.traj))
@@ -184,14 +185,14 @@ def find_windows(data: TensorDictBase, env: Sequence[int], agent: int | None, mu
         where="".join(f", {each}" for each in where),
         n_steps=multistep.n_steps,
         gamma=multistep.gamma,
-        row=Row.read(row(leaves[roles.done]), mask, traj, _name(roles.done)),
+        row=Row.read({path[-1]: row(leaves[path]) for path in group.flags}, mask, traj, _name(roles.done)),
         steps=window(WINDOW_PATHS[0]),
         discounts=window(WINDOW_PATHS[1]),
         nonterminal=window(WINDOW_PATHS[2]),
         rewards=dict(each for path in rewards for each in features(path, leaves[path])),
         returns=dict(each for path in rewards for each in features(path, out[path])),
         done_keys={_name(path): row(leaves[path])[:, 0].tolist() for path in dones},
-        gathered=[_name(path) for path in of_windows if roles.is_gathered(path)],
+        gathered=[_name(path) for path in group.paths if path in leaves and roles.is_gathered(path)],
     )
 
 

@@ -170,10 +170,15 @@ class Frames:
 
     def build(self, leaves: Mapping[KeyPath, Tensor], batch_size: torch.Size) -> TensorDict:
         """A tensordict ``[*B, E]`` of this structure; ``leaves`` may hold more entries than were read."""
-        entries: dict[KeyPath, dict[str, Any]] = {path: {} for path in self.nodes}
+        nodes = dict(self.nodes)
+        for path in leaves:
+            for names in range(1, len(path)):
+                # A group that nothing was read of has been written to.
+                nodes.setdefault(path[:names], Node(None, (), None, nodes[()].device))
+        entries: dict[KeyPath, dict[str, Any]] = {path: {} for path in nodes}
         for path, leaf in leaves.items():
             entries[path[:-1]][path[-1]] = self._stack_objects(path, leaf) if path in self.objects else leaf
-        for path, node in reversed(self.nodes.items()):
+        for path, node in reversed(nodes.items()):
             # The constructor would check every entry once more, a tenth of a small extend.
             shape = torch.Size((*batch_size, *node.tail))
             built: Any = TensorDict._new_unsafe(entries[path], shape, names=node.names, device=node.device)

@@ -98,7 +98,7 @@ def n_step_return(
         time_dim=len(lead) - 1,
         reward_keys=("reward",),
         gathered_keys=(),
-        done_key="done",
+        done_keys=("done",),
         mask_key=None if mask is None else "mask",
         n_steps=n_steps,
         gamma=gamma,

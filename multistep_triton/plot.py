@@ -78,11 +78,11 @@ def draw_windows(windows: Windows, t: int, title: str) -> Figure:
             if row.valid is not None and not row.valid[s]:
                 axes.axvspan(s - 0.5, s + 0.5, color=PADDING, zorder=0, linewidth=0)
             if row.boundary(s):
-                axes.axvline(s + 0.5, color=BOUNDARY, linewidth=1.4, linestyle="-" if row.done[s] else ":", zorder=1)
+                axes.axvline(s + 0.5, color=BOUNDARY, linewidth=1.4, linestyle="-" if row.ended(s) else ":", zorder=1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(shown.start - 0.6, shown.stop - 0.4)
 
-    others = any(row.boundary(s) and not row.done[s] for s in shown)
+    others = any(row.boundary(s) and not row.ended(s) for s in shown)
     keys = [
         Patch(color=FULL, label=f"full window, n_steps = {windows.n_steps}"),
         Patch(color=CUT, label="window that is cut"),

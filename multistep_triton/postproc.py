@@ -66,7 +66,7 @@ class MultiStep(MultiStepBase, nn.Module):
         mask_key: NestedKey | None = None,
         backend: str = "auto",
         done_at: str = "start",
-        traj_key: NestedKey | None = None,
+        traj_key: NestedKey | None = "auto",
         match_reward_shape: bool = False,
     ) -> None:
         super().__init__()

@@ -13,8 +13,9 @@ reads frames of another, but no window that comes out does: it has ended before.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def n_step_extend_reference(
     time_dim: int,
     reward_keys: Collection[Hashable],
     gathered_keys: Collection[Hashable],
-    done_key: Hashable,
+    done_keys: Sequence[Hashable],
     mask_key: Hashable | None,
     traj_key: Hashable | None,
     n_steps: int,
@@ -52,7 +53,7 @@ def n_step_extend_reference(
     hold: bool,
 ) -> tuple[Leaves, Leaves, Tensor, Tensor, Tensor, Ring | None]:
     """Computes :func:`multistep_triton.dispatch.n_step_extend`."""
-    *lead, new = data[done_key].shape[: time_dim + 1]
+    *lead, new = data[done_keys[0]].shape[: time_dim + 1]
     carried = carry.count if carry else 0
     known = carried + new
     emitted = max(known - n_steps, 0) if hold else known
@@ -84,7 +85,7 @@ def n_step_extend_reference(
         return value.as_strided((*lead, emitted, *tail), (*strides, *value.stride()[1:]))
 
     mask, traj = (None if key is None else stream(key).flatten() for key in (mask_key, traj_key))
-    inside = ~find_boundaries(stream(done_key).flatten(), mask, traj, stride)
+    inside = ~find_boundaries([stream(key).flatten() for key in done_keys], mask, traj, stride)
     if not hold:
         inside[max(known - 1, 0) :: max(known, 1)] = False
     lengths, totals = sum_windows(inside, [stream(key) for key in reward_keys], n_steps, stride, gamma)
@@ -186,8 +187,9 @@ def _accumulated(reward: Tensor) -> Tensor:
     return reward.to(torch.float64 if return_dtype(reward) == torch.float64 else torch.float32)
 
 
-def find_boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, stride: int) -> Tensor:
-    """Boundaries ``[N]``: done, or invalid, or followed by an invalid frame or by one of another trajectory."""
+def find_boundaries(dones: Sequence[Tensor], mask: Tensor | None, traj: Tensor | None, stride: int) -> Tensor:
+    """Boundaries ``[N]``: any done, or invalid, or followed by an invalid frame or by one of another trajectory."""
+    done = functools.reduce(torch.bitwise_or, dones)
     if mask is not None:
         done = done | ~mask
         done[: len(done) - stride] |= ~mask[stride:]

@@ -5,33 +5,32 @@ Owns where frames lie in a storage, and how a replay buffer samples. May import 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_nn_modules
 from torch import Tensor
-from torchrl.data import (
-    ReplayBuffer,
-    TensorDictReplayBuffer,
-    TensorDictRoundRobinWriter,
-)
-from torchrl.envs.transforms import NextStateReconstructor, Transform
+from torchrl.data import ImmutableDatasetWriter, TensorDictRoundRobinWriter
+from torchrl.envs.transforms import Transform
 
-from multistep_triton.agents import n_step_sample_agents
 from multistep_triton.arguments import Arguments
 from multistep_triton.base import MultiStepBase
-from multistep_triton.checks import check_steps
-from multistep_triton.dispatch import n_step_sample
+from multistep_triton.checks import check_not_captured, check_steps
 from multistep_triton.frames import Frames, KeyPath
-from multistep_triton.ordered import OrderedReplayBuffer
+from multistep_triton.groups import find_groups, n_step_sample_groups, steps_at
+from multistep_triton.neighbours import check_transforms
 from multistep_triton.ring import Samples
-from multistep_triton.roles import WINDOW_PATHS, agent_paths, check_entries, with_saved
-from multistep_triton.transform import N_STEP, find_transforms
+from multistep_triton.roles import check_single_steps, with_saved
+from multistep_triton.stored import Leaves, Position, check_slots
+from multistep_triton.torchrl_internals import (
+    SampledReplayBuffer,
+    is_inverted,
+    refuse_mixing,
+    refuse_prefill,
+    transforms_in,
+)
 
 Steps = int | tuple[int, int]
 
@@ -42,7 +41,7 @@ _INDEX = ("index",)
 _ARGUMENTS = frozenset(name for name, value in vars(Arguments).items() if isinstance(value, property))
 
 
-class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuffer):
+class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
     """A replay buffer that stores single steps and computes n-step transitions of the frames that are sampled.
 
     With ``n = n_steps`` and ``e(t)`` the smallest of ``t + n - 1``, the first boundary at or after ``t``, and the
@@ -78,8 +77,8 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
             agent, of a reward's shape. Defaults to ``"done"``.
         done_keys: done flags under ``"next"``, of which ``done_at`` speaks. Defaults to ``["done", "truncated",
             "terminated"]``; ``done_key`` is one of them in any case; those that are not in the data are ignored.
-        traj_key: root entry of trajectory ids, integers ``[*B, T]`` or ``[*B, T, 1]``, such as ``("collector",
-            "traj_ids")``; a change is a boundary. Defaults to None.
+        traj_key: root entry of trajectory ids, integers ``[*B, T]`` or ``[*B, T, 1]``; a change is a boundary.
+            Defaults to ``"auto"``: ``("collector", "traj_ids")`` if it is in the data. None looks at none.
         mask_key: root entry, bool ``[*B, T]`` or ``[*B, T, 1]``, False where a frame is padding; ignored if it is
             not in the data. An invalid frame's window is itself. Defaults to ``"mask"``.
         done_at: ``"end"``: done keys are those of frame ``e(t)``, which is what a bootstrapped target needs;
@@ -124,14 +123,18 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
         reward_keys: Sequence[NestedKey] | None = None,
         done_key: NestedKey | None = None,
         done_keys: Sequence[NestedKey] | None = None,
-        traj_key: NestedKey | None = None,
+        traj_key: NestedKey | None = "auto",
         mask_key: NestedKey | None = None,
         done_at: str = "end",
         match_reward_shape: bool = False,
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("storage") is None:
+            raise TypeError("storage must be a TensorStorage, such as LazyTensorStorage(max_size), got None")
         self._changes = 0
+        # As of which change of the arguments the data that comes has been checked.
+        self._checked = -1
         self._set_arguments(
             n_steps,
             gamma,
@@ -145,36 +148,7 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
             match_reward_shape,
         )
         super().__init__(**kwargs)
-
-    def _init(self) -> None:
-        super()._init()
-        _check_transform(self._transform)
-
-    def append_transform(self, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
-        """Appends a transform, as in torchrl; one that writes what windows do is a ValueError.
-
-        Example:
-            >>> from torchrl.data import LazyTensorStorage
-            >>> from torchrl.envs.transforms import DoubleToFloat
-            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
-            >>> len(rb.append_transform(DoubleToFloat()).transform)
-            1
-        """
-        _check_transform(transform)
-        return super().append_transform(transform, invert=invert)
-
-    def insert_transform(self, index: int, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
-        """Inserts a transform, as in torchrl; one that writes what windows do is a ValueError.
-
-        Example:
-            >>> from torchrl.data import LazyTensorStorage
-            >>> from torchrl.envs.transforms import DoubleToFloat
-            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
-            >>> len(rb.insert_transform(0, DoubleToFloat()).transform)
-            1
-        """
-        _check_transform(transform)
-        return super().insert_transform(index, transform, invert=invert)
+        self._check_room(self._n_steps)
 
     @property  # type: ignore[override]
     def n_steps(self) -> Steps:
@@ -197,7 +171,9 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
 
     @n_steps.setter
     def n_steps(self, value: Steps) -> None:
-        self._n_steps = check_steps("n_steps", value)
+        check_steps("n_steps", value)
+        self._check_room(value)
+        self._n_steps = value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute and, if it is one of the arguments, counts that."""
@@ -206,21 +182,14 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
             # Batches that were prefetched before are of the arguments before.
             self._changes += 1
 
-    def sample(
-        self,
-        batch_size: int | None = None,
-        return_info: bool = False,
-        include_info: bool | None = None,
-        *,
-        n_steps: Steps | None = None,
-    ) -> TensorDictBase:
+    def sample(self, *args: Any, n_steps: Steps | None = None, **kwargs: Any) -> Any:
         """Samples frames and computes their n-step transitions.
 
         Args:
-            batch_size, return_info, include_info: as in torchrl.
+            *args, **kwargs: those of torchrl's buffer: ``batch_size``, ``return_info``, and what its version takes.
 
         Keyword Args:
-            n_steps: instead of the buffer's, for this call.
+            n_steps: instead of the buffer's, for this call; of more than there are slots, as many as there are.
 
         Returns:
             TensorDict ``[batch_size]``; a tuple of this and the sampler's info if ``return_info``.
@@ -238,155 +207,81 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
             >>> rb.sample(3, n_steps=3)["next", "reward"]
             tensor([3., 2., 1.])
         """
+        refuse_mixing()
+        check_not_captured("sample")
         token = _steps_of_call.set(None if n_steps is None else check_steps("n_steps", n_steps))
         try:
-            with self._up_to_date():
-                return super().sample(batch_size, return_info, include_info)
+            with self._up_to_date(self._changes, n_steps is not None):
+                return super().sample(*args, **kwargs)
         finally:
             _steps_of_call.reset(token)
 
-    @contextlib.contextmanager
-    def _up_to_date(self) -> Iterator[None]:
-        """Within, the next batch in the queue is one that was computed with today's arguments, or those of this call.
+    def _check_data(
+        self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
+    ) -> None:
+        refuse_prefill()
+        check_not_captured("extend")
+        check_single_steps(data)
+        roles = self._roles_in({**stored, **new})
+        if missing := sorted(({*roles.needed} | {*filter(roles.is_role, stored)}) - new.keys()):
+            raise KeyError(f"data must hold {', '.join(map(str, missing))}, got the entries {list(new)}")
+        if is_filled and (late := sorted(path for path in new.keys() - stored.keys() if roles.is_role(path))):
+            raise ValueError(
+                f"data must not hold {', '.join(map(str, late))}, which windows read and the frames stored before "
+                f"lack: extend with it from the first call on, or empty the buffer before"
+            )
+        if self._checked != self._changes:
+            self._check_transforms(transforms_in(self.transform))
+            find_groups(Frames.read(data, roles.written), roles)
+            self._checked = self._changes
+        frames = 1 if time_dim is None else data.shape[time_dim]
+        self._check_room(self._n_steps, data.numel() // frames)
 
-        It is of the slots that were drawn for it, no sampler draws anew, and of the frames that lie there now.
-        """
-        if not self._prefetch:
-            yield
-            return
-        with self._futures_lock:
-            queue, changes = self._prefetch_queue, self._changes
-            # What was loaded may be of any arguments.
-            of_before = [future for future in queue if getattr(future, "changes", None) != changes]
-            while queue and (_steps_of_call.get() is not None or queue[0] in of_before):
-                if queue[0].exception() is not None:
-                    queue.popleft()
-                    continue
-                info = dict(queue[0].result()[1])
-                with self._replay_lock, self._write_lock:
-                    data = self._read(info)
-                computed: Future[Any] = Future()
-                computed.set_result(self._finished(data, info))
-                queue[0] = computed
-                break
-            yield
-            for future in queue:
-                if future not in of_before:
-                    future.changes = changes
-
-    def empty(self, empty_write_count: bool = True) -> None:
-        """Empties the buffer, and drops what was prefetched from it.
-
-        Example:
-            >>> import torch
-            >>> from tensordict import TensorDict
-            >>> from torchrl.data import LazyTensorStorage
-            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
-            >>> done = torch.zeros(3, dtype=torch.bool)
-            >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
-            >>> len(rb)
-            3
-            >>> rb.empty()
-            >>> len(rb)
-            0
-        """
-        with self._futures_lock:
-            self._clear_prefetch_queue_locked()
-            super().empty(empty_write_count)
-
-    def _set_index_in_td(self, tensordict: TensorDictBase, index: Tensor | int | None) -> None:
-        # torchrl's takes the indices, which are those of frames with time first, for some with time last.
-        ndim, dim = self._storage.ndim, self.dim_extend
-        if ndim == 1 or not isinstance(index, Tensor):
-            super()._set_index_in_td(tensordict, index)
-            return
-        shape = tensordict.batch_size[:ndim]
-        if len(shape) < ndim or index.shape[0] != shape.numel():
-            # One frame, which has no time.
-            shape, dim = shape[: ndim - 1], 0
-        lead = list(shape)
-        lead[0], lead[dim] = lead[dim], lead[0]
-        tensordict.set("index", index.view(*lead, ndim).transpose(0, dim))
-
-    def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict[str, Any]]:
-        # Another process may have laid the storage out, which the sampler does not see.
-        self._stored()
-        with self._replay_lock, self._write_lock:
-            index, info = self._sampler.sample(self._storage, batch_size)
-            if self._sample_unit is not None:
-                index, info = self._sample_unit.expand(index, info, self._storage)
-            if taken := [key for key in info if key[0] == "next"]:
-                raise TypeError(
-                    f"sampler must leave the entries under 'next' to the windows, as a SliceSampler with "
-                    f"truncated_key=None does, got {type(self._sampler).__name__}, which writes {taken}"
-                )
-            info["index"] = index
-            data = self._read(info)
-        return self._finished(data, info)
-
-    def _read(self, info: dict[str, Any]) -> TensorDict:
-        """The n-step transitions of the frames that lie where ``info`` says, which is told how old they are."""
-        if self._writer.tracks_generations:
-            info["index_generation"] = self._writer.generations_of(info["index"])
-        return self._n_step_at(info["index"])
-
-    def _finished(self, data: TensorDictBase, info: dict[str, Any]) -> tuple[TensorDictBase, dict[str, Any]]:
-        """What was read from the storage, as a sample of torchrl's buffer leaves it."""
-        data = self._collate_fn(data)
-        if self._transform is not None and len(self._transform):
-            with data.unlock_(), set_dispatch_td_nn_modules(True):
-                data = self._transform(data)
-        if self._pin_memory and data.device == torch.device("cpu"):
-            data = data.pin_memory()
-        return data, info
+    def _check_room(self, n_steps: Steps, rows: int | None = None) -> None:
+        """Checks that a full window finds room among the slots, where it is known how many there are."""
+        slots = self._slots(rows)
+        if slots is not None and not isinstance(self.writer, ImmutableDatasetWriter):
+            size, high = self.storage.max_size, max(n_steps) if isinstance(n_steps, tuple) else n_steps
+            check_slots(high, slots, size, rows or size // slots)
 
     def _n_step_at(self, index: Tensor | tuple[Tensor, ...]) -> TensorDict:
         """The n-step transitions of the frames that lie at an index of the storage."""
-        data, ndim, roles = self._stored(), self._storage.ndim, self._checked_roles()
-        if data is None:
+        data, position, ndim = self._stored(), self._position(), self.storage.ndim
+        if data is None or position is None:
             raise RuntimeError("storage must hold frames to be sampled, got an empty one")
+        check_single_steps(data)
         # The writer's own entry says where a frame lies, which needs no reading.
-        indexed = isinstance(self._writer, TensorDictRoundRobinWriter) and data.batch_dims == ndim
-        without = {*roles.written, _INDEX} if indexed else roles.written
-        frames, objects = Frames.read_storage(data, ndim, without)
-        agents = check_entries(frames, roles)
+        indexed = isinstance(self.writer, TensorDictRoundRobinWriter)
+        written = self._roles_in(()).written
+        frames, objects = Frames.read_storage(data, ndim, {*written, _INDEX} if indexed else written)
+        roles = self._roles_in(frames.leaves)
+        groups = find_groups(frames, roles)
         leaves = with_saved(frames.leaves, roles.saved_in(frames.leaves))
-        arguments = self._arguments(roles, leaves)
         indices = [
             torch.as_tensor(dim, dtype=torch.int64, device=leaves[roles.done].device)
             for dim in (index if isinstance(index, tuple) else (index,))
         ]
         shape = indices[0].shape
-        samples, high = self._samples([dim.reshape(-1) for dim in indices], data.shape[:ndim])
-        if agents:
-            keys = agent_paths(leaves, roles, frames.batch_size, agents)
-            extension = n_step_sample_agents(
-                samples, leaves, agent_dims=len(agents), agent_keys=keys, n_steps=high, **arguments
-            )
-        else:
-            extension = n_step_sample(samples, leaves, n_steps=high, **arguments)
-        entries: dict[KeyPath, Any] = self._output_leaves(extension, roles, agents)
+        samples, high = self._samples([dim.reshape(-1) for dim in indices], position)
+        extension, windows = n_step_sample_groups(
+            samples, leaves, groups, n_steps=high, **self._arguments(roles, leaves)
+        )
+        entries: dict[KeyPath, Any] = self._output_leaves(extension, roles, groups, windows)
         if indexed:
             entries[_INDEX] = samples.indices[0]
-        if objects:
-            lengths = extension.steps.flatten(1).amin(1) if agents else extension.steps
-            here, (time, *others) = tuple(samples.indices), samples.indices
-            end = (time + lengths - 1) % samples.live, *others
-            entries.update({path: value[end if roles.is_gathered(path) else here] for path, value in objects.items()})
-        if tail := frames.nodes[()].tail:
-            for path in WINDOW_PATHS:
-                entries[path] = entries[path].view(-1, *entries[path].shape[1:] or [1] * len(tail))
+        for path, value in objects.items():
+            time, *others = samples.indices
+            ahead = steps_at(path, groups, windows) - 1 if roles.is_gathered(path) else 0
+            entries[path] = value[((time + ahead) % samples.live, *others)]
         built = frames.build(entries, torch.Size([shape.numel()]))
         return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])
 
-    def _samples(self, indices: Sequence[Tensor], sizes: torch.Size) -> tuple[Samples, int]:
-        """Frames at indices of a storage of these sizes, and the largest n of all."""
-        live = -(-len(self._storage) // max(sizes[1:].numel(), 1))
-        newest = (getattr(self._writer, "_cursor", 0) - 1) % live
+    def _samples(self, indices: Sequence[Tensor], position: Position) -> tuple[Samples, int]:
+        """Frames at indices of the storage, and the largest n of all."""
         low, high = steps if isinstance(steps := _steps_of_call.get() or self._n_steps, tuple) else (steps, steps)
         drawn = None
         if low < high:
-            generator, device = self._storage._rng, indices[0].device
+            generator, device = self._generator, indices[0].device
             drawn = torch.randint(
                 low,
                 high + 1,
@@ -394,16 +289,9 @@ class NStepReplayBuffer(MultiStepBase, TensorDictReplayBuffer, OrderedReplayBuff
                 generator=generator,
                 device=device if generator is None else generator.device,
             ).to(device)
-        return Samples(indices, newest, live, drawn), high
+        return Samples(indices, position.newest, position.live, drawn), high
 
-    def _needed(self) -> tuple[Collection[KeyPath], Collection[KeyPath]]:
-        roles = self._roles
-        return roles.needed, {roles.mask, *roles.kept, *roles.saved}
-
-
-def _check_transform(transform: Any) -> None:
-    if found := find_transforms(transform, (*N_STEP, NextStateReconstructor)):
-        raise ValueError(
-            f"transform must leave rewards and the entries under 'next' to the windows, which are computed when frames "
-            f"are sampled, got {found[0]}"
-        )
+    def _check_transforms(self, transforms: list[Transform]) -> None:
+        roles = self._roles_in(())
+        on_sample = [each for each in transforms if not is_inverted(each)]
+        check_transforms(on_sample, roles.rewards, roles.dones, self._done_at)

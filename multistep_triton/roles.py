@@ -1,6 +1,6 @@
-"""Roles: which entry of the data is what, which ones are written, and the checks of those that are read.
+"""Roles: which entry of the data is what, and which ones are written.
 
-Owns the keys; no maths. May import ``frames`` and ``checks``.
+Owns the keys; no maths. May import ``frames``.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-from tensordict import NestedKey, unravel_key
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
 
-from multistep_triton.checks import check_flag, check_ids, check_reward, is_per_frame
-from multistep_triton.frames import Frames, KeyPath
+from multistep_triton.frames import KeyPath
 
 DEFAULT_REWARD_KEYS = ("reward",)
 DEFAULT_DONE_KEYS = ("done", "truncated", "terminated")
-WINDOW_PATHS = (("steps_to_next_obs",), ("gamma",), ("nonterminal",))
+STEPS_KEY = "steps_to_next_obs"
+WINDOW_PATHS = ((STEPS_KEY,), ("gamma",), ("nonterminal",))
 ORIGINAL_REWARD_PATH = ("next", "original_reward")
+AUTO = "auto"
+TRAJ_PATH = ("collector", "traj_ids")
+"""Where torchrl's collectors write trajectory ids, and its samplers look for them."""
 
 
 class Roles(NamedTuple):
@@ -31,6 +33,10 @@ class Roles(NamedTuple):
     rewards: tuple[KeyPath, ...]
     needed: tuple[KeyPath, ...]
     """Entries that must be there."""
+    dones: tuple[KeyPath, ...]
+    """The done keys, ``done`` first."""
+    flags: tuple[str, ...]
+    """The names of done flags, that of ``done`` first: an entry of such a name in any group under "next" is one."""
     saved: dict[KeyPath, KeyPath]
     """Where done keys are gathered: the entry that keeps the flag as it came, by the done key."""
     kept: frozenset[KeyPath]
@@ -38,9 +44,14 @@ class Roles(NamedTuple):
     written: frozenset[KeyPath]
     """Entries that are written, and not read where they are there already."""
 
-    def in_group(self, path: KeyPath) -> bool:
-        """Whether an entry lies beside the done flag or below."""
-        return path[: len(self.done) - 1] == self.done[:-1]
+    def is_flag(self, path: KeyPath) -> bool:
+        """Whether an entry may end windows."""
+        return path == self.done or (path[0] == "next" and path[-1] in self.flags and path not in self.rewards)
+
+    def is_role(self, path: KeyPath) -> bool:
+        """Whether an entry plays a role in data that holds it."""
+        role = path in self.needed or path == self.mask or path in self.saved or self.is_flag(path)
+        return role or (path in self.kept and path not in self.written)
 
     def saved_in(self, leaves: Mapping[KeyPath, Tensor]) -> dict[KeyPath, KeyPath]:
         """Of the done keys that are gathered and in ``leaves``: the done key, by the entry that keeps it as it came."""
@@ -67,10 +78,10 @@ def find_roles(
     Raises:
         ValueError: a key names an entry that is written besides.
     """
-    done, mask = _path("next", done_key), _path(mask_key)
-    traj = None if traj_key is None else _path(traj_key)
-    rewards = tuple(dict.fromkeys(_path("next", key) for key in reward_keys))
-    dones = dict.fromkeys((done, *(_path("next", key) for key in done_keys)))
+    done, mask = as_path("next", done_key), as_path(mask_key)
+    traj = None if traj_key is None else as_path(traj_key)
+    rewards = tuple(dict.fromkeys(as_path("next", key) for key in reward_keys))
+    dones = dict.fromkeys((done, *(as_path("next", key) for key in done_keys)))
     saved = {path: original(path) for path in dones if path not in rewards} if done_at == "end" else {}
     written = {*WINDOW_PATHS, *map(original, rewards), *saved.values()}
     if len(rewards) == 1:
@@ -79,7 +90,8 @@ def find_roles(
         raise ValueError(f"no key may name an entry that is written besides, got {', '.join(map(str, taken))}")
     kept = frozenset((*rewards, *(saved.values() if done_at == "end" else dones)))
     needed = (done, *rewards) if traj is None else (done, *rewards, traj)
-    return Roles(done, mask, traj, rewards, needed, saved, kept, frozenset(written))
+    flags = tuple(dict.fromkeys(path[-1] for path in dones))
+    return Roles(done, mask, traj, rewards, needed, tuple(dones), flags, saved, kept, frozenset(written))
 
 
 def with_saved(leaves: Mapping[KeyPath, Tensor], saved: Mapping[KeyPath, KeyPath]) -> dict[KeyPath, Tensor]:
@@ -92,51 +104,16 @@ def original(path: KeyPath) -> KeyPath:
     return (*path[:-1], f"{path[-1]}_orig")
 
 
-def check_entries(data: Frames, roles: Roles) -> torch.Size:
-    """Checks the entries that play a role.
-
-    Returns:
-        The agents' dimensions, ``A``, of a done flag per agent, ``[*B, T, *A]`` or ``[*B, T, *A, 1]``; else none.
-
-    Raises:
-        KeyError: one that is needed is not there.
-        TypeError: one is of the wrong kind.
-        ValueError: one has the wrong shape.
-    """
-    lead, leaves = data.batch_size, data.leaves
-    for path in roles.needed:
-        if path not in leaves or path in data.objects:
-            raise KeyError(f"data must hold a tensor at {path}, got the entries {list(leaves)}")
-    if objects := [path for path in data.objects if path == roles.mask or path in roles.saved]:
-        named = "mask_key" if objects[0] == roles.mask else "done_keys"
-        raise TypeError(f"{objects[0]}, named by {named}, must be a tensor, got a non-tensor")
-    for path in roles.rewards:
-        check_reward(f"reward {path}", leaves[path], lead)
-    if roles.mask in leaves:
-        check_flag(f"mask {roles.mask}, named by mask_key,", leaves[roles.mask], lead)
-    if roles.traj is not None:
-        check_ids(f"trajectory ids {roles.traj}, named by traj_key,", leaves[roles.traj], lead)
-    done = leaves[roles.done]
-    if not is_per_frame(done, lead) and done.shape in [
-        leaves[path].shape for path in filter(roles.in_group, roles.rewards)
-    ]:
-        check_flag(f"done {roles.done}", done, done.shape)
-        agents = done.shape[len(lead) :]
-        return agents[:-1] if len(agents) > 1 and agents[-1] == 1 else agents
-    check_flag(f"done {roles.done}", done, lead, " or, per agent, that of a reward beside it")
-    return torch.Size()
+def check_single_steps(data: TensorDictBase) -> None:
+    """Checks that what is to be made n-step transitions of is none already."""
+    if data.get(STEPS_KEY, None) is not None:
+        raise ValueError(
+            f"data must hold single steps, got n-step transitions, which hold {STEPS_KEY!r}: an n-step transform or "
+            f"postproc made them before. Leave one of the two out, or delete the entry if it is something else"
+        )
 
 
-def agent_paths(leaves: Mapping[KeyPath, Tensor], roles: Roles, lead: torch.Size, agents: torch.Size) -> list[KeyPath]:
-    """The entries whose windows are those of their agent.
-
-    They have the agents' dimensions, ``[*B, T, *A, ...]``, and lie under "next" beside the done flag or below.
-    """
-    dims = (*lead, *agents)
-    return [path for path, leaf in leaves.items() if roles.in_group(path) and leaf.shape[: len(dims)] == dims]
-
-
-def _path(*keys: NestedKey) -> KeyPath:
+def as_path(*keys: NestedKey) -> KeyPath:
     """The key as a flat tuple of names."""
     key = unravel_key(keys)
     return (key,) if isinstance(key, str) else key

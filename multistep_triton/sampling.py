@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,26 +16,38 @@ from torch import Tensor
 from multistep_triton import reference
 from multistep_triton.ring import Samples
 
+Sampled = tuple[dict[Any, Tensor], dict[Any, Tensor], Tensor, Tensor, Tensor]
+"""Leaves, returns, steps, discount and nonterminal of frames ``[N]``."""
 
-def n_step_sample_reference(
+
+def n_step_sample_reference(samples: Samples, data: Mapping[Hashable, Tensor], **arguments: Any) -> Sampled:
+    """Computes :func:`multistep_triton.dispatch.n_step_sample`."""
+    if samples.indices[0].is_cpu:
+        # Whoever drew an index of no frame has been told.
+        return _sample(samples, data, **arguments)
+    samples, inside = frames_of(samples, data[arguments["done_keys"][0]].shape)
+    return blanked(_sample(samples, data, **arguments), inside)
+
+
+def _sample(
     samples: Samples,
     data: Mapping[Hashable, Tensor],
     *,
     reward_keys: Collection[Hashable],
     gathered_keys: Collection[Hashable],
-    done_key: Hashable,
+    done_keys: Sequence[Hashable],
     mask_key: Hashable | None,
     traj_key: Hashable | None,
     n_steps: int,
     gamma: float,
-) -> tuple[dict[Hashable, Tensor], dict[Hashable, Tensor], Tensor, Tensor, Tensor]:
-    """Computes :func:`multistep_triton.dispatch.n_step_sample`.
+) -> Sampled:
+    """Samples of frames that are all there.
 
     Windows are those of a flat stream (see ``reference``): of the whole ring or, where that is more, of the frames
     that windows may have, ``[K, N]``.
     """
     time, *others = samples.indices
-    sizes = data[done_key].shape[: len(samples.indices)]
+    sizes = data[done_keys[0]].shape[: len(samples.indices)]
     rows, count, live = math.prod(sizes[1:]), time.shape[0], samples.live
     n_steps = min(n_steps, live)
     # One frame ahead, even if n is 1, tells where a trajectory goes on.
@@ -66,7 +79,7 @@ def n_step_sample_reference(
             return value[:count].clone()
 
     mask, traj = (None if key is None else stream(key).flatten() for key in (mask_key, traj_key))
-    inside = ~reference.find_boundaries(stream(done_key).flatten(), mask, traj, stride)
+    inside = ~reference.find_boundaries([stream(key).flatten() for key in done_keys], mask, traj, stride)
     if whole:
         for newest in (samples.newest, live + samples.newest):
             inside[newest * rows : (newest + 1) * rows] = False
@@ -93,6 +106,34 @@ def n_step_sample_reference(
         else:
             leaves[key] = take_places(leaf, place, sizes)
     return leaves, returns, steps, reference.discounts(steps, n_steps, gamma), nonterminal
+
+
+def frames_of(samples: Samples, sizes: Sequence[int]) -> tuple[Samples, Tensor]:
+    """Samples of which those of no frame are of the first one, and which ones are of a frame, bool ``[N]``."""
+    inside = torch.ones_like(samples.indices[0], dtype=torch.bool)
+    for index, size in zip(samples.indices, (samples.live, *sizes[1:]), strict=False):
+        inside = inside & (index >= 0) & (index < size)
+    return samples._replace(indices=[torch.where(inside, index, 0) for index in samples.indices]), inside
+
+
+def blanked(sampled: Sampled, inside: Tensor) -> Sampled:
+    """What was sampled, with 0 steps and NaN as the return where there is no frame, and zeros for all else."""
+    leaves, returns, steps, discount, nonterminal = sampled
+
+    def blank(value: Tensor, other: float) -> Tensor:
+        return torch.where(inside.view(-1, *[1] * (value.ndim - 1)), value, other)
+
+    def zero(leaf: Tensor) -> Tensor:
+        # By their bytes, as torch selects among few of the dtypes.
+        return blank(leaf.unsqueeze(-1).view(torch.uint8), 0).view(leaf.dtype).squeeze(-1)
+
+    return (
+        {key: zero(leaf) for key, leaf in leaves.items()},
+        {key: blank(value, torch.nan) for key, value in returns.items()},
+        blank(steps, 0),
+        blank(discount, 1),
+        inside & nonterminal,
+    )
 
 
 def windows_of(samples: Samples, data: Mapping[Hashable, Tensor], frames: int) -> tuple[dict[Hashable, Tensor], Tensor]:

@@ -115,7 +115,9 @@ class Stream:
     def buffer(self, device: torch.device) -> NStepReplayBuffer:
         """A buffer for some of the stream, sampled once; every other one has windows of all lengths up to n."""
         chance = random.Random(self.kind.n_steps + sum(self.cuts))
-        capacity = torch.Size(self.batch).numel() * chance.randint(1, sum(self.cuts) + 2)
+        capacity = torch.Size(self.batch).numel() * chance.randint(
+            self.kind.n_steps, self.kind.n_steps + sum(self.cuts)
+        )
         arguments = self.arguments
         if chance.random() < 0.5:
             arguments["n_steps"] = (1, self.kind.n_steps)

@@ -1,11 +1,14 @@
 """MultiStepTransform: n-step transitions on ``ReplayBuffer.extend``.
 
-Owns the carry, and how a replay buffer calls. May import ``base``, ``frames`` and ``saved``.
+Owns the carry, and whose stream it is of. May import ``base``, ``frames``, ``saved``, ``neighbours`` and
+``torchrl_internals``.
 """
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -14,13 +17,26 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
-from torchrl.envs.transforms import Compose, Transform
-from torchrl.envs.transforms.rb_transforms import MultiStepTransform as _TorchRLMultiStepTransform
+from torchrl.envs.transforms import MultiStepTransform as _TorchRLMultiStepTransform
+from torchrl.envs.transforms import Transform
 
 from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_gamma, check_positive_int
 from multistep_triton.frames import Held
+from multistep_triton.neighbours import check_around, check_transforms
+from multistep_triton.roles import TRAJ_PATH
 from multistep_triton.saved import from_state, to_state
+from multistep_triton.torchrl_internals import (
+    is_inverted,
+    lock_of,
+    refuse_mixing,
+    refuse_prefill,
+    sample_unit_of,
+    store,
+    taking_buffer,
+    transforms_in,
+    update_priority,
+)
 
 
 class MultiStepTransform(MultiStepBase, Transform):
@@ -77,8 +93,8 @@ class MultiStepTransform(MultiStepBase, Transform):
         done_at: ``"start"``, torchrl's rule, leaves the done keys those of frame ``t``: the last ``n - 1`` frames
             before a termination then bootstrap from where the episode ended. With ``"end"`` they are those of frame
             ``e(t)``, which is what a bootstrapped target needs. Defaults to ``"start"``.
-        traj_key: root entry of trajectory ids, integers ``[*B, T]`` or ``[*B, T, 1]``, such as ``("collector",
-            "traj_ids")``; a change is a boundary. Defaults to None.
+        traj_key: root entry of trajectory ids, integers ``[*B, T]`` or ``[*B, T, 1]``; a change is a boundary.
+            Defaults to ``"auto"``: ``("collector", "traj_ids")`` if it is in the data. None looks at none.
         match_reward_shape: whether ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` have the shape of the first
             reward, repeated along its features, which torchrl's distributional DQN loss and its value estimators with
             rewards per agent need. Defaults to False.
@@ -130,7 +146,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         mask_key: NestedKey | None = None,
         backend: str = "auto",
         done_at: str = "start",
-        traj_key: NestedKey | None = None,
+        traj_key: NestedKey | None = "auto",
         match_reward_shape: bool = False,
     ) -> None:
         super().__init__()
@@ -141,12 +157,18 @@ class MultiStepTransform(MultiStepBase, Transform):
         self._carry: Held | None = None
         # A replay buffer calls its transforms outside its own lock.
         self._lock = threading.RLock()
+        self._owner: weakref.ref[ReplayBuffer] | None = None
+        """The buffer whose stream this is."""
+        self._checked: tuple[Any, ...] | None = None
+        """What shared it with this transform when that was checked last."""
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDict | None:
         if self.parent is not None:
             raise ValueError(self.ENV_ERR)
         if not isinstance(tensordict, TensorDictBase):
             raise TypeError(f"data must be a TensorDict of batch size [*B, T], got {type(tensordict).__name__}")
+        refuse_prefill()
+        self._check_owner(tensordict)
         single = not tensordict.ndim
         data = tensordict.unsqueeze(-1) if single else tensordict
         with self._lock:
@@ -162,6 +184,73 @@ class MultiStepTransform(MultiStepBase, Transform):
         if not count:
             return None
         return emitted.squeeze(-1) if single else emitted
+
+    def train(self, mode: bool = True) -> MultiStepTransform:
+        """As in torch; a replay buffer calls it when it takes a transform, and becomes the one that this belongs to.
+
+        Raises:
+            ValueError: it belongs to another one, or holds back frames of one; or it would be wrong in this buffer.
+
+        Example:
+            >>> MultiStepTransform(n_steps=3, gamma=0.99).train(False).training
+            False
+        """
+        super().train(mode)
+        if (taking := taking_buffer()) is not None:
+            buffer, inverted = taking
+            if inverted:
+                raise ValueError("invert must be False for an n-step transform, which runs when a buffer is extended")
+            with self._lock:
+                self._join(buffer)
+        return self
+
+    def _join(self, buffer: ReplayBuffer) -> None:
+        owner = None if self._owner is None else self._owner()
+        if owner not in (None, buffer):
+            # It may be garbage that is not collected yet.
+            del owner
+            gc.collect()
+            owner = self._owner and self._owner()
+        if owner not in (None, buffer) or (self._owner and owner is None and self._carry is not None):
+            raise ValueError(
+                "a MultiStepTransform must belong to one replay buffer, as it holds back frames of one stream, got a "
+                "second one: give each a transform of its own or, if the other buffer is no more in use, a clone() "
+                "that was cleared (clear())"
+            )
+        self._owner, self._checked = weakref.ref(buffer), None
+        # The data may hold ids, which are looked for when it comes; and a buffer has its transforms only now and then.
+        check_around(buffer, sample_unit_of(buffer), self._done_at, self._roles_in(()).dones, True)
+
+    def _check_owner(self, data: TensorDictBase) -> None:
+        """Checks what shares the buffer with this transform, if anything is another one than the last time."""
+        buffer = None if self._owner is None else self._owner()
+        if buffer is None:
+            return
+        ids = any(data.get(key, None) is not None for key in (TRAJ_PATH, "episode"))
+        transforms, unit = transforms_in(buffer.transform), sample_unit_of(buffer)
+        parts = (buffer.sampler, unit, buffer.storage.checkpointer, *transforms)
+        checked = (*map(id, parts), ids, self._done_at, *self._reward_keys, self._done_key, *self._done_keys)
+        if checked == self._checked:
+            return
+        roles = self._roles_in(())
+        check_around(buffer, unit, self._done_at, roles.dones, ids)
+        others = [each for each in transforms if each is not self and not is_inverted(each)]
+        check_transforms(others, roles.rewards, roles.dones, self._done_at)
+        self._checked = checked
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """What is sampled, as it is.
+
+        Example:
+            >>> from tensordict import TensorDict
+            >>> sample = TensorDict(batch_size=[4])
+            >>> MultiStepTransform(n_steps=3, gamma=0.99)(sample) is sample
+            True
+        """
+        if self._owner is None:
+            refuse_mixing()
+        out: TensorDictBase = super().forward(tensordict)
+        return out
 
     def clear(self) -> None:
         """Drops the frames held back.
@@ -240,13 +329,13 @@ class MultiStepTransform(MultiStepBase, Transform):
         """
         if not isinstance(replay_buffer, ReplayBuffer):
             raise TypeError(f"replay_buffer must be a torchrl ReplayBuffer, got {type(replay_buffer).__name__}")
-        transforms = _flat(replay_buffer.transform)
+        transforms = transforms_in(replay_buffer.transform)
         if self in transforms:
             transforms = transforms[: transforms.index(self)]
-        elif others := find_transforms(replay_buffer.transform, N_STEP):
+        elif others := [each for each in transforms if isinstance(each, N_STEP)]:
             raise ValueError(f"replay_buffer must hold this transform or none of its kind, got {others[0]}")
         # The buffer's lock first, as in its load_state_dict.
-        with replay_buffer._replay_lock, self._lock:
+        with lock_of(replay_buffer), self._lock:
             before = self._carry
             try:
                 data = self.flush()
@@ -254,14 +343,11 @@ class MultiStepTransform(MultiStepBase, Transform):
                     data = None if data is None else transform.inv(data)
                 if data is None:
                     return torch.zeros((0, replay_buffer.storage.ndim), dtype=torch.long)
-                # What the buffer's extend calls after its transforms.
-                indices: Tensor = replay_buffer._extend(data)
+                indices = store(replay_buffer, data)
             except BaseException:
                 self._carry = before
                 raise
-        priority_key = getattr(replay_buffer, "priority_key", None)
-        if priority_key is not None and (priority := data.get(priority_key, None)) is not None:
-            replay_buffer.update_priority(indices, priority)
+        update_priority(replay_buffer, indices, data)
         return indices
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -342,7 +428,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         with self._lock:
             state: dict[str, Any] = super().__getstate__()
             state["_carry"] = self._carry and self._carry.clone() if get_spawning_popen() is None else None
-        del state["_lock"]
+        del state["_lock"], state["_owner"], state["_checked"]
         return state
 
     def clone(self) -> MultiStepTransform:
@@ -362,12 +448,12 @@ class MultiStepTransform(MultiStepBase, Transform):
         with self._lock:
             twin: MultiStepTransform = super().clone()
             twin._carry = self._carry and self._carry.clone()
-        twin._lock = threading.RLock()
+        twin._lock, twin._owner = threading.RLock(), None
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What :meth:`__getstate__` returned, and a new lock."""
-        super().__setstate__({**state, "_lock": threading.RLock()})
+        super().__setstate__({**state, "_lock": threading.RLock(), "_owner": None, "_checked": None})
 
     @property
     def _buffer(self) -> TensorDict | None:
@@ -379,13 +465,3 @@ class MultiStepTransform(MultiStepBase, Transform):
 
 N_STEP: tuple[type[Transform], ...] = MultiStepTransform, _TorchRLMultiStepTransform
 """The n-step transforms, ours and torchrl's."""
-
-
-def find_transforms(transform: Any, kinds: tuple[type[Transform], ...]) -> list[Transform]:
-    """Those of some kinds in a buffer's transform."""
-    return [each for each in _flat(transform) if isinstance(each, kinds)]
-
-
-def _flat(transform: Transform) -> list[Transform]:
-    """A transform's parts, in order."""
-    return [part for each in transform for part in _flat(each)] if isinstance(transform, Compose) else [transform]

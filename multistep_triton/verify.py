@@ -101,7 +101,7 @@ def n_step_sample_verified(samples: Samples, data: Mapping[Any, Tensor], **argum
     expected = sampling.n_step_sample_reference(samples, data, **arguments)
     got = launch.launch_n_step_sample(samples, data, **arguments)
     # What the frames of a window are to those of a row in which it is the first one.
-    read = {key for name, key in arguments.items() if name.endswith("_key") and key is not None}
+    read = {*arguments["done_keys"], arguments["mask_key"], arguments["traj_key"]} - {None}
     ahead = min(arguments["n_steps"] + 1, samples.live)
     rows, known = sampling.windows_of(samples, {key: data[key] for key in [*read, *arguments["reward_keys"]]}, ahead)
     arguments.update(time_dim=1, hold=False)
@@ -158,7 +158,7 @@ class _Call:
     time_dim: int
     reward_keys: Collection[Hashable]
     gathered_keys: Collection[Hashable]
-    done_key: Hashable
+    done_keys: Sequence[Hashable]
     mask_key: Hashable | None
     traj_key: Hashable | None
     n_steps: int
@@ -197,7 +197,8 @@ class _Call:
         """The window of a frame ``(*b, t)`` of an output, and the frame after it, as a table."""
         at, begin = frame[:-1], frame[-1] + output.first
         mask, traj = (None if key is None else self.stream(key)[at] for key in (self.mask_key, self.traj_key))
-        row = Row.read(self.stream(self.done_key)[at], mask, traj)
+        dones = {str(key[-1] if isinstance(key, tuple) else key): self.stream(key)[at] for key in self.done_keys}
+        row = Row.read(dones, mask, traj)
         steps, got_steps = self.steps[at].tolist(), self.got_steps[at].tolist()
         notes: dict[int, list[str]] = {begin: ["this frame"]}
         last = begin

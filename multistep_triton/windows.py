@@ -25,17 +25,24 @@ class Row(NamedTuple):
     """Trajectory ids; None if there are none."""
     name: str = "done"
     """That of the done flag."""
+    others: Mapping[str, list[bool]] = {}
+    """The flags beside it that end windows, too, by their names."""
 
     @classmethod
-    def read(cls, done: Tensor, mask: Tensor | None, traj: Tensor | None, name: str = "done") -> Row:
-        """From tensors of one element per frame."""
+    def read(cls, dones: Mapping[str, Tensor], mask: Tensor | None, traj: Tensor | None, name: str = "done") -> Row:
+        """From tensors of one element per frame; the first of ``dones`` is the done flag, whatever it is called."""
         valid, ids = (None if flag is None else flag.reshape(-1).tolist() for flag in (mask, traj))
-        return cls(done.reshape(-1).tolist(), valid, ids, name)
+        (_, done), *others = [(key, flag.reshape(-1).tolist()) for key, flag in dones.items()]
+        return cls(done, valid, ids, name, dict(others))
+
+    def ended(self, t: int) -> str | None:
+        """Which flag is set at frame ``t``; None if none is."""
+        return "done" if self.done[t] else next((name for name, flags in self.others.items() if flags[t]), None)
 
     def boundary(self, t: int) -> str | None:
         """Why frame ``t`` is a boundary; None if it is none."""
-        if self.done[t]:
-            return "done"
+        if flag := self.ended(t):
+            return flag
         if self.valid is not None and not self.valid[t]:
             return "padding, by the mask"
         if t + 1 < len(self.done):

@@ -35,8 +35,10 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     # boundaries, and where windows end
-    Mutation("boundary: done", "window", "ends = load_flag(flags[0], row, here, live, stream) | ", "ends = "),
-    Mutation("boundary: last known frame", "window", " | (here + 1 >= known) | ", " | (here >= known) | "),
+    Mutation("boundary: done", "window", "        ends |= load_flag(flags[k], row, here, live, stream)",
+             "        pass"),
+    Mutation("boundary: another done flag", "window", "tl.static_range(DONES)", "tl.static_range(1)"),
+    Mutation("boundary: last known frame", "window", "ends = (here + 1 >= known) | ", "ends = (here >= known) | "),
     Mutation("end: n frames", "window", "(i + 1 >= n)", "(i >= n)"),
     Mutation("boundary: padding", "window", "ends |= ~(valid & followed)", "ends |= ~followed"),
     Mutation("boundary: before padding", "window", "ends |= ~(valid & followed)", "ends |= ~valid"),
@@ -47,9 +49,9 @@ MUTATIONS = (
     Mutation("what is known", "window", "live &= here < known", "live &= here < known - 1"),
     Mutation("flag: its width", "window", "frame_addresses(source, row, frame, stream, 1)",
              "frame_addresses(source, row, frame, stream, 2)"),
-    Mutation("flag: which is the mask", "window", "load_flag(flags[1], row", "load_flag(flags[0], row"),
-    Mutation("flag: which are the ids", "window", "frame_addresses(flags[1 + MASK], row",
-             "frame_addresses(flags[1], row"),
+    Mutation("flag: which is the mask", "window", "load_flag(flags[DONES], row", "load_flag(flags[0], row"),
+    Mutation("flag: which are the ids", "window", "frame_addresses(flags[DONES + MASK], row",
+             "frame_addresses(flags[DONES], row"),
     Mutation("ids: their width", "window", "primitive_bitwidth // 8)", "primitive_bitwidth // 16)"),
     # lengths and returns
     Mutation("steps at an end", "window", "steps = tl.where(ends, 1, steps + 1)",
@@ -69,9 +71,9 @@ MUTATIONS = (
     Mutation("power: short windows", "extend", "5 if UNROLLED > 0 else 31", "3 if UNROLLED > 0 else 31"),
     Mutation("discount: of steps", "extend", "power(gamma.reshape(1), steps, ", "power(gamma.reshape(1), steps - 1, "),
     # what is written for windows
-    Mutation("nonterminal", "extend", "nonterminal = steps > 1", "nonterminal = steps >= 1"),
+    Mutation("nonterminal", "extend", "live & (steps > 1)", "live & (steps >= 1)"),
     Mutation("nonterminal at n = 1", "extend", "2 if UNROLLED == 1 else UNROLLED", "UNROLLED"),
-    Mutation("steps at n = 1", "extend", "limits[0] if len(limits) > 0 else n)", "tl.maximum(n, 2))"),
+    Mutation("steps at n = 1", "extend", "limits[0] if len(limits) > 0 else n), 0)", "tl.maximum(n, 2)), 0)"),
     Mutation("place of returns", "extend", "place = output_places(tile, emitted)[:, None] * D",
              "place = output_places(tile, emitted)[:, None]"),
     Mutation("features of returns", "extend", "item = program % chunks * BLOCK_D", "item = program % chunks"),
@@ -88,8 +90,8 @@ MUTATIONS = (
              "value = tl.where(which >= k, values[0], value)"),
     Mutation("programs of a leaf", "extend", "- first).to(tl.int32) // len(data)", "- first).to(tl.int32)"),
     Mutation("alignment of the carry", "launch", "(new | old) % WIDEST", "new % WIDEST"),
-    Mutation("features inside, returns", "extend", "mask = live[:, None] & (item < D)[None, :]",
-             "mask = live[:, None] & (item >= 0)[None, :]"),
+    Mutation("features inside, returns", "extend", "mask = written(tile)[:, None] & (item < D)[None, :]",
+             "mask = written(tile)[:, None] & (item >= 0)[None, :]"),
     # the gather
     Mutation("which frames are gathered", "gather", "early = live & (frame < emitted)", "early = live"),
     Mutation("row that is gathered", "gather", "tl.where(early, length - 1, 0)", "tl.where(early, length, 0)"),
@@ -123,6 +125,14 @@ MUTATIONS = (
              "tl.where(slot <= slots, slot, slot - slots)"),
     Mutation("ring: row of a slot", "stream", "(ring[2] << 2 >> 4) + row", "(ring[2] << 2 >> 4)"),
     # frames that are sampled
+    Mutation("sampled: no frame, steps", "extend", "steps = tl.where(live, tl.minimum(",
+             "steps = tl.where(True, tl.minimum("),
+    Mutation("sampled: no frame, nonterminal", "extend", "live & (steps > 1)", "(steps > 1)"),
+    Mutation("sampled: no frame, return", "extend", "returns, float(\"nan\"))", "returns, 0.0)"),
+    Mutation("sampled: no frame, written", "stream", "return places[1] if len(places) > 0 else inside",
+             "return inside"),
+    Mutation("sampled: no frame, row", "gather", "wanted = written((row, frame, live, places, limits))",
+             "wanted = live"),
     Mutation("sampled: inside", "stream", "inside = place < (count << 2 >> 4)",
              "inside = place < (count << 2 >> 4) - 1"),
     Mutation("sampled: from the oldest on", "stream", ".to(tl.int32) - (first << 2 >> 4).to(tl.int32)",

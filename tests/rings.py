@@ -41,14 +41,16 @@ class Ring:
     """
 
     def __init__(
-        self, stream: TensorDictBase, capacity: int, *, done_key: str = "done", mask_key: str = "mask", traj_key=None
+        self, stream: TensorDictBase, capacity: int, *, done_keys=("done",), mask_key: str = "mask", traj_key=None
     ):
         self.stream, self.capacity = stream, capacity
         self.length = stream.batch_size[-1]
         self.envs = stream.numel() // self.length
         self.first = self.written = 0
         count = stream.numel()
-        self.done = stream["next", done_key].reshape(count).tolist()
+        self.done = [
+            any(flags) for flags in zip(*(stream["next", key].reshape(count) for key in done_keys), strict=True)
+        ]
         self.valid = [True] * count if stream.get(mask_key) is None else stream[mask_key].reshape(count).tolist()
         self.traj = [0] * count if traj_key is None else stream[traj_key].reshape(count).tolist()
 

@@ -67,15 +67,28 @@ def test_every_agent_is_as_if_alone(batch, agents, unsqueezed, cuts, n_steps):
         assert out[key].shape == out["next", "agents", "done"].shape
         assert_agents(out[key], expected[key])
     assert torch.equal(out["agents", "observation"], data["agents", "observation"].narrow(len(batch), 0, out.shape[-1]))
-    # what is no agent's: as if any agent's done were that of all
+    # what is no agent's is governed by the flags above
     rest = data.exclude(("next", "agents"), "agents")
     rest["next", "reward"] = torch.zeros(*batch, FRAMES)
-    rest["next", "any"] = data["next", "agents", "done"].flatten(len(batch) + 1).any(-1)
-    dones = ["done", "any"]
-    expected = extend(MultiStepTransform(n_steps, 0.9, done_key="any", done_keys=dones, **marks), rest, cuts)
+    dones = ["done", "terminated"]
+    expected = extend(MultiStepTransform(n_steps, 0.9, done_keys=dones, **marks), rest, cuts)
     for key in ("observation", "done", "done_orig", "terminated"):
         assert torch.equal(out["next", key], expected["next", key]), key
     assert torch.equal(out["observation"], expected["observation"])
+
+
+def test_what_no_flag_governs_ends_with_any_agent():
+    _, data = rollout_of_agents((2,), (3,))
+    for key in ("done", "terminated", "truncated"):
+        del data["next", key]
+    data["next", "agents", "shared"] = data["next", "observation"][..., :2].clone()
+    out = MultiStep(0.9, 3, **KEYS, done_at="end")(data)
+    alone = data.select("observation", ("next", "observation"))
+    alone["next", "done"] = (data["next", "agents", "done"] | data["next", "agents", "terminated"]).flatten(2).any(-1)
+    alone["next", "reward"] = torch.zeros(2, FRAMES)
+    expected = MultiStep(0.9, 3)(alone)
+    assert torch.equal(out["next", "observation"], expected["next", "observation"])
+    assert torch.equal(out["next", "agents", "shared"], expected["next", "observation"][..., :2])
 
 
 def test_memory_of_agents_is_compact_and_their_own():
@@ -104,7 +117,7 @@ def test_a_postproc_of_agents():
     assert out["observation"] is data["observation"]
 
 
-def test_another_group_ends_with_any_agent_of_the_first():
+def test_another_group_has_windows_of_its_own():
     def group(done):
         done = torch.tensor(done).t().unsqueeze(-1)
         number = torch.arange(1, 7).view(6, 1, 1).expand(6, 2, 1)
@@ -115,11 +128,16 @@ def test_another_group_ends_with_any_agent_of_the_first():
     data = TensorDict({"next": {"red": red, "blue": blue}}, [6])
     rewards = [("red", "reward"), ("blue", "reward")]
     dones = [("red", "done"), ("blue", "done")]
-    out = MultiStepTransform(3, 1.0, reward_keys=rewards, done_key=("red", "done"), done_keys=dones).inv(data)["next"]
-    assert out["red", "reward"].squeeze(-1).tolist() == [[2, 3], [1, 3], [3, 3]]
-    # what a reward sums up ends where the observation comes from
-    assert out["blue", "reward"].squeeze(-1).tolist() == [[2, 2], [1, 1], [3, 3]]
-    assert out["blue", "observation"].squeeze(-1).tolist() == [[2, 2], [2, 2], [5, 5]]
+    out = MultiStepTransform(3, 0.5, reward_keys=rewards, done_key=("red", "done"), done_keys=dones).inv(data)
+    red, blue = (out["next", group] for group in ("red", "blue"))
+    assert red["reward"].squeeze(-1).tolist() == [[1.5, 1.75], [1, 1.75], [1.75, 1.75]]
+    assert blue["reward"].squeeze(-1).tolist() == [[1.75, 1.75]] * 3
+    assert blue["observation"].squeeze(-1).tolist() == [[3, 3], [4, 4], [5, 5]]
+    # of the done key's group at the root, of the other under its name
+    assert out["steps_to_next_obs"].squeeze(-1).tolist() == [[2, 3], [1, 3], [3, 3]]
+    assert out["blue", "steps_to_next_obs"].squeeze(-1).tolist() == [[3, 3]] * 3
+    assert out["blue", "gamma"].squeeze(-1).tolist() == [[0.125, 0.125]] * 3
+    assert out["blue", "nonterminal"].all() and out.get("red", None) is None
 
 
 def test_non_tensors_of_agents():

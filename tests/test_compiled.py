@@ -179,7 +179,7 @@ print(json.dumps({
     "samples": [variants(lambda: rb.sample(each)) for each in (1, 2, 16, 17, 1000)],
     "the newest frame": [variants(lambda: extended(each)) for each in (1, 2, 7, 8)],
     "gamma": [variants(lambda: with_gamma(each)) for each in (0, 1, 1.0, 0.5)],
-    "slots, frames": [variants(lambda: buffer(3, (2,), *each).sample(3)) for each in ((1, 1), (7, 3), (64, 5))],
+    "slots, frames": [variants(lambda: buffer(3, (2,), *each).sample(3)) for each in ((3, 1), (7, 3), (64, 5))],
     "environments": [variants(lambda: buffer(envs=(each,)).sample(3)) for each in (1, 3, 16, 100)],
     "n": [variants(lambda: rb.sample(3, n_steps=each)) for each in (1, 2, 3, UNROLLED_STEPS)],
     "n in a loop": [variants(lambda: rb.sample(3, n_steps=each)) for each in (UNROLLED_STEPS + 1, 10, 100)],
@@ -205,7 +205,9 @@ print(json.dumps({
 def test_launches_and_operators_of_a_sample(n_steps, launches):
     """At most two launches, and besides them the allocation of what is returned, and what draws and returns indices."""
     operators, launched, tensors = run(f"""
-rb = buffer({n_steps})
+from multistep_triton import dispatch
+dispatch._check_indices = lambda *arguments: None  # on a GPU, for which the host would wait, there is none
+rb = buffer({n_steps}, slots=128)
 rb.sample(4)
 driver.launches = 0
 with Operators() as operators:

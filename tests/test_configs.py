@@ -86,7 +86,7 @@ def test_every_argument_arrives(kind):
     assert values.keys() == arguments(kind).keys()
     node = OmegaConf.structured(KINDS[kind](**{name: given for name, (given, _) in values.items()}))
     if kind is NStepReplayBuffer:
-        node.storage = {"_target_": "torchrl.data.LazyTensorStorage", "max_size": 4}
+        node.storage = {"_target_": "torchrl.data.LazyTensorStorage", "max_size": 8}
     built = instantiate(OmegaConf.create(OmegaConf.to_yaml(node)))
     assert type(built) is kind
     assert {name: getattr(built, name) for name in values} == {name: arrives for name, (_, arrives) in values.items()}

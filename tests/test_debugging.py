@@ -58,7 +58,7 @@ def refused(capsys, *arguments):
 
 
 def test_explain_a_window_that_a_done_ends(saved, capsys):
-    out = explain(capsys, saved, "--env", 0, "--t", 2, "--gamma", 0.5)
+    out = explain(capsys, saved, "--env", 0, "--t", 2, "--gamma", 0.5, "--traj-key", "none")
     assert out == (
         "rollout.pt, env 0: n_steps = 3, gamma = 0.5\n"
         "window t = 2 .. 3, 2 of 3 frames; ends: done\n"
@@ -78,16 +78,25 @@ def test_explain_a_window_that_a_done_ends(saved, capsys):
     )
 
 
+NO_IDS = ["--traj-key", "none"]
+
+
 @pytest.mark.parametrize(
     ("t", "n_steps", "options", "expected"),
     [
         (0, 3, [], ["window t = 0 .. 2, 3 of 3 frames; ends: full\n", "= 1 + 0.5 * 2 + 0.25 * 4 = 3 "]),
         (3, 3, [], ["window t = 3 .. 3, 1 of 3 frames; ends: done", "nonterminal = False: t = 3 is done"]),
-        (4, 3, [], ["window t = 4 .. 5, 2 of 3 frames; ends: padding follows, by the mask", "= 16 + 0.5 * 32 = 32 "]),
+        (4, 3, NO_IDS, ["t = 4 .. 5, 2 of 3 frames; ends: padding follows, by the mask", "= 16 + 0.5 * 32 = 32 "]),
         (6, 3, [], ["window t = 6 .. 6, 1 of 3 frames; ends: padding, by the mask", "t = 6 is padding, by the mask"]),
         (7, 3, [], ["window t = 7 .. 7, 1 of 3 frames; ends: end of data", "t = 7 is the last known frame"]),
         (4, 3, ["--traj-key", "collector.traj_ids"], ["ends: trajectory id changes from 7 to 8", "= 16 = 16 "]),
-        (4, 3, ["--mask-key", "none"], ["window t = 4 .. 6, 3 of 3 frames", "= 16 + 0.5 * 32 + 0.25 * 64 = 48 "]),
+        (4, 3, [], ["ends: trajectory id changes from 7 to 8", "= 16 = 16 "]),
+        (
+            4,
+            3,
+            ["--mask-key", "none", *NO_IDS],
+            ["window t = 4 .. 6, 3 of 3 frames", "= 16 + 0.5 * 32 + 0.25 * 64 = 48 "],
+        ),
         (1, 9, ["--done-key", "truncated"], ["window t = 1 .. 3, 3 of 9 frames; ends: done", "next.truncated = False"]),
     ],
 )
@@ -215,7 +224,7 @@ def test_the_picture_has_a_bar_for_every_window(saved, capsys):
     explain(capsys, saved, "--env", 0, "--t", 2, "--plot", saved.with_suffix(".png"))
     assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
-    windows = find_windows(load_rollout(saved), [0], None, MultiStep(0.5, 3, mask_key="mask"))
+    windows = find_windows(load_rollout(saved), [0], None, MultiStep(0.5, 3, mask_key="mask", traj_key=None))
     above, below = draw_windows(windows, 2, "title").axes
     bars = {round(bar.get_x() + 0.4): bar for bar in above.patches if bar.get_height() < 1}
     assert {t: round(bar.get_width() + 0.2) for t, bar in bars.items()} == dict(enumerate([3, 3, 2, 1, 2, 1, 1, 1]))

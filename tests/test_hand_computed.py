@@ -289,8 +289,9 @@ def test_every_agent_has_its_own_windows():
     assert out["nonterminal"].squeeze(-1).tolist() == [[T, T], [F, T], [T, F], [T, T]]
     assert out["steps_to_next_obs"].shape == (4, 2, 1)
     assert out["next", "agents", "done"].equal(rollout["next", "agents", "done"][:4])
-    # what is shared, and what has no dimension for agents, ends where that of any agent does
-    assert out["next", "state"].tolist() == [2, 2, 3, 5]
+    # what is no agent's is governed by the flag beside it, which no frame has here
+    assert out["next", "state"].tolist() == [2, 3, 4, 5]
+    # what agents share, having no dimension for them, ends where that of any agent does
     assert out["next", "agents", "team"][:, 0].tolist() == [2, 2, 3, 5]
     assert out["next", "done"].equal(rollout["next", "done"][:4])
 
@@ -327,7 +328,7 @@ def test_several_rewards_of_agents_and_of_all_with_one_done():
     assert out["next", "reward_orig"].tolist() == [1.0, 2.0]
     assert ("next", "original_reward") not in out.keys(True)
     assert out["steps_to_next_obs"].shape == (2, 2, 1)
-    # and with a done flag for every agent, what is no agent's ends with any agent's
+    # and with a done flag for every agent, while what is no agent's ends with the flag beside it
     keys = {**AGENTS, "reward_keys": keys}
     rollout["next", "agents", "done"][1, 1] = F
     out = MultiStepTransform(2, 0.5, **keys).inv(rollout)

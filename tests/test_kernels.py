@@ -73,7 +73,7 @@ def emitted_and_held(data, carry, n_steps, **arguments):
         time_dim=time_dim,
         reward_keys=[key for key in data if key.startswith("reward")],
         gathered_keys=[key for key in data if key.startswith("value")],
-        done_key="done",
+        done_keys=("done",),
         mask_key="mask" if "mask" in data else None,
         traj_key="traj" if "traj" in data else None,
         n_steps=n_steps,
@@ -252,7 +252,7 @@ def test_leaves_that_lie_alike_share_code_and_not_rows():
     described = tuple((key, leaf.shape, leaf.stride(), leaf.dtype, 0) for key, leaf in data.items())
     gathered = frozenset(key for key in data if key.startswith("value"))
     made = plan.plan_extend(
-        described, 1, ("reward",), gathered, "done", None, None, 2, 2, (2, 0, False), None, torch.float32
+        described, 1, ("reward",), gathered, ("done",), None, None, 2, 2, (2, 0, False), None, torch.float32
     )
     # rows of 1, 4, 12 (gathered or not), 16 (or not), 20 (or not) bytes
     assert len(made.copies) == len(made.launches[0].constants[2]) == 8

@@ -46,7 +46,7 @@ from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransf
 
 from multistep_triton import MultiStepTransform, NStepReplayBuffer
 
-REWARD, NEXT = ("next", "reward"), ("next", "observation")
+REWARD, NEXT, DONE = ("next", "reward"), ("next", "observation"), ("next", "done")
 
 
 def wrapped(capacity=16, batch=(2,), *, frames=None, **arguments):
@@ -378,11 +378,23 @@ def test_slices(batch):
 
 def test_a_sampler_that_writes_flags_of_its_own():
     """The ends of slices would stand where those of windows do, which targets bootstrap from."""
-    stream = make_stream((), 40, p_done=0.0, traj=True)
-    buffer = make_buffer(24, sampler=SliceSampler(slice_len=4, traj_key=TRAJ_KEY, strict_length=False))
-    buffer.extend(stream[:24])
-    with pytest.raises(TypeError, match=r"sampler must .*, got SliceSampler.*'truncated'"):
-        buffer.sample(24)
+    message = r"sampler must .*, got SliceSampler.*'truncated'.*truncated_key must be None"
+    with pytest.raises(TypeError, match=message):
+        make_buffer(24, sampler=SliceSampler(slice_len=4))
+    with pytest.raises(TypeError, match=message):
+        make_buffer(24).set_sampler(SliceSampler(slice_len=4))
+
+
+class Marking(RandomSampler):
+    def sample(self, storage, batch_size):
+        index, info = super().sample(storage, batch_size)
+        return index, {**info, DONE: torch.ones(batch_size, 1, dtype=torch.bool)}
+
+
+def test_a_sampler_of_ones_own_that_writes_flags():
+    buffer, _ = wrapped(sampler=Marking())
+    with pytest.raises(TypeError, match=r"sampler must leave the entries under 'next' to the windows, got Marking"):
+        buffer.sample(4)
 
 
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
@@ -767,12 +779,12 @@ def test_transforms_are_applied_once(how, prefetch):
 
 
 def test_rewards_are_scaled_as_they_were_summed():
-    scaling = RewardScaling(loc=1.0, scale=10.0, in_keys=[REWARD])
+    scaling = RewardScaling(loc=0.0, scale=10.0, in_keys=[REWARD])
     buffer, ring = wrapped(transform=scaling)
     sample = everything(buffer)
     calm = wrapped()[0]
     expected = everything(calm)
-    torch.testing.assert_close(sample[REWARD], expected[REWARD] * 10 + 1)
+    torch.testing.assert_close(sample[REWARD], expected[REWARD] * 10)
     assert_same_bytes(sample["next", "reward_orig"], expected["next", "reward_orig"])
     assert_windows(sample, ring, 3, 0.9)
 
@@ -938,19 +950,6 @@ def test_how_old_a_frame_is_that_is_read_anew():
     assert sample["index_generation"].tolist() == [1] * 5 + [0] * 3
 
 
-def test_dimensions_of_a_frame():
-    """A dimension more than the storage's belongs to the frame, as when there is one agent."""
-    buffer = make_buffer(8)
-    data = frames([1.0, 2.0, 4.0, 8.0, 16.0], [False] * 5)
-    data = data.auto_batch_size_(1).apply(lambda leaf: leaf.view(5, 1), batch_size=[5, 1])
-    buffer.extend(data)
-    sample = everything(buffer)
-    assert sample.shape == (5, 1)
-    assert {key: leaf.shape for key, leaf in sample.items() if leaf.shape[:2] != (5, 1)} == {}
-    assert sample["steps_to_next_obs"].flatten().tolist() == [3, 3, 3, 2, 1]
-    assert sample[:, 0]["gamma"].shape == (5,)
-
-
 # What is no tensor
 
 
@@ -1062,8 +1061,7 @@ def test_a_done_of_another_shape():
 def test_storages_that_are_not_rings_of_frames():
     with pytest.raises(TypeError, match=r"storage must be .*got .*ListStorage"):
         NStepReplayBuffer(n_steps=3, gamma=0.9, storage=ListStorage(10))
-    # which is torchrl's where none is given
-    with pytest.raises(TypeError, match=r"storage must be .*got .*ListStorage"):
+    with pytest.raises(TypeError, match=r"storage must be a TensorStorage, such as LazyTensorStorage.+, got None"):
         NStepReplayBuffer(n_steps=3, gamma=0.9)
 
 

@@ -1,0 +1,181 @@
+"""Neighbours: what shares a replay buffer with n-step transitions and reads them as single steps.
+
+A transform that runs when a buffer is sampled is right beside n-step transitions if it commutes with the windows:
+applied to single steps, of which windows are then made, it must give what it gives applied to n-step transitions. Owns
+which ones do not, and what to do instead; ``docs/neighbours.md`` is the table of all of torchrl's. May import torchrl,
+by its public names alone, ``base`` and ``roles``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from tensordict.nn import TensorDictSequential
+from torchrl.data import FlatStorageCheckpointer, HERReplayBuffer, ReplayBuffer, ReplayBufferEnsemble
+from torchrl.data.replay_buffers import Sequence
+from torchrl.data.replay_buffers.samplers import SliceSampler
+from torchrl.envs import transforms as T
+from torchrl.envs.transforms import Transform
+
+from multistep_triton.base import MultiStepBase
+from multistep_triton.frames import KeyPath
+from multistep_triton.roles import WINDOW_PATHS, as_path
+
+# They change shapes, names or places, and no value.
+_KEEP_VALUES = (
+    T.CatTensors,
+    T.DeviceCastTransform,
+    T.ExcludeTransform,
+    T.ExpandAs,
+    T.FiniteTensorDictCheck,
+    T.FlattenAction,
+    T.FlattenObservation,
+    T.PermuteTransform,
+    T.PinMemoryTransform,
+    T.RandomCropTensorDict,
+    T.RemoveEmptySpecs,
+    T.RenameTransform,
+    T.SelectTransform,
+    T.SqueezeTransform,
+    T.Stack,
+    T.UnsqueezeTransform,
+)
+_INVERT = "append it with invert=True, so that it runs on single steps when the buffer is extended"
+_IN_ENV = "use it in the environment"
+
+
+def check_transforms(
+    transforms: Iterable[Transform], rewards: Collection[KeyPath], dones: Collection[KeyPath], done_at: str
+) -> None:
+    """Checks the transforms that run on n-step transitions when a buffer is sampled.
+
+    Args:
+        transforms: those transforms; none that is inverted.
+        rewards, dones: the entries that windows sum and end with.
+        done_at: of which frame done flags are.
+
+    Raises:
+        ValueError: one is wrong there.
+    """
+    for transform in transforms:
+        if found := _find_fault(transform, {*rewards}, {*dones}, done_at):
+            fault, remedy = found
+            raise ValueError(
+                f"transform must leave rewards and the entries under 'next' to the windows, got "
+                f"{type(transform).__name__}, which {fault}: {remedy}"
+            )
+
+
+def _find_fault(transform: Any, rewards: set[KeyPath], dones: set[KeyPath], done_at: str) -> tuple[str, str] | None:
+    """What a transform does wrong, and what to do instead; None if it is right."""
+    read, written = (_paths(getattr(transform, name, None)) for name in ("in_keys", "out_keys"))
+    moved = done_at == "end" and _path(getattr(transform, "done_key", ())) in {path[1:] for path in dones}
+    flag_remedy = "give it done_key='done_orig', the flag as it came"
+    match transform:
+        case T.MultiStepTransform() | MultiStepBase():
+            return "makes n-step transitions of what it gets", "leave one of the two out"
+        case T.NextStateReconstructor():
+            return "writes what is one step ahead", "store next observations (compact_obs=False)"
+        case T.NextObservationDelta() if transform.in_keys:
+            return "adds the step to the window's end to the frame's own observation", "call it on data before extend"
+        case T.RewardSum():
+            return "sums n-step returns", _IN_ENV
+        case T.PolicyAgeFilter():
+            return "drops frames on extend, over which windows go", "give transform=filter.forward, which drops samples"
+        case T.Reward2GoTransform() if _paths(transform.out_keys_inv) & rewards:
+            return "makes rewards of returns, which windows would sum", "give it other out_keys, at the root"
+        case T.CatFrames() if not transform.as_inverse and any(path[0] == "next" for path in read):
+            return "stacks the ends of several windows", f"{_IN_ENV}, or as_inverse=True"
+        case T.CatFrames() | T.ActionChunkTransform() if moved and not getattr(transform, "as_inverse", False):
+            return "reads done flags that are those of the window's end", flag_remedy
+        case T.ActionChunkTransform() if done_at == "start" and transform.done_key == "done_orig":
+            return "reads a flag that is not there with done_at='start'", "give it the done flag, done_key='done'"
+        case T.DTypeCastTransform() if not read and transform.dtype_in.is_floating_point and not _is_linear(transform):
+            return "casts every entry, rewards among them, to integers", "give it in_keys"
+        case T.SelectTransform() if not {*WINDOW_PATHS} <= _paths(transform.selected_keys):
+            return "leaves out how long windows are", "select steps_to_next_obs, gamma and nonterminal, too"
+        case T.ExcludeTransform() if not transform.inverse and {*WINDOW_PATHS} & _paths(transform.excluded_keys):
+            return "leaves out how long windows are", "keep steps_to_next_obs, gamma and nonterminal"
+        case T.LineariseRewards() if (read | written) & rewards and not read <= rewards:
+            return "makes a reward of what is none", f"name its in_keys in reward_keys, or {_INVERT}"
+        case T.VecNorm() if not transform.frozen:
+            return "learns from n-step transitions", f"freeze it, or {_INVERT}"
+    if (read | written) & rewards and not _is_linear(transform):
+        return "is not linear in a reward, so that it is wrong of a sum", _INVERT
+    if written & dones and not _is_linear(transform):
+        return "changes flags by which windows ended", _INVERT
+    joins = isinstance(transform, T.CatTensors | T.Stack | T.ExpandAs | T.ModuleTransform)
+    one_by_one = isinstance(getattr(transform, "module", None), TensorDictSequential)
+    if joins and not one_by_one and len({path[0] == "next" for path in read}) > 1:
+        return "joins an entry of the frame with one of the window's end", _INVERT
+    return None
+
+
+def _is_linear(transform: Any) -> bool:
+    """Whether what it makes of a discounted sum is the discounted sum of what it makes."""
+    match transform:
+        case T.DTypeCastTransform():
+            return bool(transform.dtype_out.is_floating_point)
+        case T.ActionScaling():
+            return bool((transform.loc == (0 if transform.standard_normal else transform.scale)).all())
+        case T.RewardScaling() | T.ObservationNorm():
+            return getattr(transform, "initialized", True) and bool((transform.loc == 0).all())
+    return isinstance(transform, (*_KEEP_VALUES, T.LineariseRewards))
+
+
+def check_around(buffer: ReplayBuffer, unit: Any, done_at: str, dones: Collection[KeyPath], has_ids: bool) -> None:
+    """Checks what shares a buffer with a :class:`~multistep_triton.MultiStepTransform`, besides transforms.
+
+    Args:
+        buffer, unit: the buffer and its sample unit.
+        done_at, dones: of which frame the done flags are that it stores, and which these are.
+        has_ids: whether the data holds trajectory ids where samplers look for them.
+
+    Raises:
+        ValueError: it would read n-step transitions as single steps.
+    """
+    if isinstance(buffer, HERReplayBuffer):
+        raise ValueError(
+            "a MultiStepTransform must not be in a HERReplayBuffer, which gives n-step transitions the reward of one "
+            "step: relabel rollouts before the buffer is extended"
+        )
+    if isinstance(buffer, ReplayBufferEnsemble):
+        raise ValueError(
+            "a MultiStepTransform must not be in a ReplayBufferEnsemble, whose buffers are extended without it: give "
+            "every one of them a transform of its own"
+        )
+    if isinstance(buffer.storage.checkpointer, FlatStorageCheckpointer):
+        raise ValueError(
+            f"checkpointer must keep next observations, which n-step transitions have of other frames, got "
+            f"{type(buffer.storage.checkpointer).__name__}: use the storage's default"
+        )
+    if done_at == "start":
+        return
+    sampler, first = buffer.sampler, f"('next', '{min(dones)[-1]}_orig')"
+    if isinstance(sampler, SliceSampler):
+        if sampler.truncated_key is not None:
+            raise ValueError(
+                f"sampler must leave the done flags alone, which are those of the window's end with done_at='end', got "
+                f"{type(sampler).__name__} with truncated_key={sampler.truncated_key!r}: give it truncated_key=None"
+            )
+        ends = _paths(sampler.end_keys or [sampler.end_key] if sampler.end_key or sampler.end_keys else [])
+        if ends & {*dones} and sampler.traj_key is None and not has_ids:
+            raise ValueError(
+                f"sampler must find episodes by flags as they came, not by those of the window's end, got "
+                f"{type(sampler).__name__} with end_key={sampler.end_key!r}: give it end_key={first} or a traj_key, or "
+                f"use done_at='start'"
+            )
+    if isinstance(unit, Sequence) and _path(unit.done_key) in dones:
+        raise ValueError(
+            f"sample_unit must read flags as they came, not those of the window's end, got Sequence with "
+            f"done_key={unit.done_key!r}: give it done_key={first}, or use done_at='start'"
+        )
+
+
+def _paths(keys: Any) -> set[KeyPath]:
+    return {_path(key) for key in keys or ()}
+
+
+def _path(key: Any) -> KeyPath:
+    return as_path(key) if isinstance(key, str | tuple) and key else ()

@@ -1,0 +1,113 @@
+"""What is stored: the parts of a buffer whose frames lie in order, and the data that goes on from what is there.
+
+Owns these checks; knows no windows. May import torchrl, by its public names alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tensordict import LazyStackedTensorDict, TensorDictBase, is_tensor_collection
+from torch import Tensor
+from torchrl.data import ImmutableDatasetWriter, RoundRobinWriter, Storage, TensorStorage, Writer
+from torchrl.data.replay_buffers.samplers import ConsumingSampler, Sampler, SliceSampler
+
+from multistep_triton.frames import KeyPath
+
+Leaves = dict[KeyPath, Tensor]
+
+
+class Position(NamedTuple):
+    """Which slots of a storage hold frames."""
+
+    newest: int
+    """The slot of the newest frame, after which comes the oldest, or nothing yet."""
+    live: int
+    """Slots that hold frames: all, or those up to the newest."""
+    slots: int
+
+
+def check_parts(storage: Storage, writer: Writer | None, sampler: Sampler | None) -> None:
+    """Checks that frames lie in the storage in the order in which they came, and that a sampler leaves them alone."""
+    if not isinstance(storage, TensorStorage):
+        raise TypeError(f"storage must be a TensorStorage, such as LazyTensorStorage, got {type(storage).__name__}")
+    if not isinstance(writer, RoundRobinWriter | ImmutableDatasetWriter | None):
+        raise TypeError(f"writer must be a RoundRobinWriter, which stores in order, got {type(writer).__name__}")
+    if isinstance(sampler, ConsumingSampler):
+        raise TypeError(
+            f"sampler must leave frames where windows read them, got {type(sampler).__name__}; "
+            f"consume_after_n_samples must be None"
+        )
+    if isinstance(sampler, SliceSampler) and sampler.truncated_key is not None:
+        raise TypeError(
+            f"sampler must leave the done flags to the windows, got {type(sampler).__name__} with truncated_key="
+            f"{sampler.truncated_key!r}, which writes the ends of slices into them; truncated_key must be None"
+        )
+
+
+def check_dims(data: TensorDictBase, dims: int, ndim: int) -> None:
+    """Checks that data has the batch dimensions of the storage's index."""
+    if data.batch_dims == dims:
+        return
+    kind = "[*B, T]" if dims == ndim else "[*B]"
+    message = (
+        f"data must have a batch size {kind} of {dims} dimensions, as the storage has ndim={ndim}, "
+        f"got {list(data.batch_size)}"
+    )
+    if data.batch_dims > dims:
+        message += f": for several environments use a storage of ndim={ndim + 1} and data [num_envs, T]"
+    raise ValueError(message)
+
+
+def check_layout(storage: Storage, entries: TensorDictBase) -> None:
+    """Checks that the dimensions of the storage's index are those of its entries, and counted as its frames."""
+    ndim = storage.ndim
+    if not is_tensor_collection(entries):
+        raise TypeError(f"storage must hold a tensordict, got {type(entries).__name__}")
+    if entries.batch_dims != ndim:
+        raise ValueError(
+            f"storage must hold frames of batch size {[*entries.shape[:ndim]]}, as it has ndim={ndim}, got "
+            f"{[*entries.shape]}: for several environments use a storage of ndim=2 and data [num_envs, T]"
+        )
+    if entries.numel() != storage.max_size:
+        raise ValueError(
+            f"storage must count the frames of all its dimensions, got max_size = {storage.max_size} for "
+            f"{[*entries.shape]}, as torchrl makes it of data: extend a LazyTensorStorage({entries.numel()}, "
+            f"ndim={ndim}) with the data"
+        )
+
+
+def check_slots(n_steps: int, slots: int, max_size: int, rows: int) -> None:
+    """Checks that a full window finds room in the slots of each of so many rows."""
+    if n_steps > slots:
+        each = f" for all {rows} of them" if rows > 1 else ""
+        raise ValueError(
+            f"storage must have at least n_steps = {n_steps} slots per environment, got max_size = {max_size}{each}: "
+            f"{slots} slots"
+        )
+
+
+def check_continues(new: Leaves, stored: Leaves, new_dims: int, dims: int) -> None:
+    """Checks that entries of the data have the dtypes and trailing shapes of those that are stored."""
+    for path in new.keys() & stored.keys():
+        kinds = [(leaf.dtype, [*leaf.shape[ndim:]]) for leaf, ndim in ((new[path], new_dims), (stored[path], dims))]
+        if kinds[0] != kinds[1]:
+            got, expected = (f"{dtype} {shape}" for dtype, shape in kinds)
+            raise ValueError(f"{path} must be {expected}, as what is stored, got {got}")
+
+
+def tensors_of(data: TensorDictBase, dims: int) -> Leaves:
+    """The tensors of a tensordict, by path; of a lazy stack over its first ``dims`` dimensions, those of an element."""
+    if isinstance(data, LazyStackedTensorDict) and data.stack_dim < dims and data.tensordicts:
+        # Its entries would be stacked for this; an element's tell, with a dimension that says nothing.
+        return {path: leaf.unsqueeze(0) for path, leaf in tensors_of(data.tensordicts[0], dims - 1).items()}
+    leaves = {}
+    for key, leaf in data.items(True, True):
+        if isinstance(leaf, Tensor):
+            leaves[(key,) if isinstance(key, str) else key] = leaf
+    return leaves
+
+
+def versions_of(leaves: Leaves) -> list[int | None]:
+    """How often each was written to; None where that is not counted, as of what was made in inference mode."""
+    return [None if leaf.is_inference() else leaf._version for leaf in leaves.values()]

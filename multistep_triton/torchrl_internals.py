@@ -1,0 +1,684 @@
+"""torchrl from inside: the one file that reaches into private attributes of torchrl's buffers, storages and writers.
+
+Owns where the newest frame of a storage lies, how a call is stored wholly or not at all, and how a buffer is sampled;
+knows no windows. ``tests/test_torchrl_internals.py`` names every attribute that is used here. May import torchrl and
+``stored``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_nn_modules
+from torch import Tensor
+from torchrl.data import (
+    OfflineToOnlineReplayBuffer,
+    ReplayBuffer,
+    ReplayBufferEnsemble,
+    RoundRobinWriter,
+    Storage,
+    TensorDictReplayBuffer,
+    Writer,
+    prefill_replay_buffer,
+)
+from torchrl.data.replay_buffers import SampleUnit
+from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.envs.transforms import Compose, Transform
+from torchrl.envs.transforms.transforms import _InvertTransform
+
+from multistep_triton.stored import (
+    Leaves,
+    Position,
+    check_continues,
+    check_dims,
+    check_layout,
+    check_parts,
+    tensors_of,
+    versions_of,
+)
+
+_RING_FILE = "n_step_ring.json"
+
+
+def _codes_of(*functions: Callable[..., Any]) -> set[CodeType]:
+    return {inspect.unwrap(function).__code__ for function in functions}
+
+
+# torchrl tells a transform nothing of its buffer, and a buffer nothing of who calls: the frames of the calls say it.
+_TAKE = _codes_of(ReplayBuffer._maybe_make_transform, ReplayBuffer.append_transform, ReplayBuffer.insert_transform)
+_MIX = _codes_of(OfflineToOnlineReplayBuffer.sample)
+_PREFILL = _codes_of(prefill_replay_buffer)
+_ENSEMBLE = _codes_of(ReplayBufferEnsemble._sample)
+
+
+def _calling(codes: set[CodeType], depth: int = 16) -> FrameType | None:
+    """The frame of one of these functions, if it is calling."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and depth and frame.f_code not in codes:
+        frame, depth = frame.f_back, depth - 1
+    return frame if depth else None
+
+
+def taking_buffer() -> tuple[ReplayBuffer, bool] | None:
+    """The replay buffer that is being given the transform which asks, if one is, and whether inverted."""
+    frame = _calling(_TAKE)
+    return None if frame is None else (frame.f_locals["self"], bool(frame.f_locals.get("invert")))
+
+
+def refuse_mixing() -> None:
+    """Raises an error in a sample of an OfflineToOnlineReplayBuffer, part of which is of a buffer of single steps."""
+    if _calling(_MIX):
+        raise TypeError(
+            "an OfflineToOnlineReplayBuffer samples single steps from its online_buffer, beside which n-step "
+            "transitions must not be: give both buffers a MultiStepTransform of the same arguments, the offline one as "
+            "its transform and the other one by online_buffer.append_transform(...)"
+        )
+
+
+def refuse_prefill() -> None:
+    """Raises an error in a call of ``prefill_replay_buffer``, whose frames do not follow one another."""
+    if _calling(_PREFILL):
+        raise TypeError(
+            "prefill_replay_buffer extends with frames drawn at random, of which no windows can be made: extend with "
+            "those of the dataset in order, rb.extend(dataset[:])"
+        )
+
+
+def _collate_own(collate: Callable[[Any], Any], data: Any) -> Any:
+    """Collates samples of a buffer's own; an ensemble's are single steps."""
+    if _calling(_ENSEMBLE):
+        raise TypeError(
+            "a ReplayBufferEnsemble reads single steps from the storages of its buffers, and must not have an "
+            "NStepReplayBuffer: give it buffers with a MultiStepTransform each"
+        )
+    return collate(data)
+
+
+def lock_of(buffer: ReplayBuffer) -> contextlib.AbstractContextManager[Any]:
+    """The lock under which a buffer stores and samples."""
+    lock: contextlib.AbstractContextManager[Any] = buffer._replay_lock
+    return lock
+
+
+def store(buffer: ReplayBuffer, data: TensorDictBase) -> Tensor:
+    """What ``extend`` stores once its transforms are through."""
+    indices: Tensor = buffer._extend(data)
+    return indices
+
+
+def update_priority(buffer: ReplayBuffer, indices: Tensor, data: TensorDictBase) -> None:
+    """What ``extend`` does with a priority that comes with the data."""
+    priority_key = getattr(buffer, "priority_key", None)
+    if priority_key is not None and (priority := data.get(priority_key, None)) is not None:
+        buffer.update_priority(indices, priority)
+
+
+def transforms_in(transform: Transform) -> list[Transform]:
+    """A buffer's transform in its parts, in order."""
+    if type(transform).forward is Compose.forward:
+        return [part for each in transform for part in transforms_in(each)]
+    return [transform]
+
+
+def is_inverted(transform: Transform) -> bool:
+    """Whether a part of a buffer's transform runs on extend what another one runs on sample."""
+    return isinstance(transform, _InvertTransform)
+
+
+def sample_unit_of(buffer: ReplayBuffer) -> SampleUnit | None:
+    """What a buffer makes of every frame that is drawn."""
+    unit: SampleUnit | None = buffer._sample_unit
+    return unit
+
+
+class OrderedReplayBuffer(ReplayBuffer):
+    """A replay buffer whose storage is a ring in time: its frames lie in the order in which they came.
+
+    The storage knows where the newest frame is, whoever wrote it. A base beside ``TensorDictReplayBuffer``, which calls
+    ``_extend`` and ``_add`` when its transforms are through.
+    """
+
+    _broken: str | None = None
+    """Why what is stored cannot be read; None if it can."""
+    _torn = 0, 0
+    """The first and the number of slots in which a write that failed has left parts of two frames."""
+    _seen: tuple[int, int] | None = None
+    """The storage's revision and newest slot when it was last written to in this process."""
+
+    def _check_data(
+        self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
+    ) -> None:
+        """Checks data before it is written; its leaves, those of the storage, and whether there are frames in it."""
+        raise NotImplementedError
+
+    def _check_transforms(self, transforms: list[Transform]) -> None:
+        """Checks transforms that run when the buffer is sampled."""
+        raise NotImplementedError
+
+    # Where frames lie
+
+    def _entries(self) -> TensorDictBase | None:
+        """The storage's entries, ``[slots, *R]``, whether frames are in them or not; None if it has none yet."""
+        storage = self._storage
+        if not storage.initialized and len(storage):
+            # Another process made the entries; torchrl looks for them when a frame is read.
+            storage.get(0)
+        entries: TensorDictBase | None = storage._storage
+        return entries
+
+    def _stored(self) -> TensorDictBase | None:
+        """The storage's entries, or None if no frame is in them."""
+        return self._entries() if len(self._storage) else None
+
+    @property
+    def _generator(self) -> torch.Generator | None:
+        """What random numbers are drawn with."""
+        generator: torch.Generator | None = self._storage._rng
+        return generator
+
+    def _slots(self, rows: int | None = None) -> int | None:
+        """Slots of every environment, of which there are ``rows``; None if nobody can know yet."""
+        if getattr(self, "_storage", None) is None:
+            return None
+        entries, storage = self._entries(), self._storage
+        if entries is not None:
+            return entries.shape[0]
+        rows = 1 if storage.ndim == 1 else rows
+        return None if rows is None else -(-storage.max_size // max(rows, 1))
+
+    def _position(self) -> Position | None:
+        """Which slots hold frames, and which one the newest; None if there are none.
+
+        Raises:
+            RuntimeError: nobody can tell.
+        """
+        entries, storage = self._stored(), self._storage
+        if entries is None:
+            return None
+        check_layout(storage, entries)
+        slots, last = entries.shape[0], storage._last_cursor_index
+        live = -(-len(storage) // max(entries.shape[1 : storage.ndim].numel(), 1))
+        broken = self._broken
+        if live < slots and last not in (None, live - 1):
+            broken = f"of {live} slots that hold frames slot {last} was the last one written"
+        elif live == slots and last is None:
+            broken = "it is full and was loaded or written by itself, so that it does not say which frame is newest"
+        if broken:
+            raise RuntimeError(
+                f"storage must hold frames in the order in which they came, but {broken}. Load whole buffers (loads, "
+                f"load_state_dict), and give buffers that write into one storage one writer; empty() begins anew"
+            )
+        return Position(live - 1 if live < slots else last, live, slots)
+
+    def _adopt(self) -> None:
+        """Takes over a storage that may hold frames, at whose position every writer goes on."""
+        storage = self._storage
+        check_parts(storage, self._writer, self._sampler)
+        storage.attach(self)
+        for other in storage._attached_entities:
+            check_parts(storage, getattr(other, "_writer", None), None)
+        entries = self._stored()
+        if entries is not None and storage._last_cursor_index is None and not storage._mutation_revision:
+            # It was given its frames when it was made, in order.
+            storage._set_last_cursor(entries.shape[0] - 1)
+        self._broken, self._torn = None, (0, 0)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Makes every writer of the storage go on after the newest frame, whoever wrote it."""
+        position, storage = self._position(), self._storage
+        cursor = 0 if position is None else (position.newest + 1) % position.slots
+        for other in storage._attached_entities:
+            writer = getattr(other, "_writer", None)
+            if isinstance(writer, RoundRobinWriter) and writer._storage is storage and writer._cursor != cursor:
+                writer._cursor = cursor
+        self._seen = storage._mutation_revision, -1 if position is None else position.newest
+
+    def mark_update(self, index: int | Tensor) -> None:
+        """Called by every writer of the storage when it has written: one that goes on elsewhere breaks the order.
+
+        Example:
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from torchrl.data import LazyTensorStorage
+            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
+            >>> rb in rb.storage._attached_entities  # whom a writer calls
+            True
+        """
+        super().mark_update(index)
+        entries, storage, seen = self._entries(), self._storage, self._seen
+        revision, last = storage._mutation_revision, storage._last_cursor_index
+        if entries is None or last is None:
+            return
+        if seen is not None and revision == seen[0] + 1:
+            # This is all that has happened since.
+            written = len(index) if isinstance(index, Tensor) and index.ndim else 1
+            written //= entries.shape[1 : storage.ndim].numel() if storage.ndim > 1 else 1
+            if (seen[1] + written) % entries.shape[0] != last:
+                self._broken = (
+                    f"another writer went on elsewhere than after slot {seen[1]}, at which the newest frame was"
+                )
+        self._seen = revision, last
+
+    # Parts
+
+    def _init(self) -> None:
+        super()._init()
+        try:
+            self._adopt()
+            self._check_transforms(transforms_in(self._transform))
+        except BaseException:
+            self._initialized = False
+            raise
+
+    def _get_collate_fn(self, collate_fn: Callable[..., Any] | None) -> None:
+        super()._get_collate_fn(collate_fn)
+        self._collate_fn = partial(_collate_own, self._collate_fn)
+
+    def set_storage(self, storage: Storage, collate_fn: Callable[..., Any] | None = None) -> Any:
+        """Exchanges the storage, as in torchrl, and goes on at its position; its sampler begins anew.
+
+        Raises:
+            TypeError: the frames of the storage lie in no order.
+
+        Example:
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from torchrl.data import LazyMemmapStorage, LazyTensorStorage
+            >>> rb = NStepReplayBuffer(n_steps=3, gamma=0.99, storage=LazyTensorStorage(100), batch_size=4)
+            >>> _ = rb.set_storage(LazyMemmapStorage(50))
+            >>> rb.storage.max_size
+            50
+        """
+        check_parts(storage, self.writer, self.sampler)
+        with self._futures_lock:
+            self._clear_prefetch_queue_locked()
+            with self._replay_lock:
+                before = super().set_storage(storage, collate_fn)
+                # What torchrl leaves as it was.
+                before._attached_entities.remove(self)
+                self._writer.register_storage(storage)
+                self._sampler._empty()
+                self._adopt()
+                self.set_rng(self._rng)
+        return before
+
+    def set_writer(self, writer: Writer) -> Any:
+        """Exchanges the writer, as in torchrl; the new one goes on after the newest frame of the storage.
+
+        Raises:
+            TypeError: it does not store in order.
+
+        Example:
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from torchrl.data import LazyTensorStorage, TensorDictRoundRobinWriter
+            >>> rb = NStepReplayBuffer(n_steps=3, gamma=0.99, storage=LazyTensorStorage(100), batch_size=4)
+            >>> _ = rb.set_writer(TensorDictRoundRobinWriter(track_generations=True))
+            >>> rb.writer.tracks_generations
+            True
+        """
+        check_parts(self.storage, writer, self.sampler)
+        with self._replay_lock:
+            before = super().set_writer(writer)
+            self._go_on()
+        return before
+
+    def set_sampler(self, sampler: Sampler) -> Any:
+        """Exchanges the sampler, as in torchrl; one that consumes or alters what it samples is a TypeError.
+
+        Example:
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
+            >>> rb = NStepReplayBuffer(n_steps=3, gamma=0.99, storage=LazyTensorStorage(100), batch_size=4)
+            >>> _ = rb.set_sampler(SamplerWithoutReplacement())
+            >>> type(rb.sampler).__name__
+            'SamplerWithoutReplacement'
+        """
+        check_parts(self.storage, self.writer, sampler)
+        return super().set_sampler(sampler)
+
+    def append_transform(self, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
+        """Appends a transform, as in torchrl; one that is wrong beside windows is a ValueError.
+
+        Example:
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from torchrl.data import LazyTensorStorage
+            >>> from torchrl.envs.transforms import DoubleToFloat
+            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
+            >>> len(rb.append_transform(DoubleToFloat()).transform)
+            1
+        """
+        self._check_given(transform, invert)
+        return super().append_transform(transform, invert=invert)
+
+    def insert_transform(self, index: int, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
+        """Inserts a transform, as in torchrl; one that is wrong beside windows is a ValueError.
+
+        Example:
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from torchrl.data import LazyTensorStorage
+            >>> from torchrl.envs.transforms import DoubleToFloat
+            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
+            >>> len(rb.insert_transform(0, DoubleToFloat()).transform)
+            1
+        """
+        self._check_given(transform, invert)
+        return super().insert_transform(index, transform, invert=invert)
+
+    def _check_given(self, transform: Any, invert: bool) -> None:
+        if isinstance(transform, Transform) and not invert:
+            self._check_transforms(transforms_in(transform))
+
+    # Storing
+
+    def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
+        ndim, time_dim = self._storage.ndim, self.dim_extend
+        check_dims(data, ndim, ndim)
+        frames = data.shape[time_dim]
+        if not frames:
+            return torch.zeros((0, ndim) if ndim > 1 else (0,), dtype=torch.long)
+
+        def write() -> Tensor:
+            # Of several frames for one slot, torch might keep any.
+            slots = self._slots(data.numel() // frames) or 1
+            indices = []
+            for part in data.split(slots, time_dim) if frames > slots else [data]:
+                indices.append(self._writer.extend(part.transpose(time_dim, 0) if time_dim else part))
+                self._sampler.extend(indices[-1])
+            return indices[0] if len(indices) == 1 else torch.cat(indices)
+
+        return self._write(write, data, time_dim, frames)
+
+    def _add(self, data: TensorDictBase) -> Any:
+        check_dims(data, self._storage.ndim - 1, self._storage.ndim)
+
+        def write() -> Any:
+            index = self._writer.add(data)
+            self._sampler.add(index)
+            return index
+
+        return self._write(write, data, None, 1)
+
+    def _write(self, write: Callable[[], Any], data: TensorDictBase, time_dim: int | None, frames: int) -> Any:
+        """Checks data, and writes it at the storage's position; where that fails, the newest frame stays the newest."""
+        with self._replay_lock, self._write_lock:
+            entries, storage, writer = self._entries(), self._storage, self._writer
+            stored = {} if entries is None else tensors_of(entries, storage.ndim)
+            self._check_new(tensors_of(data, data.batch_dims), stored, data, time_dim)
+            position = self._position() or Position(-1, 0, 0)
+            self._go_on()
+            versions, count = versions_of(stored), getattr(writer, "_write_count", None)
+            before = len(storage), storage._last_cursor_index
+            try:
+                index = write()
+            except BaseException:
+                storage._len = before[0]
+                storage._set_last_cursor(before[1])
+                self._go_on()
+                if count is not None:
+                    writer._write_count = count
+                if None in versions or versions != versions_of(stored):
+                    self._tear(position, frames)
+                raise
+            self._mend(position, frames)
+            self._go_on()
+        return index
+
+    def _check_new(self, new: Leaves, stored: Leaves, data: TensorDictBase, time_dim: int | None) -> None:
+        ndim, dims = self._storage.ndim, data.batch_dims
+        self._check_data(data, time_dim, new, stored, bool(len(self._storage)))
+        if not stored:
+            return
+        batch = [*data.shape]
+        if time_dim is not None:
+            batch[0], batch[time_dim] = batch[time_dim], batch[0]
+            del batch[0]
+        rows = [*self._entries().shape[1:ndim]]
+        if batch != rows:
+            raise ValueError(f"data must be of {rows} rows, as what is stored, got {batch}")
+        check_continues(new, stored, dims, ndim)
+
+    def _tear(self, position: Position, frames: int) -> None:
+        """Remembers the slots of frames that a write of more has overwritten in part."""
+        if not position.live:
+            return
+        free = position.slots - position.live
+        if (torn := min(frames - free, position.live)) > 0:
+            self._torn = (position.newest + 1 + free) % position.slots, max(torn, self._torn[1])
+
+    def _mend(self, position: Position, frames: int) -> None:
+        """Forgets those of them that ``frames`` from the newest one on have overwritten wholly."""
+        first, torn = self._torn
+        if torn:
+            mended = frames - (first - position.newest - 1) % position.slots
+            if mended > 0:
+                self._torn = (first + mended) % position.slots, max(torn - mended, 0)
+
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Empties the buffer, and drops what was prefetched from it.
+
+        Example:
+            >>> import torch
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from tensordict import TensorDict
+            >>> from torchrl.data import LazyTensorStorage
+            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
+            >>> done = torch.zeros(3, dtype=torch.bool)
+            >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
+            >>> len(rb)
+            3
+            >>> rb.empty()
+            >>> len(rb)
+            0
+        """
+        with self._futures_lock:
+            self._clear_prefetch_queue_locked()
+            super().empty(empty_write_count)
+            self._broken, self._torn = None, (0, 0)
+            self._go_on()
+
+    # Checkpoints
+
+    @contextlib.contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Within, nothing is sampled, prefetched or stored by another thread."""
+        with self._futures_lock:
+            # A sample that is being prefetched waits for the other lock.
+            self._synchronize_futures_locked()
+            with self._replay_lock:
+                yield
+
+    def _ring_state(self) -> dict[str, Any]:
+        position = self._position()
+        return {"newest": None if position is None else position.newest, "torn": [*self._torn]}
+
+    def _load_ring(self, ring: dict[str, Any] | None) -> None:
+        """Puts the storage where it was when it was saved; a buffer of torchrl's saves its writer's cursor alone."""
+        storage, entries = self._storage, self._stored()
+        if entries is not None:
+            newest = None if ring is None else ring["newest"]
+            if newest is None and isinstance(self._writer, RoundRobinWriter):
+                newest = (self._writer._cursor - 1) % entries.shape[0]
+            storage._set_last_cursor(newest)
+        self._broken, self._torn = None, (0, 0) if ring is None else tuple(ring["torn"])
+        if entries is not None and newest is not None:
+            self._go_on()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torchrl, and which frame is the newest, whatever the writer.
+
+        Example:
+            >>> import torch
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from tensordict import TensorDict
+            >>> from torchrl.data import LazyTensorStorage
+            >>> rb, resumed = (NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4)) for _ in range(2))
+            >>> done = torch.zeros(3, dtype=torch.bool)
+            >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
+            >>> resumed.load_state_dict(rb.state_dict())
+            >>> len(resumed)
+            3
+        """
+        with self._settled():
+            return {**super().state_dict(), "_ring": self._ring_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torchrl, whose buffers' states are taken, too.
+
+        Example:
+            >>> import torch
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from tensordict import TensorDict
+            >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+            >>> theirs = TensorDictReplayBuffer(storage=LazyTensorStorage(4))
+            >>> done = torch.zeros(3, dtype=torch.bool)
+            >>> indices = theirs.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
+            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
+            >>> rb.load_state_dict(theirs.state_dict())
+            >>> len(rb)
+            3
+        """
+        with self._settled():
+            super().load_state_dict(state_dict)
+            self._load_ring(state_dict.get("_ring"))
+
+    def dumps(self, path: str | Path) -> None:
+        """As in torchrl, and which frame is the newest, whatever the writer.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from tensordict import TensorDict
+            >>> from torchrl.data import LazyTensorStorage
+            >>> rb, resumed = (NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4)) for _ in range(2))
+            >>> done = torch.zeros(3, dtype=torch.bool)
+            >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     rb.dumps(folder)
+            ...     resumed.loads(folder)
+            >>> len(resumed)
+            3
+        """
+        with self._settled():
+            super().dumps(path)
+            (Path(path) / _RING_FILE).write_text(json.dumps(self._ring_state()))
+
+    def loads(self, path: str | Path) -> None:
+        """As in torchrl, whose buffers' files are taken, too.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from tensordict import TensorDict
+            >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+            >>> theirs = TensorDictReplayBuffer(storage=LazyTensorStorage(4))
+            >>> done = torch.zeros(3, dtype=torch.bool)
+            >>> indices = theirs.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
+            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     theirs.dumps(folder)
+            ...     rb.loads(folder)
+            >>> len(rb)
+            3
+        """
+        with self._settled():
+            super().loads(path)
+            file = Path(path) / _RING_FILE
+            self._load_ring(json.loads(file.read_text()) if file.exists() else None)
+
+
+class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
+    """One of which something else than the frames themselves is sampled: what that is is up to a subclass."""
+
+    def _n_step_at(self, index: Any) -> TensorDictBase:
+        """What is sampled of the frames at an index of the storage."""
+        raise NotImplementedError
+
+    def _set_index_in_td(self, tensordict: TensorDictBase, index: Tensor | int | None) -> None:
+        # torchrl's takes the indices, which are those of frames with time first, for some with time last.
+        ndim, dim = self._storage.ndim, self.dim_extend
+        if ndim == 1 or not isinstance(index, Tensor):
+            super()._set_index_in_td(tensordict, index)
+            return
+        shape = tensordict.batch_size[:ndim]
+        if len(shape) < ndim or index.shape[0] != shape.numel():
+            # One frame, which has no time.
+            shape, dim = shape[: ndim - 1], 0
+        lead = list(shape)
+        lead[0], lead[dim] = lead[dim], lead[0]
+        tensordict.set("index", index.view(*lead, ndim).transpose(0, dim))
+
+    def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict[str, Any]]:
+        # Another process may have laid the storage out, which the sampler does not see.
+        self._entries()
+        with self._replay_lock, self._write_lock:
+            index, info = self._sampler.sample(self._storage, batch_size)
+            if self._sample_unit is not None:
+                index, info = self._sample_unit.expand(index, info, self._storage)
+            if taken := [key for key in info if key[0] == "next"]:
+                raise TypeError(
+                    f"sampler must leave the entries under 'next' to the windows, got {type(self._sampler).__name__}, "
+                    f"which writes {taken}"
+                )
+            info["index"] = index
+            data = self._read(info)
+        return self._finished(data, info)
+
+    def _read(self, info: dict[str, Any]) -> TensorDictBase:
+        """What is sampled of the frames that lie where ``info`` says, which is told how old they are."""
+        if self._writer.tracks_generations:
+            info["index_generation"] = self._writer.generations_of(info["index"])
+        if self._torn[1]:
+            raise RuntimeError(
+                f"a write that failed has overwritten frames in part: extend the buffer, whose next frames overwrite "
+                f"them wholly, before it is sampled again ({self._torn[1]} slots from {self._torn[0]} on), or empty it"
+            )
+        return self._n_step_at(info["index"])
+
+    def _finished(self, data: TensorDictBase, info: dict[str, Any]) -> tuple[TensorDictBase, dict[str, Any]]:
+        """What was read from the storage, as a sample of torchrl's buffer leaves it."""
+        data = self._collate_fn(data)
+        if self._transform is not None and len(self._transform):
+            with data.unlock_(), set_dispatch_td_nn_modules(True):
+                data = self._transform(data)
+        if self._pin_memory and data.device == torch.device("cpu"):
+            data = data.pin_memory()
+        return data, info
+
+    @contextlib.contextmanager
+    def _up_to_date(self, changes: int, anew: bool) -> Iterator[None]:
+        """Within, the next batch in the queue is one that was computed after so many changes, or ``anew``.
+
+        It is of the slots that were drawn for it, no sampler draws anew, and of the frames that lie there now.
+        """
+        if not self._prefetch:
+            yield
+            return
+        with self._futures_lock:
+            queue = self._prefetch_queue
+            # What was loaded may be of any arguments.
+            of_before = [future for future in queue if getattr(future, "changes", None) != changes]
+            while queue and (anew or queue[0] in of_before):
+                if queue[0].exception() is not None:
+                    queue.popleft()
+                    continue
+                info = dict(queue[0].result()[1])
+                with self._replay_lock, self._write_lock:
+                    data = self._read(info)
+                computed: Future[Any] = Future()
+                computed.set_result(self._finished(data, info))
+                queue[0] = computed
+                break
+            yield
+            for future in queue:
+                if future not in of_before:
+                    future.changes = changes
