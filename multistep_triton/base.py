@@ -64,6 +64,7 @@ class MultiStepBase(Arguments):
         groups = find_groups(frames, roles)
         if carry is not None:
             frames.follow(carry.structure)
+            carry.follow()
         time_dim, leaves, before = len(frames.batch_size) - 1, frames.leaves, None if carry is None else carry.ring
         arguments = {**self._arguments(roles, leaves), "time_dim": time_dim, "n_steps": self._n_steps, "hold": hold}
         saved = roles.saved_in(leaves)

@@ -7,7 +7,7 @@ tensorclasses, non-tensor entries) and no maths. May import tensordict, torch an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -202,6 +202,23 @@ class Held:
 
     structure: Frames
     ring: Ring
+    stream: Any = None
+    """The stream of an accelerator on which they were written; None on the CPU."""
+
+    def __post_init__(self) -> None:
+        """They were written just now."""
+        self.stream = current_stream(self.ring.leaves.values())
+
+    def follow(self) -> None:
+        """Makes what is launched from now on come after what wrote the frames, on whatever stream either is.
+
+        The user sees neither their memory nor when it is freed.
+        """
+        stream = current_stream(self.ring.leaves.values())
+        if stream is not None and stream != self.stream:
+            stream.wait_stream(self.stream)
+            for leaf in self.ring.leaves.values():
+                leaf.record_stream(stream)
 
     @classmethod
     def of(cls, frames: Frames) -> Held:
@@ -215,6 +232,7 @@ class Held:
 
     def frames(self) -> Frames:
         """A copy of the frames, ``[*B, c]``, in order."""
+        self.follow()
         ring, structure = self.ring, self.structure
         time_dim = len(structure.batch_size) - 1
         leaves = {
@@ -224,12 +242,21 @@ class Held:
 
     def to(self, device_of: Callable[[Tensor], torch.device]) -> Held:
         """The frames, each leaf on another device."""
+        self.follow()
         leaves = {path: leaf.to(device_of(leaf)) for path, leaf in self.ring.leaves.items()}
         device = next((leaf.device for leaf in leaves.values()), None)
         old = self.structure
         nodes = {path: node._replace(device=node.device and device) for path, node in old.nodes.items()}
         frames = Frames(old.batch_size, leaves, nodes, old.objects).find_kinds()
         return Held(replace(frames, leaves={}), self.ring.with_leaves(leaves))
+
+
+def current_stream(leaves: Iterable[Tensor]) -> Any:
+    """The stream on which work on these leaves is launched; None if they are on the CPU, or if there are none."""
+    leaf = next(iter(leaves), None)
+    return (
+        None if leaf is None or leaf.device.type in ("cpu", "meta") else torch.accelerator.current_stream(leaf.device)
+    )
 
 
 def _describe(kind: tuple[Any, ...] | None) -> str:

@@ -51,7 +51,7 @@ def check_transforms(
     """Checks the transforms that run on n-step transitions when a buffer is sampled.
 
     Args:
-        transforms: those transforms; none that is inverted.
+        transforms: those transforms.
         rewards, dones: the entries that windows sum and end with.
         done_at: of which frame done flags are.
 
@@ -64,6 +64,22 @@ def check_transforms(
             raise ValueError(
                 f"transform must leave rewards and the entries under 'next' to the windows, got "
                 f"{type(transform).__name__}, which {fault}: {remedy}"
+            )
+
+
+def check_order(before: Iterable[Transform], rewards: Collection[KeyPath]) -> None:
+    """Checks the transforms before a MultiStepTransform in a list, whose inverse runs after it on extend.
+
+    Raises:
+        ValueError: one of them would find single steps there.
+    """
+    for transform in before:
+        keys = _paths(getattr(transform, "in_keys_inv", None)) | _paths(getattr(transform, "out_keys_inv", None))
+        stacks = isinstance(transform, T.CatFrames) and transform.as_inverse
+        if stacks or isinstance(transform, T.Reward2GoTransform) or (keys & {*rewards} and not _is_linear(transform)):
+            raise ValueError(
+                f"a MultiStepTransform must be the first in the list, got {type(transform).__name__} before it, which "
+                f"would run on n-step transitions when the buffer is extended"
             )
 
 
@@ -83,8 +99,9 @@ def _find_fault(transform: Any, rewards: set[KeyPath], dones: set[KeyPath], done
             return "sums n-step returns", _IN_ENV
         case T.PolicyAgeFilter():
             return "drops frames on extend, over which windows go", "give transform=filter.forward, which drops samples"
-        case T.Reward2GoTransform() if _paths(transform.out_keys_inv) & rewards:
-            return "makes rewards of returns, which windows would sum", "give it other out_keys, at the root"
+        case T.Reward2GoTransform():
+            fault = "makes rewards of returns, which windows would sum", "give it other out_keys, at the root"
+            return fault if _paths(transform.out_keys_inv) & rewards else None
         case T.CatFrames() if not transform.as_inverse and any(path[0] == "next" for path in read):
             return "stacks the ends of several windows", f"{_IN_ENV}, or as_inverse=True"
         case T.CatFrames() | T.ActionChunkTransform() if moved and not getattr(transform, "as_inverse", False):
@@ -105,7 +122,7 @@ def _find_fault(transform: Any, rewards: set[KeyPath], dones: set[KeyPath], done
         return "is not linear in a reward, so that it is wrong of a sum", _INVERT
     if written & dones and not _is_linear(transform):
         return "changes flags by which windows ended", _INVERT
-    joins = isinstance(transform, T.CatTensors | T.Stack | T.ExpandAs | T.ModuleTransform)
+    joins = isinstance(transform, T.CatTensors | T.Stack | T.ModuleTransform)
     one_by_one = isinstance(getattr(transform, "module", None), TensorDictSequential)
     if joins and not one_by_one and len({path[0] == "next" for path in read}) > 1:
         return "joins an entry of the frame with one of the window's end", _INVERT

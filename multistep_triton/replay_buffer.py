@@ -26,7 +26,6 @@ from multistep_triton.roles import check_single_steps, with_saved
 from multistep_triton.stored import Leaves, Position, check_slots
 from multistep_triton.torchrl_internals import (
     SampledReplayBuffer,
-    is_inverted,
     refuse_mixing,
     refuse_prefill,
     transforms_in,
@@ -293,5 +292,4 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
 
     def _check_transforms(self, transforms: list[Transform]) -> None:
         roles = self._roles_in(())
-        on_sample = [each for each in transforms if not is_inverted(each)]
-        check_transforms(on_sample, roles.rewards, roles.dones, self._done_at)
+        check_transforms(transforms, roles.rewards, roles.dones, self._done_at)

@@ -24,12 +24,12 @@ def n_step_sample_reference(samples: Samples, data: Mapping[Hashable, Tensor], *
     """Computes :func:`multistep_triton.dispatch.n_step_sample`."""
     if samples.indices[0].is_cpu:
         # Whoever drew an index of no frame has been told.
-        return _sample(samples, data, **arguments)
+        return _sample_frames(samples, data, **arguments)
     samples, inside = frames_of(samples, data[arguments["done_keys"][0]].shape)
-    return blanked(_sample(samples, data, **arguments), inside)
+    return blanked(_sample_frames(samples, data, **arguments), inside)
 
 
-def _sample(
+def _sample_frames(
     samples: Samples,
     data: Mapping[Hashable, Tensor],
     *,

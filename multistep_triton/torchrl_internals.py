@@ -35,7 +35,6 @@ from torchrl.data import (
 from torchrl.data.replay_buffers import SampleUnit
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.envs.transforms import Compose, Transform
-from torchrl.envs.transforms.transforms import _InvertTransform
 
 from multistep_triton.stored import (
     Leaves,
@@ -129,11 +128,6 @@ def transforms_in(transform: Transform) -> list[Transform]:
     if type(transform).forward is Compose.forward:
         return [part for each in transform for part in transforms_in(each)]
     return [transform]
-
-
-def is_inverted(transform: Transform) -> bool:
-    """Whether a part of a buffer's transform runs on extend what another one runs on sample."""
-    return isinstance(transform, _InvertTransform)
 
 
 def sample_unit_of(buffer: ReplayBuffer) -> SampleUnit | None:

@@ -23,11 +23,10 @@ from torchrl.envs.transforms import Transform
 from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_gamma, check_positive_int
 from multistep_triton.frames import Held
-from multistep_triton.neighbours import check_around, check_transforms
+from multistep_triton.neighbours import check_around, check_order, check_transforms
 from multistep_triton.roles import TRAJ_PATH
 from multistep_triton.saved import from_state, to_state
 from multistep_triton.torchrl_internals import (
-    is_inverted,
     lock_of,
     refuse_mixing,
     refuse_prefill,
@@ -234,8 +233,9 @@ class MultiStepTransform(MultiStepBase, Transform):
             return
         roles = self._roles_in(())
         check_around(buffer, unit, self._done_at, roles.dones, ids)
-        others = [each for each in transforms if each is not self and not is_inverted(each)]
+        others = [each for each in transforms if each is not self]
         check_transforms(others, roles.rewards, roles.dones, self._done_at)
+        check_order(transforms[: transforms.index(self)] if self in transforms else [], roles.rewards)
         self._checked = checked
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -72,21 +72,41 @@ def test_launches_as_the_profiler_counts_them(n_steps, launches):
     assert ran == ["n_step_extend_kernel"] * launches
 
 
-@pytest.mark.parametrize("n_steps", N_STEPS)
-def test_in_a_cuda_graph(n_steps):
-    transform, rollout = MultiStepTransform(n_steps, 0.97), rollout_on("cuda")
-    transform._inv_call(rollout)
-    carry = transform._carry
-    expected = transform._inv_call(rollout)
-    transform._carry = carry
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = transform._inv_call(rollout)
-    for leaf in out.values(True, True):
-        leaf.zero_()
-    graph.replay()
+def test_a_cuda_graph_would_repeat_what_it_captured():
+    transform, buffer, rollout = MultiStepTransform(3, 0.97), buffer_on("cuda"), rollout_on("cuda")
+    transform.inv(rollout)
+    held = transform._buffer
+    for call in (lambda: transform.inv(rollout), lambda: buffer.extend(rollout), lambda: buffer.sample(4)):
+        with (
+            pytest.raises(RuntimeError, match="outside of the capture of a CUDA graph"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            call()
     torch.cuda.synchronize()
-    same(out, expected)
+    assert (transform._buffer == held).all()
+    # what holds nothing back can be captured
+    reward, done = rollout["next", "reward"], rollout["next", "done"]
+    expected, graph = n_step_return(reward, done, gamma=0.97, n_steps=3), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = n_step_return(reward, done, gamma=0.97, n_steps=3)
+    graph.replay()
+    assert all(map(torch.equal, out, expected))
+
+
+def test_a_window_that_goes_on_on_another_stream():
+    rollout, transform, expected = rollout_on("cuda"), MultiStepTransform(3, 0.97), MultiStepTransform(3, 0.97)
+    streams, outs = [torch.cuda.Stream() for _ in range(2)], []
+    torch.cuda.synchronize()
+    for i, part in enumerate(rollout.split([10, 2, 1, 12, 15], -1)):
+        with torch.cuda.stream(streams[i % 2]):
+            torch.cuda._sleep(10**6)  # so that the frames held back are late
+            outs.append(transform.inv(part))
+            # which takes the memory that they were in, if that is free
+            junk = [torch.full_like(part["observation"], 7.0) for _ in range(8)]
+    torch.cuda.synchronize()
+    del junk
+    for part, out in zip(rollout.split([10, 2, 1, 12, 15], -1), outs, strict=True):
+        same(out, expected.inv(part))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
