@@ -615,6 +615,8 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
         # Another process may have laid the storage out, which the sampler does not see.
         self._entries()
         with self._replay_lock, self._write_lock:
+            # Before anything is drawn.
+            self._check_whole()
             index, info = self._sampler.sample(self._storage, batch_size)
             if self._sample_unit is not None:
                 index, info = self._sample_unit.expand(index, info, self._storage)
@@ -631,12 +633,16 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
         """What is sampled of the frames that lie where ``info`` says, which is told how old they are."""
         if self._writer.tracks_generations:
             info["index_generation"] = self._writer.generations_of(info["index"])
+        return self._n_step_at(info["index"])
+
+    def _check_whole(self) -> None:
+        """Checks that all frames are there, in order."""
+        self._position()
         if self._torn[1]:
             raise RuntimeError(
                 f"a write that failed has overwritten frames in part: extend the buffer, whose next frames overwrite "
                 f"them wholly, before it is sampled again ({self._torn[1]} slots from {self._torn[0]} on), or empty it"
             )
-        return self._n_step_at(info["index"])
 
     def _finished(self, data: TensorDictBase, info: dict[str, Any]) -> tuple[TensorDictBase, dict[str, Any]]:
         """What was read from the storage, as a sample of torchrl's buffer leaves it."""
@@ -667,6 +673,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
                     continue
                 info = dict(queue[0].result()[1])
                 with self._replay_lock, self._write_lock:
+                    self._check_whole()
                     data = self._read(info)
                 computed: Future[Any] = Future()
                 computed.set_result(self._finished(data, info))

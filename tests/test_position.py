@@ -1,0 +1,400 @@
+"""Where the newest frame of a storage is, whoever wrote it, and what a write that fails leaves behind."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from rings import Ring, assert_every_frame, everything, make_buffer, make_stream
+from rollouts import frames
+from test_replay_buffer_in_use import dumps_and_loads, loading_is_told, through_state_dict
+from torchrl.data import (
+    FlatStorageCheckpointer,
+    ImmutableDatasetWriter,
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    NestedStorageCheckpointer,
+    ReplayBuffer,
+    SamplerWithoutReplacement,
+    TensorDictMaxValueWriter,
+    TensorDictReplayBuffer,
+    TensorDictRoundRobinWriter,
+    TensorStorage,
+)
+
+from multistep_triton import NStepReplayBuffer
+
+BATCHES = pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+# How a ring of 8 slots is filled: in part, just so, and past its end.
+FILLED = pytest.mark.parametrize("cuts", [(5,), (8,), (6, 5), (8, 8, 1)], ids=str)
+
+
+def reader_of(storage, **arguments):
+    sampler = SamplerWithoutReplacement(shuffle=False)
+    return NStepReplayBuffer(n_steps=3, gamma=0.9, storage=storage, sampler=sampler, **arguments)
+
+
+def filled(batch, cuts, kind=None):
+    """A buffer of ours or of torchrl's that wrote so many frames of a stream, and the ring that they are in."""
+    ring = Ring(make_stream(batch, 60), 8)
+    buffer = make_buffer(8, batch)
+    if kind is not None:
+        buffer = kind(
+            storage=LazyTensorStorage(8 * torch.Size(batch).numel(), ndim=len(batch) + 1),
+            sampler=SamplerWithoutReplacement(shuffle=False),
+        )
+    for cut in cuts:
+        buffer.extend(ring.take(cut))
+    return buffer, ring
+
+
+def go_on(buffer, ring, cuts=(2, 5, 1)):
+    for cut in cuts:
+        buffer.extend(ring.take(cut))
+        assert_every_frame(buffer, ring)
+
+
+WRITERS = {
+    "another": None,
+    "none": ImmutableDatasetWriter,
+    "one that counts": partial(TensorDictRoundRobinWriter, track_generations=True),
+}
+
+
+@FILLED
+@BATCHES
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("kind", [None, ReplayBuffer], ids=["ours", "torchrl's"])
+def test_a_storage_that_another_buffer_filled(kind, writer, batch, cuts):
+    theirs, ring = filled(batch, cuts, kind)
+    arguments = {} if WRITERS[writer] is None else {"writer": WRITERS[writer]()}
+    ours = reader_of(theirs.storage, **arguments)
+    info = ["index", "index_generation"] if writer == "one that counts" else ["index"]
+    assert_every_frame(ours, ring, info=info)
+    # which goes on filling it
+    for cut in (3, 7):
+        theirs.extend(ring.take(cut))
+        assert_every_frame(ours, ring, info=info)
+    if writer == "another":
+        go_on(ours, ring)
+
+
+@FILLED
+@BATCHES
+def test_two_buffers_that_write_in_turn(batch, cuts):
+    for kind in (None, ReplayBuffer):
+        theirs, ring = filled(batch, cuts, kind)
+        ours = reader_of(theirs.storage)
+        for cut in (2, 5, 1):
+            for each in (ours, theirs):
+                each.extend(ring.take(cut))
+                assert_every_frame(ours, ring)
+                if kind is None:
+                    assert_every_frame(theirs, ring)
+
+
+@FILLED
+@BATCHES
+def test_another_writer(batch, cuts):
+    buffer, ring = filled(batch, cuts)
+    buffer.set_writer(TensorDictRoundRobinWriter())
+    assert_every_frame(buffer, ring)
+    go_on(buffer, ring)
+
+
+@FILLED
+@BATCHES
+def test_another_storage(batch, cuts):
+    theirs, ring = filled(batch, cuts)
+    ours, other = filled(batch, (8, 3))
+    before = ours.storage
+    assert ours.set_storage(theirs.storage) is before
+    assert_every_frame(ours, ring)
+    go_on(ours, ring)
+    # the one that it had is as it was, and nobody's writer any more
+    assert_every_frame(reader_of(before), other)
+    ours.set_storage(LazyTensorStorage(8 * torch.Size(batch).numel(), ndim=len(batch) + 1))
+    assert not len(ours)
+    ring.empty()
+    go_on(ours, ring)
+
+
+def test_another_storage_is_drawn_from_with_the_generator():
+    draws = []
+    for _ in range(2):
+        buffer, _ = filled((), (8,))
+        buffer.set_sampler(SamplerWithoutReplacement())
+        buffer.set_rng(torch.Generator().manual_seed(0))
+        other, _ = filled((), (8, 3))
+        buffer.set_storage(other.storage)
+        draws.append(buffer.sample(8)["number"].tolist())
+    assert draws[0] == draws[1] != sorted(draws[0])
+
+
+@pytest.mark.parametrize("slots", [8, 12])
+def test_data_that_is_there_from_the_start(slots):
+    ring = Ring(make_stream((), 60), slots)
+    buffer = reader_of(TensorStorage(ring.take(slots).clone()))
+    assert_every_frame(buffer, ring)
+    # which may be edited before it is written to
+    buffer.set_at_("action", torch.tensor(0), 3)
+    ring.stream["action"][3] = 0
+    assert_every_frame(buffer, ring)
+    go_on(buffer, ring)
+
+
+@FILLED
+@BATCHES
+@loading_is_told
+@pytest.mark.parametrize("writer", [TensorDictRoundRobinWriter, ImmutableDatasetWriter])
+@pytest.mark.parametrize("way", [dumps_and_loads, through_state_dict])
+def test_a_buffer_that_is_loaded(way, writer, batch, cuts):
+    theirs, ring = filled(batch, cuts)
+    reader = reader_of(theirs.storage, writer=writer())
+    size, ndim = theirs.storage.max_size, theirs.storage.ndim
+
+    def make():
+        return reader_of(LazyTensorStorage(size, ndim=ndim), writer=writer())
+
+    assert_every_frame(way(reader, make), ring)
+
+    def used():
+        buffer = reader_of(LazyTensorStorage(size, ndim=ndim))
+        buffer.extend(make_stream(batch, 11))
+        return buffer
+
+    loaded = way(theirs, used)
+    assert_every_frame(loaded, ring)
+    go_on(loaded, ring)
+
+
+@FILLED
+@loading_is_told
+@pytest.mark.parametrize("way", [dumps_and_loads, through_state_dict])
+def test_a_buffer_of_torchrls_that_is_loaded(way, cuts):
+    theirs, ring = filled((2,), cuts, ReplayBuffer)
+    loaded = way(theirs, lambda: make_buffer(8, (2,)))
+    assert_every_frame(loaded, ring)
+    go_on(loaded, ring)
+
+
+@FILLED
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda buffer: pickle.loads(pickle.dumps(buffer))])
+def test_a_copy_is_a_ring_of_its_own(copied, cuts):
+    buffer, ring = filled((2,), cuts)
+    twin, theirs = copied(buffer), copy.deepcopy(ring)
+    go_on(buffer, ring)
+    assert_every_frame(twin, theirs)
+    go_on(twin, theirs, (3, 3))
+
+
+@FILLED
+@pytest.mark.parametrize("kind", [FlatStorageCheckpointer, NestedStorageCheckpointer])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_checkpoint_in_which_frames_are_in_order(kind, cuts, tmp_path):
+    """Next observations are left out of it, which in a storage of single steps are the following frames'."""
+    stream = make_stream((), 60)
+    stream["next", "observation"][:-1] = torch.where(
+        stream["next", "done"][:-1], stream["next", "observation"][:-1], stream["observation"][1:]
+    )
+    for key in ("done", "terminated", "truncated"):
+        stream[key] = torch.zeros(60, 1, dtype=torch.bool)
+    stream = stream.exclude("number", "action", ("next", "number"))
+    buffers = []
+    for _ in range(2):
+        buffers.append(reader_of(LazyTensorStorage(8), checkpointer=kind()))
+    at = 0
+    for cut in cuts:
+        buffers[0].extend(stream[at : at + cut])
+        at += cut
+    buffers[0].dumps(tmp_path)
+    buffers[1].loads(tmp_path)
+    for _ in range(3):
+        one, other = (everything(buffer) for buffer in buffers)
+        for key in one.keys(True, True):
+            assert torch.equal(one[key], other[key]), key
+        for buffer in buffers:
+            buffer.extend(stream[at : at + 3])
+        at += 3
+
+
+# What cannot be told is refused
+
+
+@loading_is_told
+def test_a_full_storage_that_was_loaded_by_itself():
+    theirs, ring = filled((), (8, 3))
+    storage = LazyTensorStorage(8)
+    storage.load_state_dict(theirs.storage.state_dict())
+    with pytest.raises(RuntimeError, match=r"it does not say which frame is newest\. Load whole buffers"):
+        reader_of(storage)
+    # of one that is not full, the last frame is the newest
+    theirs, ring = filled((), (5,))
+    storage = LazyTensorStorage(8)
+    storage.load_state_dict(theirs.storage.state_dict())
+    ours = reader_of(storage)
+    assert_every_frame(ours, ring)
+    go_on(ours, ring)
+
+
+@pytest.mark.parametrize("cuts", [(5,), (8, 3)], ids=str)
+@pytest.mark.parametrize("kind", [ReplayBuffer, TensorDictReplayBuffer])
+def test_a_buffer_that_writes_elsewhere(kind, cuts):
+    """torchrl's begin at slot 0, whatever is there."""
+    ours, ring = filled((), cuts)
+    theirs = kind(storage=ours.storage)
+    theirs.extend(make_stream((), 2))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"storage must hold frames in the order in which they came, but"):
+            ours.sample(4)
+        with pytest.raises(RuntimeError, match=r"empty.. begins anew"):
+            ours.extend(ring.take(1))
+    ours.empty()
+    ring.empty()
+    go_on(ours, ring)
+    # with one writer they may
+    theirs = kind(storage=ours.storage, writer=ours.writer)
+    for cut in (2, 6):
+        theirs.extend(ring.take(cut))
+        assert_every_frame(ours, ring)
+
+
+def test_a_storage_that_is_filled_in_no_order():
+    theirs = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(8), writer=TensorDictMaxValueWriter(rank_key=("next", "reward"))
+    )
+    theirs.extend(make_stream((), 5))
+    with pytest.raises(
+        TypeError, match="writer must be a RoundRobinWriter, which stores in order, got TensorDictMaxValueWriter"
+    ):
+        reader_of(theirs.storage)
+
+
+def test_a_storage_whose_dimensions_are_not_those_of_its_frames():
+    data = make_stream((2,), 8)
+    theirs = ReplayBuffer(storage=LazyTensorStorage(8))
+    theirs.extend(data)
+    message = (
+        r"storage must hold frames of batch size \[8\], as it has ndim=1, got \[8, 8\]: .+ndim=2 and data \[num_envs"
+    )
+    with pytest.raises(ValueError, match=message):
+        reader_of(theirs.storage)
+    with pytest.raises(
+        ValueError, match=r"storage must count the frames of all its dimensions, got max_size = 2 for \[2, 8\]"
+    ):
+        reader_of(TensorStorage(data, ndim=2))
+    with pytest.raises(TypeError, match="storage must hold a tensordict, got Tensor"):
+        reader_of(TensorStorage(torch.zeros(8)))
+
+
+def test_a_storage_of_n_step_transitions():
+    theirs = TensorDictReplayBuffer(storage=LazyTensorStorage(8))
+    data = frames([1.0] * 5, [False] * 5)
+    theirs.extend(data.set("steps_to_next_obs", torch.ones(5, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="data must hold single steps, got n-step transitions"):
+        reader_of(theirs.storage).sample(4)
+
+
+# Writes that fail
+
+
+class Torn(LazyTensorStorage):
+    """Whose writes fail, once some leaves are written."""
+
+    fails_after: int | None = None
+
+    def set(self, cursor, data, **arguments):
+        if self.fails_after is None:
+            super().set(cursor, data, **arguments)
+            return
+        self._set_last_cursor(cursor)
+        self._get_new_len(data, cursor)
+        for key in [*data.keys(True, True)][: self.fails_after]:
+            if key != "index":
+                self._storage[key][cursor] = data[key]
+        raise OSError("no space left on device")
+
+
+class TornMemmap(Torn, LazyMemmapStorage):
+    pass
+
+
+@BATCHES
+@pytest.mark.parametrize("storage", [Torn, TornMemmap])
+@pytest.mark.parametrize("fails_after", [0, 1, 3])
+@pytest.mark.parametrize("cuts, frames_", [((5,), 2), ((6,), 4), ((8, 3), 3), ((8, 6), 4), ((8,), 12)], ids=str)
+def test_a_write_that_fails(cuts, frames_, fails_after, storage, batch):
+    """What was overwritten in part is not sampled until it is overwritten wholly; all else is as it was."""
+    ring, buffer = Ring(make_stream(batch, 80), 8), make_buffer(8, batch, storage=storage)
+    for cut in cuts:
+        buffer.extend(ring.take(cut))
+    buffer.storage.fails_after, count = fails_after, buffer.write_count
+    with pytest.raises(OSError, match="no space left"):
+        buffer.extend(make_stream(batch, frames_, seed=5))
+    buffer.storage.fails_after = None
+    assert buffer.write_count == count
+    free = 8 - min(sum(cuts), 8)
+    torn = min(frames_ - free, sum(cuts), 8) if fails_after and frames_ > free else 0
+    if torn:
+        with pytest.raises(RuntimeError, match=rf"overwritten frames in part: extend the buffer.+\({torn} slots from"):
+            buffer.sample(4)
+    else:
+        assert_every_frame(buffer, ring)
+    # as many frames as were torn, a few at a time
+    while torn:
+        with pytest.raises(RuntimeError, match="overwritten frames in part"):
+            buffer.sample(4)
+        buffer.extend(ring.take(1))
+        free, torn = max(free - 1, 0), torn - (not free)
+    go_on(buffer, ring)
+
+
+@loading_is_told
+def test_a_torn_ring_is_saved_as_such(tmp_path):
+    ring, buffer = Ring(make_stream((), 60), 8), make_buffer(8, storage=Torn)
+    buffer.extend(ring.take(8)), buffer.extend(ring.take(3))
+    buffer.storage.fails_after = 1
+    with pytest.raises(OSError, match="no space left"):
+        buffer.extend(make_stream((), 2))
+    buffer.dumps(tmp_path)
+    loaded, other = make_buffer(8), make_buffer(8)
+    loaded.loads(tmp_path)
+    other.load_state_dict(buffer.state_dict())
+    for resumed in (loaded, other, copy.deepcopy(buffer)):
+        resumed.storage.fails_after = None
+        with pytest.raises(RuntimeError, match=r"overwritten frames in part: .+\(2 slots from 3 on\)"):
+            resumed.sample(4)
+        theirs = copy.deepcopy(ring)
+        resumed.extend(theirs.take(2))
+        assert_every_frame(resumed, theirs)
+    buffer.empty()
+    buffer.storage.fails_after = None
+    ring.empty()
+    go_on(buffer, ring)
+
+
+@pytest.mark.filterwarnings("ignore:Loading the storage:UserWarning")
+def test_prefetched_samples_are_of_before_a_write_that_failed():
+    ring, buffer = Ring(make_stream((), 60), 8), make_buffer(8, storage=Torn, batch_size=8, prefetch=1, sampler=None)
+    buffer.extend(ring.take(8))
+    buffer.sample()
+    buffer.synchronize()
+    buffer.storage.fails_after = 1
+    with pytest.raises(OSError, match="no space left"):
+        buffer.extend(make_stream((), 2))
+    with pytest.raises(RuntimeError, match="overwritten frames in part"):
+        for _ in range(3):
+            buffer.sample()
+
+
+def test_storages_of_inference_mode_keep_no_count():
+    """Whether such a leaf was written to, nobody can tell."""
+    ring, buffer = Ring(make_stream((), 60), 8), make_buffer(8, storage=Torn)
+    with torch.inference_mode():
+        buffer.extend(ring.take(8))
+    buffer.storage.fails_after = 0
+    with pytest.raises(OSError, match="no space left"):
+        buffer.extend(make_stream((), 2))
+    with pytest.raises(RuntimeError, match="overwritten frames in part"):
+        buffer.sample(4)
