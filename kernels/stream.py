@@ -61,16 +61,17 @@ def tile_frames(program, rows, frames, stream, TIME_MAJOR: tl.constexpr, LENGTH:
         index, sizes, own, count, first = picked
         place = program * BLOCK_F + tl.arange(0, BLOCK_F)
         inside = place < (count << 2 >> 4)
-        frame = load_index(index[0], place, inside).to(tl.int32) - (first << 2 >> 4).to(tl.int32)
-        frame = tl.where(frame < 0, frame + known, frame)
+        slot = load_index(index[0], place, inside)
         # Nothing else is read, whatever the indices.
-        inside &= (frame >= 0) & (frame < known)
+        inside &= (slot >= 0) & (slot < known)
+        frame = slot.to(tl.int32) - (first << 2 >> 4).to(tl.int32)
+        frame = tl.where(frame < 0, frame + known, frame)
         row = tl.zeros([BLOCK_F], tl.int32)
         for d in tl.static_range(1, len(index)):
-            size = (sizes[d] << 2 >> 4).to(tl.int32)
-            dim = load_index(index[d], place, inside).to(tl.int32)
+            size = sizes[d] << 2 >> 4
+            dim = load_index(index[d], place, inside)
             inside &= (dim >= 0) & (dim < size)
-            row = row * size + dim
+            row = row * size.to(tl.int32) + dim.to(tl.int32)
         places = (place.to(tl.int64), place < (count << 2 >> 4))
         limits = own
         if len(own) > 0:

@@ -8,7 +8,7 @@ import torch
 from rollouts import make_rollout
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
+from torchrl.data import LazyTensorStorage, RandomSampler, SamplerWithoutReplacement
 
 from multistep_triton import NStepReplayBuffer
 
@@ -84,6 +84,17 @@ class Ring:
         while len(window) < n_steps and not self.is_newest(window[-1]) and not self.is_boundary(window[-1]):
             window.append(window[-1] + 1)
         return window
+
+
+class Drawn(RandomSampler):
+    """Draws what it is told."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+    def sample(self, storage, batch_size):
+        return self.index, {}
 
 
 def make_buffer(capacity: int, batch: Sequence[int] = (), *, storage=LazyTensorStorage, **arguments):

@@ -6,15 +6,15 @@ import pickle
 import re
 import tempfile
 import threading
-from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import kernels, no_collection
+from conftest import no_collection
 from rings import (
     TRAJ_KEY,
+    Drawn,
     Ring,
     assert_every_frame,
     assert_returns,
@@ -904,37 +904,6 @@ def test_a_copy_has_the_arguments_and_a_ring_of_its_own(way):
 
 
 # Indices
-
-
-class Drawn(RandomSampler):
-    """Draws what it is told."""
-
-    def __init__(self, index):
-        super().__init__()
-        self.index = index
-
-    def sample(self, storage, batch_size):
-        return self.index, {}
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
-@pytest.mark.parametrize("where", [nullcontext, kernels], ids=["reference", "kernels"])
-def test_indices_of_any_integer_type(dtype, where):
-    """Of numpy, too, and in any strides."""
-    index = torch.tensor([[3, 0], [0, 0], [7, 0]], dtype=dtype)[:, 0]
-    for each in (index, index.numpy()):
-        with where():
-            buffer, ring = wrapped(8, (), sampler=Drawn(each))
-            sample = buffer.sample(3)
-            assert_sampled(sample, ring)
-            assert sample["index"].tolist() == [3, 0, 7]
-
-
-@pytest.mark.parametrize("index", [torch.tensor([0, 3]), torch.tensor([-1])], ids=str)
-def test_indices_of_no_frame(index):
-    buffer, _ = wrapped(8, (), sampler=Drawn(index), frames=[3])
-    with pytest.raises(IndexError, match=r"a sampler must draw indices within 0 \.\. 2, got"):
-        buffer.sample(2)
 
 
 def test_how_old_a_frame_is_that_is_read_anew():

@@ -1,0 +1,425 @@
+"""What is wrong is said at once, in words, and nothing is stored."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from rings import TRAJ_KEY, Ring, assert_every_frame, everything, make_buffer, make_stream
+from rollouts import extend, frames, make_rollout
+from tensordict import TensorDict
+from torchrl.data import (
+    ImmutableDatasetWriter,
+    LazyTensorStorage,
+    ReplayBuffer,
+    SamplerWithoutReplacement,
+    TensorDictReplayBuffer,
+)
+from torchrl.envs.transforms import Compose
+
+from multistep_triton import MultiStep, MultiStepTransform, NStepReplayBuffer
+from multistep_triton import frames as frames_module
+
+REWARD, NEXT, DONE = ("next", "reward"), ("next", "observation"), ("next", "done")
+
+
+# Time or agents
+
+
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5), (5, 1), (1, 1)], ids=str)
+def test_rollouts_of_environments_need_a_storage_of_two_dimensions(shape, filled):
+    buffer = make_buffer(20)
+    if filled:
+        buffer.extend(make_rollout((), 4))
+    before = len(buffer)
+    message = r"got \[\d, \d\]: for several environments use a storage of ndim=2 and data \[num_envs, T\]"
+    with pytest.raises(ValueError, match=message):
+        buffer.extend(make_rollout(shape[:-1], shape[-1]))
+    assert len(buffer) == before
+    both = make_buffer(20, shape[:-1])
+    both.extend(make_rollout(shape[:-1], shape[-1]))
+    assert len(both) == torch.Size(shape).numel()
+
+
+# Trajectory ids
+
+
+def flat_batches(envs=2, count=4, calls=3):
+    """Batches of a collector, flattened as torchrl's scripts do: frames of one environment, then of the next one."""
+    t = torch.arange(float(count * calls)).expand(envs, -1) + 100 * torch.arange(envs).view(-1, 1)
+    next_ = {"observation": t + 1, "reward": t, "done": torch.zeros(envs, count * calls, dtype=torch.bool)}
+    ids = torch.arange(envs).view(-1, 1).expand(envs, count * calls).clone()
+    data = TensorDict({"observation": t, "next": next_, "collector": {"traj_ids": ids}}, [envs, count * calls])
+    return [part.reshape(-1) for part in data.split(count, 1)]
+
+
+def assert_no_window_crosses(sample):
+    """The next observation is as many frames ahead as the window has."""
+    assert torch.equal(sample[NEXT] - sample["observation"], sample["steps_to_next_obs"].float())
+
+
+@pytest.mark.usefixtures("path")
+def test_ids_that_collectors_write_are_found():
+    stored = ReplayBuffer(
+        storage=LazyTensorStorage(40),
+        sampler=SamplerWithoutReplacement(shuffle=False),
+        transform=MultiStepTransform(3, 1.0),
+    )
+    sampled = make_buffer(40, gamma=1.0)
+    for batch in flat_batches():
+        stored.extend(batch), sampled.extend(batch)
+        assert_no_window_crosses(MultiStep(1.0, 3)(batch))
+    stored.transform[0].flush_into(stored)
+    for buffer in (stored, sampled):
+        sample = buffer.sample(24)
+        assert_no_window_crosses(sample)
+        assert sample["steps_to_next_obs"].tolist() == [3, 3, 2, 1] * 6
+        assert sample["collector", "traj_ids"].tolist() == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4
+
+
+def test_ids_can_be_left_alone():
+    for kind in (lambda **keys: MultiStepTransform(3, 1.0, **keys), lambda **keys: make_buffer(40, **keys)):
+        assert kind().traj_key == "auto"
+        assert kind(traj_key=None).traj_key is None
+    out = MultiStep(1.0, 3, traj_key=None)(flat_batches()[0])
+    assert out["steps_to_next_obs"].tolist() == [3, 3, 3, 3, 3, 3, 2, 1]
+    # an entry of that name is found as a key
+    data = frames([1.0] * 4, [False] * 4, auto=torch.tensor([1, 1, 2, 2]))
+    assert MultiStep(1.0, 3, traj_key=("auto",))(data)["steps_to_next_obs"].tolist() == [2, 1, 2, 1]
+
+
+def test_ids_that_are_no_integers():
+    data = frames([1.0] * 4, [False] * 4, collector={"traj_ids": torch.zeros(4)})
+    for use in (MultiStep(1.0, 3), make_buffer(8).extend, MultiStepTransform(3, 1.0).inv):
+        with pytest.raises(
+            TypeError, match=r"trajectory ids \('collector', 'traj_ids'\), named by traj_key, must be int"
+        ):
+            use(data)
+    assert MultiStep(1.0, 3, traj_key=None)(data)["steps_to_next_obs"].tolist() == [3, 3, 2, 1]
+
+
+# One stream, one owner
+
+
+def numbered(begin, end):
+    t = torch.arange(float(begin), end).view(-1, 1)
+    done = torch.zeros(end - begin, 1, dtype=torch.bool)
+    return TensorDict({"observation": t, "next": {"observation": t + 1, "reward": t, "done": done}}, [end - begin])
+
+
+def buffer_with(transform):
+    return ReplayBuffer(storage=LazyTensorStorage(32), transform=transform)
+
+
+OWN = "a MultiStepTransform must belong to one replay buffer, as it holds back frames of one stream"
+
+
+@pytest.mark.parametrize(
+    "give", [lambda each: each, Compose, lambda each: Compose(Compose(each))], ids=["bare", "in", "deep"]
+)
+@pytest.mark.parametrize("held", [False, True], ids=["nothing held back", "frames held back"])
+def test_one_transform_in_two_buffers(give, held):
+    transform = MultiStepTransform(3, 1.0)
+    given = give(transform)
+    demos = buffer_with(given)
+    if held:
+        demos.extend(numbered(0, 6))
+    for into in (given, transform, lambda: None):
+        if into is transform or into is given:
+            with pytest.raises(ValueError, match=OWN):
+                buffer_with(into)
+    for add in ("append_transform", "insert_transform"):
+        own, arguments = buffer_with(None), [0] if add == "insert_transform" else []
+        with pytest.raises(ValueError, match=OWN):
+            getattr(own, add)(*arguments, transform)
+        own.extend(numbered(100, 106))
+        assert own[:]["observation"].flatten().tolist() == [100, 101, 102, 103, 104, 105]
+    # the first one goes on
+    demos.extend(numbered(6, 10) if held else numbered(0, 10))
+    assert demos[:]["observation"].flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
+    own = buffer_with(transform.clone())
+    own.transform[0].clear()
+    own.extend(numbered(100, 106))
+    assert own[:]["observation"].flatten().tolist() == [100, 101, 102]
+
+
+def test_a_transform_whose_buffer_is_gone():
+    transform = MultiStepTransform(3, 1.0)
+    first = buffer_with(transform)
+    first.extend(numbered(0, 6))
+    del first
+    with pytest.raises(ValueError, match=OWN):
+        buffer_with(transform)
+    transform.clear()
+    gc.collect()
+    second = buffer_with(transform)
+    second.extend(numbered(100, 106))
+    assert second[:]["observation"].flatten().tolist() == [100, 101, 102]
+    # what is asked of it besides changes no owner
+    second.transform.eval(), second.transform.train(), transform.eval()
+    second.extend(numbered(106, 107))
+    assert len(second) == 4
+
+
+def test_copies_belong_to_copies():
+    buffer = buffer_with(MultiStepTransform(3, 1.0))
+    buffer.extend(numbered(0, 6))
+    twin = copy.deepcopy(buffer)
+    for each in (buffer, twin):
+        each.extend(numbered(6, 10))
+        assert each[:]["observation"].flatten().tolist() == list(range(7))
+
+
+def test_a_transform_that_is_inverted():
+    for add, arguments in (("append_transform", []), ("insert_transform", [0])):
+        with pytest.raises(ValueError, match="invert must be False for an n-step transform"):
+            getattr(buffer_with(None), add)(*arguments, MultiStepTransform(3, 1.0), invert=True)
+
+
+TWICE = "data must hold single steps, got n-step transitions, which hold 'steps_to_next_obs'"
+
+
+def test_data_that_is_n_step_already():
+    once = MultiStep(gamma=1.0, n_steps=3)(numbered(0, 10))
+    stored, sampled = buffer_with(MultiStepTransform(3, 1.0)), make_buffer(16)
+    for use in (stored.extend, sampled.extend, MultiStep(1.0, 3), MultiStepTransform(3, 1.0).inv):
+        with pytest.raises(ValueError, match=TWICE):
+            use(once)
+    with pytest.raises(ValueError, match=TWICE):
+        sampled.add(once[0])
+    assert not len(stored) and not len(sampled)
+    # the frames held back stay
+    transform = MultiStepTransform(3, 1.0)
+    transform.inv(numbered(0, 6))
+    with pytest.raises(ValueError, match=TWICE):
+        transform.inv(once)
+    assert transform.inv(numbered(6, 8))["observation"].flatten().tolist() == [3, 4]
+    twice = buffer_with(Compose(MultiStepTransform(2, 1.0), MultiStepTransform(3, 1.0)))
+    with pytest.raises(ValueError, match="got MultiStepTransform, which makes n-step transitions of what it gets"):
+        twice.extend(numbered(0, 6))
+    assert not len(twice)
+
+
+# Entries that come late
+
+
+ROLES = {
+    "mask": lambda count: torch.ones(count, dtype=torch.bool),
+    TRAJ_KEY: lambda count: torch.zeros(count, dtype=torch.int64),
+    ("next", "truncated"): lambda count: torch.zeros(count, 1, dtype=torch.bool),
+    ("next", "cats", "done"): lambda count: torch.zeros(count, 1, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("cuts", [(4,), (8, 3)], ids=["not full", "full"])
+@pytest.mark.parametrize("key", ROLES, ids=str)
+def test_a_role_that_comes_late_or_goes(key, cuts):
+    stream = make_stream((), 40)
+    if key == ("next", "truncated"):
+        stream = stream.exclude(key)
+    with_role = stream.clone().set(key, ROLES[key](40))
+    for before, after, error, message in (
+        (stream, with_role, ValueError, "data must not hold .+, which windows read and the frames stored before lack"),
+        (with_role, stream, KeyError, "data must hold"),
+    ):
+        ring, buffer = Ring(before, 8), make_buffer(8)
+        for cut in cuts:
+            buffer.extend(ring.take(cut))
+        dones = [each for each in ("done", "terminated", "truncated") if ("next", each) in before.keys(True)]
+        for _ in range(2):
+            with pytest.raises(error, match=message):
+                buffer.extend(after[ring.written : ring.written + 2])
+            assert_every_frame(buffer, ring, done_keys=dones)
+        buffer.extend(ring.take(3))
+        assert_every_frame(buffer, ring, done_keys=dones)
+        # in an empty buffer it may come
+        buffer.empty()
+        if after is with_role:
+            ring.empty()
+            ring.stream = after
+            buffer.extend(ring.take(5))
+            dones = [each for each in ("done", "terminated", "truncated") if ("next", each) in after.keys(True)]
+            assert_every_frame(buffer, ring, done_keys=dones)
+
+
+def test_what_plays_no_role_may_come_late():
+    buffer = make_buffer(8)
+    buffer.extend(make_stream((), 4))
+    buffer.extend(make_stream((), 2).set("extra", torch.ones(2)))
+    assert everything(buffer)["extra"].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+# Wrong at once, not when it is sampled
+
+
+WRONG = {
+    "done is an integer": (
+        DONE,
+        lambda done: done.long(),
+        TypeError,
+        r"done \('next', 'done'\) must be bool, got torch.int64",
+    ),
+    "done is a float": (DONE, lambda done: done.float(), TypeError, r"done \('next', 'done'\) must be bool"),
+    "another flag is an integer": (
+        ("next", "truncated"),
+        lambda done: done.int(),
+        TypeError,
+        r"must be bool, got torch.int32",
+    ),
+    "done of another shape": (
+        DONE,
+        lambda done: done.expand(*done.shape[:-1], 3).clone(),
+        ValueError,
+        r"done \('next', 'done'\) must have shape",
+    ),
+    "a complex reward": (
+        REWARD,
+        lambda reward: reward.to(torch.complex64),
+        TypeError,
+        "must be floating point, integer or bool",
+    ),
+    "a mask of numbers": (
+        "mask",
+        lambda mask: torch.ones(mask.shape),
+        TypeError,
+        "mask .+ must be bool, got torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_a_role_that_is_wrong_is_not_stored(kind, batch):
+    key, spoil, error, message = WRONG[kind]
+    stream = make_stream(batch, 20, mask=True)
+    buffer, wrong = make_buffer(8, batch), stream[..., :4].clone()
+    wrong[key] = spoil(wrong[key])
+    for use in (lambda: buffer.extend(wrong), lambda: buffer.add(wrong[..., 0])):
+        with pytest.raises(error, match=message):
+            use()
+        assert not len(buffer)
+    ring = Ring(stream, 8)
+    for cut in (3, 4, 6):
+        buffer.extend(ring.take(cut))
+        assert_every_frame(buffer, ring)
+
+
+def test_a_window_must_find_room():
+    message = r"storage must have at least n_steps = 3 slots per environment, got max_size = 2: 2 slots"
+    with pytest.raises(ValueError, match=message):
+        make_buffer(2)
+    with pytest.raises(ValueError, match="at least n_steps = 5 slots"):
+        make_buffer(4, n_steps=(1, 5))
+    # of several environments, slots are known when data comes
+    buffer = NStepReplayBuffer(n_steps=3, gamma=1.0, storage=LazyTensorStorage(8, ndim=2), batch_size=4)
+    message = r"at least n_steps = 3 slots per environment, got max_size = 8 for all 4 of them: 2 slots"
+    for count in (1, 5):
+        with pytest.raises(ValueError, match=message):
+            buffer.extend(make_rollout((4,), count))
+        assert not len(buffer)
+    buffer.extend(make_rollout((2,), 5))
+    with pytest.raises(
+        ValueError, match=r"at least n_steps = 9 slots per environment, got max_size = 8 for all 2 of them: 4"
+    ):
+        buffer.n_steps = 9
+    assert buffer.n_steps == 3
+    buffer.n_steps = 4
+    # as far as there are frames
+    assert buffer.sample(n_steps=100)["steps_to_next_obs"].max() <= 4
+    # what nobody writes into has as many frames as it has
+    short = NStepReplayBuffer(
+        n_steps=10,
+        gamma=1.0,
+        storage=buffer.storage,
+        writer=ImmutableDatasetWriter(),
+        sampler=SamplerWithoutReplacement(),
+    )
+    assert short.sample(8)["steps_to_next_obs"].max() <= 4
+
+
+def test_a_storage_must_be_given():
+    for kind in ({}, {"storage": None}):
+        with pytest.raises(
+            TypeError, match=r"storage must be a TensorStorage, such as LazyTensorStorage\(max_size\), got None"
+        ):
+            NStepReplayBuffer(n_steps=3, gamma=1.0, **kind)
+
+
+def test_a_buffer_that_is_put_together_late_is_refused_every_time():
+    buffer = NStepReplayBuffer(
+        n_steps=30, gamma=1.0, storage=lambda: LazyTensorStorage(8), delayed_init=True, batch_size=4
+    )
+    with pytest.raises(ValueError, match="at least n_steps = 30 slots"):
+        buffer.extend(make_rollout((), 4))
+    late = NStepReplayBuffer(
+        n_steps=3, gamma=1.0, storage=LazyTensorStorage(8), transform_factory=lambda: MultiStepTransform(3, 1.0)
+    )
+    for _ in range(2):
+        with pytest.raises((ValueError, TypeError), match="must"):
+            late.extend(make_rollout((), 4))
+
+
+def test_sample_takes_what_torchrls_takes(monkeypatch):
+    """A version to come has other arguments."""
+    taken = []
+
+    def sample(self, batch_size=None, return_info=False, *, wait=False, timeout=None, cancel_event=None):
+        taken.append((batch_size, return_info, wait, timeout, cancel_event))
+        return self._n_step_at(torch.arange(4))
+
+    buffer = make_buffer(8)
+    buffer.extend(make_stream((), 5))
+    monkeypatch.setattr(TensorDictReplayBuffer, "sample", sample)
+    out = buffer.sample(4, wait=True, timeout=1.5, cancel_event="event", n_steps=1)
+    assert out["steps_to_next_obs"].tolist() == [1, 1, 1, 1]
+    buffer.sample(4, True)
+    assert taken == [(4, False, True, 1.5, "event"), (4, True, False, None, None)]
+
+
+# Streams and graphs of a GPU, as far as they can be seen without one
+
+
+class Stream:
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+def test_a_window_that_goes_on_on_another_stream(monkeypatch):
+    """The frames held back are of the one before: their memory is kept until what reads them is through."""
+    one, other = Stream(), Stream()
+    current, recorded = [one], []
+    monkeypatch.setattr(frames_module, "current_stream", lambda leaves: current[0])
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda leaf, stream: recorded.append((leaf.data_ptr(), stream)))
+    transform, data = MultiStepTransform(3, 1.0), make_rollout((), 40)
+    transform.inv(data[:10])
+    transform.inv(data[10:20])
+    assert not recorded and not one.waited
+
+    for use in (lambda: transform.inv(data[20:22]), transform.clone, transform.get_extra_state, transform.flush):
+        held, stream = transform._carry.ring.leaves.values(), transform._carry.stream
+        current[0] = other if stream is one else one
+        use()
+        assert {*current[0].waited} == {stream}
+        assert {*recorded} == {(leaf.data_ptr(), current[0]) for leaf in held}
+        current[0].waited.clear(), recorded.clear()
+
+
+def test_while_a_graph_is_captured(monkeypatch):
+    transform, buffer, data = MultiStepTransform(3, 1.0), make_buffer(16), make_rollout((), 10)
+    for each in (transform.inv, buffer.extend):
+        each(data)
+    held, count = transform._buffer, len(buffer)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for call in (lambda: transform.inv(data), lambda: buffer.extend(data), lambda: buffer.sample(4)):
+            with pytest.raises(RuntimeError, match="must be called outside of the capture of a CUDA graph: how far"):
+                call()
+        # what holds nothing back may be captured
+        MultiStep(1.0, 3)(data)
+    assert (transform._buffer == held).all() and len(buffer) == count
+    assert extend(transform, data, [10]).batch_size == (10,)
