@@ -56,7 +56,7 @@ def launch_n_step_extend(
     _, rows, carried, known, emitted, *_ = plan.scalars
     ring = place.ring(memory.held, emitted, known) if place else None
     rings = _slots(carry, rows), _slots(ring, rows)
-    flags = seen.flags(plan, *done_keys, mask_key, traj_key)
+    flags = seen.flags(plan, done_keys, mask_key, traj_key)
     _run(plan, device, *plan.scalars, *rings, (), gamma, flags, *memory.arguments)
     return memory.leaves, memory.returns, *memory.windows, ring
 
@@ -100,7 +100,7 @@ def launch_n_step_sample(
         coded((samples.newest + 1) % samples.live),
     )
     sizes, rows, carried, _, *rest = plan.scalars
-    flags = seen.flags(plan, *done_keys, mask_key, traj_key)
+    flags = seen.flags(plan, done_keys, mask_key, traj_key)
     _run(plan, device, sizes, rows, carried, samples.live, *rest, (), (), picked, gamma, flags, *memory.arguments)
     return memory.leaves, memory.returns, *memory.windows
 
@@ -129,8 +129,13 @@ class _Seen:
             self.described.append((key, shape, strides, leaf.dtype, (new | old) % WIDEST))
             self.addresses[key] = coded(new), coded(old)
 
-    def flags(self, plan: Plan, *keys: Hashable | None) -> tuple[Any, ...]:
-        return tuple([(*self.addresses[key], *plan.places[key]) for key in keys if key is not None])
+    def flags(self, plan: Plan, done_keys: Sequence[Hashable], *marks: Hashable | None) -> tuple[Any, ...]:
+        """Those that lie alike together, then the others one by one."""
+        alike: dict[Any, list[tuple[int, int]]] = {}
+        for key in done_keys:
+            alike.setdefault(plan.places[key], []).append(self.addresses[key])
+        dones = [(*zip(*addresses, strict=True), *place) for place, addresses in alike.items()]
+        return *dones, *[(*self.addresses[key], *plan.places[key]) for key in marks if key is not None]
 
 
 class _Memory:

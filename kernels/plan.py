@@ -30,9 +30,8 @@ TILE_FRAMES = 256
 TIME_MAJOR_FRAMES = 8
 # The widest access of a thread, in bytes.
 WIDEST = 16
-# Up to this n every step is unrolled, so that all loads of a window are on their way at once; n is compiled into the
-# kernel, and rows are copied in the same launch. With more steps it would need more than 96 registers (with a mask,
-# 128): any larger n runs one kernel with a loop, and a second launch for the rows.
+# Up to this n rows are copied in the same launch as windows are computed; beyond, computing windows for every leaf anew
+# costs more than a second launch.
 UNROLLED_STEPS = 8
 # The same where there are trajectory ids, each of which takes two registers.
 UNROLLED_STEPS_WITH_IDS = UNROLLED_STEPS // 2
@@ -161,9 +160,11 @@ def plan_extend(
             alike.setdefault((job, places[key]), []).append(copy)
     jobs = [_Job(job.programs * len(group), job.constants) for (job, _), group in alike.items()]
 
-    ends = len(done_keys), mask_key is not None, _NO_IDS if traj_key is None else ELEMENTS[described[traj_key].dtype]
+    ids = _NO_IDS if traj_key is None else ELEMENTS[described[traj_key].dtype]
+    unrolled, turn = _steps_at_once(len(done_keys), mask_key is not None, traj_key is not None, picked is not None)
+    ends = len({places[key] for key in done_keys}), mask_key is not None, ids, turn
     if n_steps <= (UNROLLED_STEPS if traj_key is None else UNROLLED_STEPS_WITH_IDS):
-        launches = [_launch(windows, rewards, jobs, n_steps, ends)]
+        launches = [_launch(windows, rewards, jobs, n_steps if n_steps <= unrolled else 0, ends)]
     else:
         launches = [_launch(windows, rewards, [], 0, ends), _launch([], [], jobs, 0, read=True)]
     flat = _contiguous((*lead, emitted))
@@ -274,12 +275,24 @@ def _job(layout: _Layout, items: int, tile: int, rows: int, frames: int, *consta
     return _Job(programs, (*tile_f, block_d, *constants))
 
 
+def _steps_at_once(dones: int, mask: bool, ids: bool, picked: bool) -> tuple[int, int]:
+    """Up to which n every step is unrolled, n being compiled into the kernel, and how many steps a loop has in a turn.
+
+    All their loads are on their way at once, as many as there are registers for: 96, with a mask 128.
+    """
+    if dones > 1 and mask and ids:
+        return 2, (2 if picked else 1)
+    if dones > 1:
+        return (3 if ids else 4), (4 if mask and not picked else 2)
+    return (UNROLLED_STEPS_WITH_IDS, 4) if ids else (UNROLLED_STEPS, 8)
+
+
 def _launch(
     windows: list[_Job],
     rewards: list[_Job],
     copies: list[_Job],
     unrolled: int,
-    ends: tuple[int, bool, int] = (0, False, _NO_IDS),
+    ends: tuple[int, bool, int, int] = (0, False, _NO_IDS, 1),
     read: bool = False,
 ) -> Launch:
     """One launch; ``ends`` is what ends windows, see ``window.step_back``."""

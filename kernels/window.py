@@ -10,13 +10,25 @@ import triton.language as tl
 
 from multistep_triton.kernels.stream import TYPES, frame_addresses, item_pointers
 
-STEPS_PER_TURN = tl.constexpr(8)
-
 
 @triton.jit
 def load_flag(source, row, frame, live, stream):
     address = frame_addresses(source, row, frame, stream, 1)
     return tl.load(address.to(tl.pointer_type(tl.int8)), mask=live, other=0) != 0
+
+
+@triton.jit
+def load_any(source, row, frame, live, stream):
+    """Whether any of some flags that lie alike is set: as far from the first one's address, at those of the others."""
+    data, carry, strides, outer = source
+    address = frame_addresses((data[0], carry[0], strides, outer), row, frame, stream, 1)
+    flag = tl.load(address.to(tl.pointer_type(tl.int8)), mask=live, other=0)
+    for k in tl.static_range(1, len(data)):
+        apart = (data[k] << 2 >> 4) - (data[0] << 2 >> 4)
+        if len(stream[4]) == 0:
+            apart = tl.where(frame < stream[0], (carry[k] << 2 >> 4) - (carry[0] << 2 >> 4), apart)
+        flag |= tl.load((address + apart).to(tl.pointer_type(tl.int8)), mask=live, other=0)
+    return flag != 0
 
 
 @triton.jit
@@ -37,8 +49,8 @@ def step_back(
     """From the windows that begin at frame ``t + i + 1`` to those that begin at ``t + i``.
 
     A window ends at a boundary: a frame that is done by any flag, or invalid, or followed by an invalid one or by one
-    of another trajectory. ENDS holds what there is: the number of done flags, whether a mask, and the type of
-    trajectory ids, -1 for none.
+    of another trajectory. ENDS holds what there is: in how many ways done flags lie, whether a mask, and the type of
+    trajectory ids, -1 for none; and how many steps a loop takes in a turn.
     """
     row, frame, live, _, _ = tile
     known = stream[1]
@@ -49,7 +61,7 @@ def step_back(
     TRAJ: tl.constexpr = ENDS[2]
     ends = (here + 1 >= known) | (i + 1 >= n)
     for k in tl.static_range(DONES):
-        ends |= load_flag(flags[k], row, here, live, stream)
+        ends |= load_any(flags[k], row, here, live, stream)
     if MASK:
         followed = valid
         valid = load_flag(flags[DONES], row, here, live, stream)
@@ -91,7 +103,7 @@ def window(
                 limits[0] if len(limits) > 0 else UNROLLED, gamma, ENDS, TYPE, ITEM_BYTES, D, RUN,
             )  # fmt: skip
     else:
-        turn: tl.constexpr = STEPS_PER_TURN if ENDS[2] < 0 else STEPS_PER_TURN // 2
+        turn: tl.constexpr = ENDS[3]
         i = tl.cdiv(n, turn) * turn
         while i > 0:
             for _ in tl.static_range(turn):

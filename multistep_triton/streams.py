@@ -138,7 +138,9 @@ class Stream:
             root: dict[NestedKey, Any] = {"observation": self._values((*shape, *kind.observation), kind.dtype)}
             future: dict[NestedKey, Any] = {"observation": self._values((*shape, *kind.observation), kind.dtype)}
             future[(*self._name, "done")] = done
-            future[(*self._name, "terminated")] = done & self._flags(done.shape, 0.5)
+            # To torchrl's transform a flag beside ``done`` ends nothing.
+            other = self._flags(done.shape, 0.5 if self.torchrl else self.p_done / 2)
+            future[(*self._name, "terminated")] = done & other if self.torchrl else other
             for i, dtype in enumerate(kind.rewards):
                 future[(*self._name, f"reward{i or ''}")] = self._rewards((*shape, *agents, *kind.features), dtype)
             if agents:

@@ -35,9 +35,9 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     # boundaries, and where windows end
-    Mutation("boundary: done", "window", "        ends |= load_flag(flags[k], row, here, live, stream)",
+    Mutation("boundary: done", "window", "        ends |= load_any(flags[k], row, here, live, stream)",
              "        pass"),
-    Mutation("boundary: another done flag", "window", "tl.static_range(DONES)", "tl.static_range(1)"),
+    Mutation("boundary: another done flag", "window", "tl.static_range(1, len(data))", "tl.static_range(1, 1)"),
     Mutation("boundary: last known frame", "window", "ends = (here + 1 >= known) | ", "ends = (here >= known) | "),
     Mutation("end: n frames", "window", "(i + 1 >= n)", "(i >= n)"),
     Mutation("boundary: padding", "window", "ends |= ~(valid & followed)", "ends |= ~followed"),

@@ -73,7 +73,7 @@ def emitted_and_held(data, carry, n_steps, **arguments):
         time_dim=time_dim,
         reward_keys=[key for key in data if key.startswith("reward")],
         gathered_keys=[key for key in data if key.startswith("value")],
-        done_keys=("done",),
+        done_keys=arguments.pop("done_keys", ("done",)),
         mask_key="mask" if "mask" in data else None,
         traj_key="traj" if "traj" in data else None,
         n_steps=n_steps,
@@ -173,6 +173,43 @@ def test_nothing_held_back(frames, n_steps):
 
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+
+
+FLAGS = {
+    "alike": lambda flag: flag,
+    "one in another order": lambda flag: flag.t().contiguous().t(),
+    "one with a feature": lambda flag: flag.unsqueeze(-1),
+    "one that is every other": lambda flag: torch.stack((flag, ~flag), -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize(
+    "marks", [{}, {"mask": True}, {"traj": torch.int64}, {"mask": True, "traj": torch.int64}], ids=str
+)
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 4, 5, UNROLLED_STEPS, UNROLLED_STEPS + 1, 30])
+def test_any_of_several_flags(n_steps, marks):
+    """They end what one flag would that is set where any of them is, however they lie."""
+    data, carry = (rollout((3,), frames, seed=seed, **marks) for frames, seed in ((40, 1), (n_steps, 2)))
+    for layout in FLAGS.values():
+        parts, joined = [], []
+        for each in (carry, data):
+            first, *others = [flags(each["done"].shape, 0.1, seed) for seed in range(3)]
+            joined.append({**each, "done": first | others[0] | others[1]})
+            parts.append({**each, "done": first, "other": others[0], "third": layout(others[1])})
+        expected, out = (
+            emitted_and_held(new, old, n_steps, done_keys=keys)
+            for (old, new), keys in ((joined, ("done",)), (parts, ("done", "other", "third")))
+        )
+        for name in ("steps", "discount", "nonterminal"):
+            assert torch.equal(getattr(out, name), getattr(expected, name))
+        for key, leaf in expected.leaves.items():
+            if key != "done":
+                assert torch.equal(frame_bytes(out.leaves[key]), frame_bytes(leaf)), key
+        for key, value in expected.returns.items():
+            assert torch.equal(frame_bytes(out.returns[key]), frame_bytes(value)), key
+        for key in ("done", "other", "third"):
+            held = out.carry.frames(key, 1)
+            assert torch.equal(held, parts[1][key][:, 40 - n_steps :])
 
 
 @pytest.mark.parametrize("n_steps", [1, UNROLLED_STEPS_WITH_IDS, UNROLLED_STEPS_WITH_IDS + 1, UNROLLED_STEPS + 1])
