@@ -37,6 +37,11 @@ Windows = tuple[Tensor, Tensor, Tensor]
 """Steps, discount and nonterminal, ``[*B, E, *A]``."""
 
 
+# What was found in entries of one layout.
+_found: dict[Any, list[Group]] = {}
+_MOST_FOUND = 256
+
+
 def find_groups(frames: Frames, roles: Roles) -> list[Group]:
     """Checks the entries that play a role, and finds the groups of all; the first one is that of the done key.
 
@@ -45,8 +50,20 @@ def find_groups(frames: Frames, roles: Roles) -> list[Group]:
         TypeError: one is of the wrong kind.
         ValueError: one has the wrong shape.
     """
+    ndim = len(frames.batch_size)
+    layout = [(path, leaf.dtype, leaf.shape[ndim:]) for path, leaf in frames.leaves.items()]
+    key = roles, *layout, *frames.objects
+    if (groups := _found.get(key)) is None:
+        _check_entries(frames, roles)
+        groups = _find_groups(frames, roles)
+        if len(_found) >= _MOST_FOUND:
+            _found.clear()
+        _found[key] = groups
+    return groups
+
+
+def _find_groups(frames: Frames, roles: Roles) -> list[Group]:
     lead, leaves = frames.batch_size, frames.leaves
-    _check_entries(frames, roles)
     flags: dict[KeyPath, list[KeyPath]] = {roles.done[:-1]: []}
     for path in leaves:
         if roles.is_flag(path):

@@ -67,9 +67,10 @@ def n_step_extend_reference(
     def old(key: Hashable, begin: int = 0, count: int | None = None) -> list[Tensor]:
         return carry.pieces(key, time_dim, begin, count) if carry else []
 
-    def stream(key: Hashable) -> Tensor:
-        """Carry and data as one, ``[N, *F]``, and after it frames that no window reads."""
-        pieces = [*old(key), data[key]]
+    def stream(*keys: Hashable) -> Tensor:
+        """Carry and data as one, ``[N, *F]``, and after it frames that no window reads; of several flags, any."""
+        of_each = zip(*([*old(key), data[key]] for key in keys), strict=True)
+        pieces = [functools.reduce(torch.bitwise_or, each) for each in of_each]
         if ring:
             return torch.cat([piece.movedim(time_dim, 0) for piece in pieces]).flatten(0, time_dim)
         joined = _join(pieces, time_dim).flatten(0, time_dim).contiguous()
@@ -85,7 +86,7 @@ def n_step_extend_reference(
         return value.as_strided((*lead, emitted, *tail), (*strides, *value.stride()[1:]))
 
     mask, traj = (None if key is None else stream(key).flatten() for key in (mask_key, traj_key))
-    inside = ~find_boundaries([stream(key).flatten() for key in done_keys], mask, traj, stride)
+    inside = ~find_boundaries(stream(*done_keys).flatten(), mask, traj, stride)
     if not hold:
         inside[max(known - 1, 0) :: max(known, 1)] = False
     lengths, totals = sum_windows(inside, [stream(key) for key in reward_keys], n_steps, stride, gamma)
@@ -187,9 +188,8 @@ def _accumulated(reward: Tensor) -> Tensor:
     return reward.to(torch.float64 if return_dtype(reward) == torch.float64 else torch.float32)
 
 
-def find_boundaries(dones: Sequence[Tensor], mask: Tensor | None, traj: Tensor | None, stride: int) -> Tensor:
-    """Boundaries ``[N]``: any done, or invalid, or followed by an invalid frame or by one of another trajectory."""
-    done = functools.reduce(torch.bitwise_or, dones)
+def find_boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, stride: int) -> Tensor:
+    """Boundaries ``[N]``: done, or invalid, or followed by an invalid frame or by one of another trajectory."""
     if mask is not None:
         done = done | ~mask
         done[: len(done) - stride] |= ~mask[stride:]

@@ -243,11 +243,9 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
             size, high = self.storage.max_size, max(n_steps) if isinstance(n_steps, tuple) else n_steps
             check_slots(high, slots, size, rows or size // slots)
 
-    def _n_step_at(self, index: Tensor | tuple[Tensor, ...]) -> TensorDict:
+    def _n_step_at(self, index: Tensor | tuple[Tensor, ...], position: Position) -> TensorDict:
         """The n-step transitions of the frames that lie at an index of the storage."""
-        data, position, ndim = self._stored(), self._position(), self.storage.ndim
-        if data is None or position is None:
-            raise RuntimeError("storage must hold frames to be sampled, got an empty one")
+        data, ndim = self._entries(), self.storage.ndim
         check_single_steps(data)
         # The writer's own entry says where a frame lies, which needs no reading.
         indexed = isinstance(self.writer, TensorDictRoundRobinWriter)

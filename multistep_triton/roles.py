@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
@@ -24,8 +24,9 @@ TRAJ_PATH = ("collector", "traj_ids")
 """Where torchrl's collectors write trajectory ids, and its samplers look for them."""
 
 
-class Roles(NamedTuple):
-    """Paths of the entries that play a role."""
+@dataclass(frozen=True, eq=False)
+class Roles:
+    """Paths of the entries that play a role; the same object for the same keys."""
 
     done: KeyPath
     mask: KeyPath

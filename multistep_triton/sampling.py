@@ -5,6 +5,7 @@ Owns how a window goes round the ring; the sums are those of ``reference``. May 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -79,7 +80,8 @@ def _sample_frames(
             return value[:count].clone()
 
     mask, traj = (None if key is None else stream(key).flatten() for key in (mask_key, traj_key))
-    inside = ~reference.find_boundaries([stream(key).flatten() for key in done_keys], mask, traj, stride)
+    done = functools.reduce(torch.bitwise_or, [stream(key).flatten() for key in done_keys])
+    inside = ~reference.find_boundaries(done, mask, traj, stride)
     if whole:
         for newest in (samples.newest, live + samples.newest):
             inside[newest * rows : (newest + 1) * rows] = False

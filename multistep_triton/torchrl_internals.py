@@ -147,6 +147,8 @@ class OrderedReplayBuffer(ReplayBuffer):
     """Why what is stored cannot be read; None if it can."""
     _torn = 0, 0
     """The first and the number of slots in which a write that failed has left parts of two frames."""
+    _laid_out: TensorDictBase | None = None
+    """The storage's entries, once they were checked."""
     _seen: tuple[int, int] | None = None
     """The storage's revision and newest slot when it was last written to in this process."""
 
@@ -200,7 +202,9 @@ class OrderedReplayBuffer(ReplayBuffer):
         entries, storage = self._stored(), self._storage
         if entries is None:
             return None
-        check_layout(storage, entries)
+        if entries is not self._laid_out:
+            check_layout(storage, entries)
+            self._laid_out = entries
         slots, last = entries.shape[0], storage._last_cursor_index
         live = -(-len(storage) // max(entries.shape[1 : storage.ndim].numel(), 1))
         broken = self._broken
@@ -227,11 +231,11 @@ class OrderedReplayBuffer(ReplayBuffer):
             # It was given its frames when it was made, in order.
             storage._set_last_cursor(entries.shape[0] - 1)
         self._broken, self._torn = None, (0, 0)
-        self._go_on()
+        self._go_on(self._position())
 
-    def _go_on(self) -> None:
+    def _go_on(self, position: Position | None) -> None:
         """Makes every writer of the storage go on after the newest frame, whoever wrote it."""
-        position, storage = self._position(), self._storage
+        storage = self._storage
         cursor = 0 if position is None else (position.newest + 1) % position.slots
         for other in storage._attached_entities:
             writer = getattr(other, "_writer", None)
@@ -323,7 +327,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         check_parts(self.storage, writer, self.sampler)
         with self._replay_lock:
             before = super().set_writer(writer)
-            self._go_on()
+            self._go_on(self._position())
         return before
 
     def set_sampler(self, sampler: Sampler) -> Any:
@@ -408,8 +412,8 @@ class OrderedReplayBuffer(ReplayBuffer):
             entries, storage, writer = self._entries(), self._storage, self._writer
             stored = {} if entries is None else tensors_of(entries, storage.ndim)
             self._check_new(tensors_of(data, data.batch_dims), stored, data, time_dim)
-            position = self._position() or Position(-1, 0, 0)
-            self._go_on()
+            position = self._position()
+            self._go_on(position)
             versions, count = versions_of(stored), getattr(writer, "_write_count", None)
             before = len(storage), storage._last_cursor_index
             try:
@@ -417,14 +421,14 @@ class OrderedReplayBuffer(ReplayBuffer):
             except BaseException:
                 storage._len = before[0]
                 storage._set_last_cursor(before[1])
-                self._go_on()
+                self._go_on(position)
                 if count is not None:
                     writer._write_count = count
                 if None in versions or versions != versions_of(stored):
                     self._tear(position, frames)
                 raise
             self._mend(position, frames)
-            self._go_on()
+            self._go_on(self._position())
         return index
 
     def _check_new(self, new: Leaves, stored: Leaves, data: TensorDictBase, time_dim: int | None) -> None:
@@ -441,18 +445,18 @@ class OrderedReplayBuffer(ReplayBuffer):
             raise ValueError(f"data must be of {rows} rows, as what is stored, got {batch}")
         check_continues(new, stored, dims, ndim)
 
-    def _tear(self, position: Position, frames: int) -> None:
+    def _tear(self, position: Position | None, frames: int) -> None:
         """Remembers the slots of frames that a write of more has overwritten in part."""
-        if not position.live:
+        if position is None:
             return
         free = position.slots - position.live
         if (torn := min(frames - free, position.live)) > 0:
             self._torn = (position.newest + 1 + free) % position.slots, max(torn, self._torn[1])
 
-    def _mend(self, position: Position, frames: int) -> None:
+    def _mend(self, position: Position | None, frames: int) -> None:
         """Forgets those of them that ``frames`` from the newest one on have overwritten wholly."""
         first, torn = self._torn
-        if torn:
+        if torn and position is not None:
             mended = frames - (first - position.newest - 1) % position.slots
             if mended > 0:
                 self._torn = (first + mended) % position.slots, max(torn - mended, 0)
@@ -478,7 +482,7 @@ class OrderedReplayBuffer(ReplayBuffer):
             self._clear_prefetch_queue_locked()
             super().empty(empty_write_count)
             self._broken, self._torn = None, (0, 0)
-            self._go_on()
+            self._go_on(None)
 
     # Checkpoints
 
@@ -505,7 +509,7 @@ class OrderedReplayBuffer(ReplayBuffer):
             storage._set_last_cursor(newest)
         self._broken, self._torn = None, (0, 0) if ring is None else tuple(ring["torn"])
         if entries is not None and newest is not None:
-            self._go_on()
+            self._go_on(self._position())
 
     def state_dict(self) -> dict[str, Any]:
         """As in torchrl, and which frame is the newest, whatever the writer.
@@ -593,7 +597,7 @@ class OrderedReplayBuffer(ReplayBuffer):
 class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
     """One of which something else than the frames themselves is sampled: what that is is up to a subclass."""
 
-    def _n_step_at(self, index: Any) -> TensorDictBase:
+    def _n_step_at(self, index: Any, position: Position) -> TensorDictBase:
         """What is sampled of the frames at an index of the storage."""
         raise NotImplementedError
 
@@ -615,8 +619,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
         # Another process may have laid the storage out, which the sampler does not see.
         self._entries()
         with self._replay_lock, self._write_lock:
-            # Before anything is drawn.
-            self._check_whole()
+            position = self._check_whole()
             index, info = self._sampler.sample(self._storage, batch_size)
             if self._sample_unit is not None:
                 index, info = self._sample_unit.expand(index, info, self._storage)
@@ -626,23 +629,26 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
                     f"which writes {taken}"
                 )
             info["index"] = index
-            data = self._read(info)
+            data = self._read(info, position)
         return self._finished(data, info)
 
-    def _read(self, info: dict[str, Any]) -> TensorDictBase:
+    def _read(self, info: dict[str, Any], position: Position | None) -> TensorDictBase:
         """What is sampled of the frames that lie where ``info`` says, which is told how old they are."""
         if self._writer.tracks_generations:
             info["index_generation"] = self._writer.generations_of(info["index"])
-        return self._n_step_at(info["index"])
+        if position is None:
+            raise RuntimeError("storage must hold frames to be sampled, got an empty one")
+        return self._n_step_at(info["index"], position)
 
-    def _check_whole(self) -> None:
-        """Checks that all frames are there, in order."""
-        self._position()
+    def _check_whole(self) -> Position | None:
+        """Checks that all frames are there, in order, before anything is drawn."""
+        position = self._position()
         if self._torn[1]:
             raise RuntimeError(
                 f"a write that failed has overwritten frames in part: extend the buffer, whose next frames overwrite "
                 f"them wholly, before it is sampled again ({self._torn[1]} slots from {self._torn[0]} on), or empty it"
             )
+        return position
 
     def _finished(self, data: TensorDictBase, info: dict[str, Any]) -> tuple[TensorDictBase, dict[str, Any]]:
         """What was read from the storage, as a sample of torchrl's buffer leaves it."""
@@ -673,8 +679,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
                     continue
                 info = dict(queue[0].result()[1])
                 with self._replay_lock, self._write_lock:
-                    self._check_whole()
-                    data = self._read(info)
+                    data = self._read(info, self._check_whole())
                 computed: Future[Any] = Future()
                 computed.set_result(self._finished(data, info))
                 queue[0] = computed
