@@ -65,7 +65,7 @@ def run(
         torch.save(torch.cat(rollouts, -1), save)
     # disable=None: only where stderr is a terminal.
     for rollout in tqdm(rollouts, total=chunks, unit="chunk", leave=False, disable=None):
-        our_rows, their_rows = _extend(ours, rollout), _extend(theirs, rollout)
+        our_rows, their_rows = _store(ours, rollout), _store(theirs, rollout)
         if not torch.equal(our_rows, their_rows):
             print(f"different: extend wrote rows {our_rows.tolist()}, torchrl's rows {their_rows.tolist()}")
             return 1
@@ -117,7 +117,7 @@ def _rollouts(chunks: int, frames: int, seed: int) -> Iterator[TensorDictBase]:
         env.close()
 
 
-def _extend(buffer: ReplayBuffer, rollout: TensorDictBase) -> Tensor:
+def _store(buffer: ReplayBuffer, rollout: TensorDictBase) -> Tensor:
     """Extends the buffer; returns the rows that were written, one per time step, in the order of time."""
     indices: Tensor = buffer.extend(rollout.clone())
     return indices[::ENVIRONMENTS, 0]

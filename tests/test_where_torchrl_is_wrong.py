@@ -149,9 +149,7 @@ def test_11_powers_of_gamma_are_not_rounded_to_the_dtype_of_rewards(make, dtype)
 
 def test_12_workers_are_not_glued_together(make):
     ours = [frames([float(10 * worker + t) for t in range(4)], [F] * 4) for worker in (1, 2)]
-    buffer = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(100), transform=make(3, 1.0, traj_key=("collector", "traj_ids"))
-    )
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), transform=make(3, 1.0))
     for part in (0, 1):
         for worker, data in enumerate(ours):
             data["collector"] = TensorDict({"traj_ids": torch.full((4,), worker)}, [4])
@@ -159,3 +157,14 @@ def test_12_workers_are_not_glued_together(make):
     out = buffer[:]
     worker = out["next", "original_reward"].flatten() // 10
     assert torch.equal(out["next", "reward"].flatten() // 10, worker * out["steps_to_next_obs"])
+
+
+@pytest.mark.parametrize("truncated", ["truncated", "terminated"])
+def test_13_windows_end_at_a_time_limit_that_done_does_not_hold(make, truncated):
+    """``done`` is what learners of other libraries store: terminations only."""
+    data = frames([1.0, 2.0, 4.0, 8.0, 16.0], [F] * 5)
+    data["next", truncated] = torch.tensor([F, T, F, F, F]).unsqueeze(-1)
+    out = make(2, 1.0).inv(data)
+    assert out["next", "reward"].flatten().tolist() == [3.0, 2.0, 12.0]
+    assert out["next", "observation"].tolist() == [2, 2, 4]
+    assert out["steps_to_next_obs"].tolist() == [2, 1, 2]
