@@ -67,7 +67,7 @@ def n_step_in_the_buffer(n_steps: int, gamma: float) -> tuple[dict[str, Any], di
     Returns:
         Arguments of the collectors, and of the buffer.
     """
-    transform = partial(MultiStepTransform, n_steps, gamma, done_at="end", traj_key=TRAJ_KEY)
+    transform = partial(MultiStepTransform, n_steps, gamma, done_at="end")
     return {"postproc": DistinctTrajectories()}, {"transform_factory": transform}
 
 

@@ -50,20 +50,24 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         steps(t) = e(t) - t + 1, \\quad reward'(t) = \\sum_{i=0}^{steps(t)-1} \\gamma^i reward(t + i), \\quad
         next'(t) = next(e(t))
 
-    A boundary is a frame that is done; with a mask in the data, one that is invalid or followed by an invalid frame;
-    with ``traj_key``, one that is followed by a frame of another trajectory. The storage is a ring: the newest frame
-    is where windows end, as the oldest one follows it there, and nothing that was not written is read.
+    A boundary is a frame at which a done flag is set, ``done_key`` or any other of ``done_keys`` beside it that has its
+    shape; with a mask in the data, one that is invalid or followed by an invalid frame; with trajectory ids, one that
+    is followed by a frame of another trajectory. The storage is a ring: the newest frame is where windows end, as
+    the oldest one follows it there, and nothing that was not written is read. Which one it is the storage knows,
+    whoever wrote it.
 
     ``extend`` takes 1-step transitions ``[*B, T]``, time last, any number of frames at a time (of more than there are
     slots, the newest stay), and stores them as they are; nothing is held back, and where a call fails, windows end
-    where they did. A storage of ``ndim`` dimensions holds frames of ``ndim - 1`` batch dimensions. What is sampled,
+    where they did. A storage of ``ndim`` dimensions holds frames of ``ndim - 1`` batch dimensions, and at least
+    ``n_steps`` slots for each of them. What is sampled,
     ``[N]``, has the keys, dtypes and rules of :class:`MultiStepTransform`: ``steps_to_next_obs`` (int64), ``gamma``
     (float32, ``gamma ** steps``) and ``nonterminal`` (bool) at the root; under ``"next"`` every reward key holds the
     n-step return, ``<reward_key>_orig`` the reward as it came and, with exactly one reward key, ``original_reward``
     the same; done keys are those of frame ``e(t)`` and ``<done_key>_orig`` as they came, or with ``done_at="start"``
     as they came; every other entry is the one of frame ``e(t)``, bit for bit. The other root entries are those of
     frame ``t``, and ``"index"`` says where it lies. The result is new memory on the storage's device, on which
-    everything is computed; the host does not wait for it.
+    everything is computed; the host does not wait for it. An index outside of what is stored is an error on a CPU; on
+    an accelerator such a row has 0 steps, a discount of 1, rewards of NaN and zeros.
 
     Keyword Args:
         n_steps: frames in a full window, an int >= 1, or a pair ``(low, high)``: every sampled frame then draws its
@@ -72,10 +76,12 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         gamma: discount per step, a finite number in [0, 1]; can be set at any time.
         reward_keys: rewards under ``"next"``, ``[*B, T, *F]``, floating point, integer or bool. Defaults to
             ``["reward"]``.
-        done_key: the done flag under ``"next"`` that ends trajectories, bool ``[*B, T]``, ``[*B, T, 1]`` or, per
-            agent, of a reward's shape. Defaults to ``"done"``.
-        done_keys: done flags under ``"next"``, of which ``done_at`` speaks. Defaults to ``["done", "truncated",
-            "terminated"]``; ``done_key`` is one of them in any case; those that are not in the data are ignored.
+        done_key: the done flag under ``"next"`` that must be there, bool ``[*B, T]``, ``[*B, T, 1]`` or, per agent, of
+            a reward's shape. Defaults to ``"done"``.
+        done_keys: done flags under ``"next"``, of which ``done_at`` speaks, and which end windows, bool. Defaults to
+            ``["done", "truncated", "terminated"]``; ``done_key`` is one of them in any case; those that are not in the
+            data are ignored. An entry of such a name in another group under ``"next"`` is a done flag of that group,
+            named here or not.
         traj_key: root entry of trajectory ids, integers ``[*B, T]`` or ``[*B, T, 1]``; a change is a boundary.
             Defaults to ``"auto"``: ``("collector", "traj_ids")`` if it is in the data. None looks at none.
         mask_key: root entry, bool ``[*B, T]`` or ``[*B, T, 1]``, False where a frame is padding; ignored if it is
@@ -91,10 +97,12 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
 
     Raises:
         TypeError: storage, writer or sampler is of another kind.
-        ValueError: an argument breaks its rule; from ``extend``: data is of another dtype, shape or number of rows than
-            what is stored.
+        ValueError: an argument breaks its rule, there are fewer slots than ``n_steps``, or a transform would be wrong
+            on n-step transitions (``docs/neighbours.md``); from ``extend``: data is of n steps already, or of another
+            dtype, shape or number of rows than what is stored, or holds a flag that it lacks.
         KeyError: from ``extend``: data lacks a reward, a done flag, trajectory ids, or a mask that is stored.
-        RuntimeError: the backend asked for cannot run; :class:`EquivalenceError`, one of these, if ``"verify"`` finds a
+        RuntimeError: nobody can tell which frame is the newest, or some were overwritten in part; a CUDA graph is being
+            captured; the backend asked for cannot run; :class:`EquivalenceError`, one of these, if ``"verify"`` finds a
             difference.
 
     Source: R. S. Sutton, Learning to predict by the methods of temporal differences, Machine Learning 3, 1988.

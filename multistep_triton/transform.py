@@ -48,8 +48,9 @@ class MultiStepTransform(MultiStepBase, Transform):
         steps(t) = e(t) - t + 1, \\quad reward'(t) = \\sum_{i=0}^{steps(t)-1} \\gamma^i reward(t + i), \\quad
         next'(t) = next(e(t))
 
-    A boundary is a frame that is done; with a mask in the data, one that is invalid or followed by an invalid frame;
-    with ``traj_key``, one that is followed by a frame of another trajectory.
+    A boundary is a frame at which a done flag is set, ``done_key`` or any other of ``done_keys`` beside it that has its
+    shape; with a mask in the data, one that is invalid or followed by an invalid frame; with trajectory ids, one that
+    is followed by a frame of another trajectory.
 
     The data of a call has batch shape ``[*B, T]``, time last; a frame with batch shape ``[]`` counts as ``T = 1``.
     A call emits the ``c + T - n`` oldest of the ``c`` frames carried over from the calls before and the ``T`` new
@@ -66,8 +67,12 @@ class MultiStepTransform(MultiStepBase, Transform):
 
     With one done flag per agent, ``[*B, T, *A]`` or ``[*B, T, *A, 1]``, and a reward of the same shape beside it or
     below, every agent has its own windows: those of all entries ``[*B, T, *A, ...]`` there. Windows of other entries
-    end where that of any agent ends. ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` then have the done flag's
-    shape.
+    there end where that of any agent ends. ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` then have the done
+    flag's shape. Any other group under ``"next"`` that has a done flag of its own is governed by it; if it has a
+    reward, these three are written for it, too, as ``(*group, "steps_to_next_obs")`` and so on. What is in no such
+    group is governed by the flags at the root, or else by ``done_key``.
+
+    A transform belongs to the one replay buffer that it is given to.
 
     The frames held back are a copy, follow ``.to(device)``, and are part of ``state_dict()``, with ``n_steps`` and
     ``gamma``, of pickles and of deep copies: a run that is resumed from one of these stores what an unbroken one
@@ -82,10 +87,12 @@ class MultiStepTransform(MultiStepBase, Transform):
     Keyword Args:
         reward_keys: rewards under ``"next"``, ``[*B, T, *F]``, floating point, integer or bool. Defaults to
             ``["reward"]``.
-        done_key: the done flag under ``"next"`` that ends trajectories, bool ``[*B, T]``, ``[*B, T, 1]`` or, per
-            agent, of a reward's shape. Defaults to ``"done"``.
-        done_keys: done flags under ``"next"``, of which ``done_at`` speaks. Defaults to ``["done", "truncated",
-            "terminated"]``; ``done_key`` is one of them in any case; those that are not in the data are ignored.
+        done_key: the done flag under ``"next"`` that must be there, bool ``[*B, T]``, ``[*B, T, 1]`` or, per agent, of
+            a reward's shape. Defaults to ``"done"``.
+        done_keys: done flags under ``"next"``, of which ``done_at`` speaks, and which end windows, bool. Defaults to
+            ``["done", "truncated", "terminated"]``; ``done_key`` is one of them in any case; those that are not in the
+            data are ignored. An entry of such a name in another group under ``"next"`` is a done flag of that group,
+            named here or not.
         mask_key: root entry, bool ``[*B, T]`` or ``[*B, T, 1]``, False where a frame is padding; ignored if it is
             not in the data. An invalid frame's window is itself. Defaults to ``"mask"``.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which runs both and compares every call.
@@ -101,13 +108,15 @@ class MultiStepTransform(MultiStepBase, Transform):
     Raises:
         KeyError: the done key, a reward key or the trajectory ids are missing from the data.
         TypeError: the data, a flag or a reward is of the wrong kind.
-        ValueError: a number, a shape or a key breaks its rule, or the data does not continue the carry. After any
-            error the carry is as it was.
-        RuntimeError: the backend asked for cannot run; :class:`EquivalenceError`, which is one, if ``"verify"`` finds
-            a difference.
+        ValueError: a number, a shape or a key breaks its rule, the data does not continue the carry or is of n steps
+            already, or what shares the buffer would be wrong (``docs/neighbours.md``). After any error the carry is as
+            it was.
+        RuntimeError: a CUDA graph is being captured; the backend asked for cannot run; :class:`EquivalenceError`, which
+            is one, if ``"verify"`` finds a difference.
 
     Notes:
-        Differences from torchrl's class: a NaN or Inf after a done does not reach the frames before it; integer
+        Differences from torchrl's class: done keys beside ``done_key`` and trajectory ids end windows; a NaN or Inf
+        after a done does not reach the frames before it; integer
         rewards are promoted to ``torch.get_default_dtype()``; ``nonterminal`` is also right for ``n_steps=1``; a mask
         ends windows; rewards narrower than float32 are accumulated in float32; several reward keys keep their
         originals apart; a ``done_key`` outside ``done_keys`` is not gathered; the carry is a copy, without the

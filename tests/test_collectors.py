@@ -20,7 +20,6 @@ with warnings.catch_warnings():
 
 N = 3
 BATCH, BATCHES = 14, 6
-TRAJ_KEY = ("collector", "traj_ids")
 MULTI = [MultiSyncCollector, MultiAsyncCollector]
 
 
@@ -117,7 +116,7 @@ def test_a_collector_writes_into_a_buffer(extend_buffer, batched):
 def test_batches_of_workers_are_interleaved(kind, how):
     batches = collect(kind, workers(), **({} if how is None else {"cat_results": how}))
     stacked = how == "stack"
-    buffer = ReplayBuffer(storage=LazyTensorStorage(1000, ndim=1 + stacked), transform=transform(traj_key=TRAJ_KEY))
+    buffer = ReplayBuffer(storage=LazyTensorStorage(1000, ndim=1 + stacked), transform=transform())
     for batch in batches:
         buffer.extend(batch)
     streams_in = torch.cat(batches, -1)
@@ -130,7 +129,7 @@ def test_batches_of_workers_are_interleaved(kind, how):
 @pytest.mark.parametrize("kind", MULTI)
 def test_postproc(kind):
     arguments = {"cat_results": 0} if kind is MultiSyncCollector else {}
-    postproc = MultiStep(GAMMA, N, traj_key=TRAJ_KEY)
+    postproc = MultiStep(GAMMA, N)
     for batch in collect(kind, workers(), postproc=postproc, **arguments):
         assert rows_of(batch) == expected_rows(frames_of(batch), N)
 
@@ -147,7 +146,6 @@ def test_workers_write_into_a_buffer_that_is_sampled(kind):
     buffer = NStepReplayBuffer(
         n_steps=N,
         gamma=GAMMA,
-        traj_key=TRAJ_KEY,
         storage=LazyTensorStorage(1000, shared_init=True),
         batch_size=256,
         shared=True,
@@ -167,7 +165,6 @@ def test_workers_of_several_environments_write_into_a_buffer_that_is_sampled():
     buffer = NStepReplayBuffer(
         n_steps=N,
         gamma=GAMMA,
-        traj_key=TRAJ_KEY,
         storage=LazyTensorStorage(1000, ndim=2, shared_init=True),
         batch_size=256,
         shared=True,

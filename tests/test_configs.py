@@ -153,7 +153,7 @@ def test_the_config_in_the_readme(tmp_path):
     (transform,) = rb.transform
     assert type(rb) is ReplayBuffer
     assert type(transform) is MultiStepTransform
-    assert (transform.n_steps, transform.gamma, transform.traj_key) == (3, 0.99, ("collector", "traj_ids"))
+    assert (transform.n_steps, transform.gamma, transform.traj_key) == (3, 0.99, "auto")
 
 
 def test_torchrls_name_builds_ours_when_stored_so(monkeypatch):
@@ -247,11 +247,9 @@ def test_torchrls_dqn_trainer(monkeypatch):
 
     monkeypatch.setattr(rb, "extend", extend)
     trainer.train()
-    # The trainer makes one row of both environments' frames; traj_key keeps them apart.
+    # The trainer makes one row of both environments' frames, which ids keep apart.
     assert [data.batch_size for data in extended] == [(40,)] * 5
-    expected = ReplayBuffer(
-        storage=LazyTensorStorage(200), transform=MultiStepTransform(3, 0.99, traj_key=("collector", "traj_ids"))
-    )
+    expected = ReplayBuffer(storage=LazyTensorStorage(200), transform=MultiStepTransform(3, 0.99))
     for data in extended:
         expected.extend(data)
     assert len(rb) == 200 - 3

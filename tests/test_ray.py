@@ -126,7 +126,7 @@ def test_the_buffers_state_is_saved_with_the_frames_held_back(tmp_path):
     stored = buffer[:]
     buffer.shutdown()
 
-    transform = MultiStepTransform(N, GAMMA, done_at="end", traj_key=TRAJ_KEY)
+    transform = MultiStepTransform(N, GAMMA, done_at="end")
     local = ReplayBuffer(storage=LazyTensorStorage(10_000), transform=transform)
     local.loads(tmp_path)
     assert (local[:] == stored).all()
@@ -138,7 +138,6 @@ def test_a_remote_buffer_that_is_sampled():
     buffer = NStepReplayBuffer(
         n_steps=N,
         gamma=GAMMA,
-        traj_key=TRAJ_KEY,
         storage=partial(LazyTensorStorage, 10_000),
         batch_size=64,
         service_backend="ray",
