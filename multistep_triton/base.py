@@ -101,7 +101,8 @@ class MultiStepBase(Arguments):
         A group ``("next", *name)`` that has flags and rewards of its own has them at the root, under its name.
         """
         leaves = extension.leaves
-        for group, of_group in zip(groups, windows, strict=True):
+        written: Sequence[Tensor]
+        for group, written in zip(groups, windows, strict=True):
             name, rewards = group.flags[0][1:-1], [path for path in roles.rewards if path in group.paths]
             if group is groups[0]:
                 name, rewards = (), [*roles.rewards]
@@ -109,8 +110,8 @@ class MultiStepBase(Arguments):
                 continue
             if group.agents or self._match_reward_shape:
                 shape = extension.returns[rewards[0]] if self._match_reward_shape else leaves[group.flags[0]]
-                of_group = [_expand(window, shape.shape) for window in of_group]
-            leaves.update(((*name, *path), window) for path, window in zip(WINDOW_PATHS, of_group, strict=True))
+                written = tuple(_expand(window, shape.shape) for window in written)
+            leaves.update(((*name, *path), window) for path, window in zip(WINDOW_PATHS, written, strict=True))
         for path, returns in extension.returns.items():
             leaves[original(path)] = leaves[path]
             leaves[path] = returns

@@ -142,7 +142,10 @@ def n_step_extend_groups(
 
     # All write into the ring, or none.
     free = carry is not None and carry.may_write(data.values())
-    leaves, returns, windows, held = {}, {}, [], {}
+    leaves: dict[Any, Tensor] = {}
+    returns: dict[Any, Tensor] = {}
+    held: dict[Any, Tensor] = {}
+    windows: list[Windows] = []
     for group in groups:
         after = time_dim + (0 if group.shared else len(group.agents))
 
@@ -160,7 +163,13 @@ def n_step_extend_groups(
         each = n_step_extend(before, view(data), time_dim=after, done_keys=group.flags, **own)
         returns.update((key, move(value, after, time_dim)) for key, value in each.returns.items())
         leaves.update((key, move(each.leaves[key], after, time_dim)) for key in group.paths)
-        windows.append(tuple(move(value, after, time_dim) for value in (each.steps, each.discount, each.nonterminal)))
+        windows.append(
+            (
+                move(each.steps, after, time_dim),
+                move(each.discount, after, time_dim),
+                move(each.nonterminal, after, time_dim),
+            )
+        )
         if each.carry is not None:
             held.update((key, move(each.carry.leaves[key], after, time_dim)) for key in group.paths)
             ring = each.carry
@@ -175,7 +184,9 @@ def n_step_sample_groups(
         extension = n_step_sample(samples, data, done_keys=groups[0].flags, **arguments)
         return extension, [(extension.steps, extension.discount, extension.nonterminal)]
     dims, count = len(samples.indices), samples.indices[0].shape[0]
-    leaves, returns, windows = {}, {}, []
+    leaves: dict[Any, Tensor] = {}
+    returns: dict[Any, Tensor] = {}
+    windows: list[Windows] = []
     shortest: dict[tuple[KeyPath, ...], Tensor] = {}
     for group in groups:
         own, picked, shape = _of_paths(arguments, group.paths), samples, torch.Size([count])
@@ -183,7 +194,7 @@ def n_step_sample_groups(
             # The shortest window of an agent is that of the frame, whatever ended it.
             picked = samples._replace(n_steps=shortest[group.flags])
             never = torch.zeros((), dtype=torch.bool, device=samples.indices[0].device)
-            of_group = {path: data[path] for path in group.paths}
+            of_group: dict[Any, Tensor] = {path: data[path] for path in group.paths}
             of_group["never"] = never.expand(data[group.flags[0]].shape[:dims])
             own.update(done_keys=("never",), mask_key=None, traj_key=None)
         else:

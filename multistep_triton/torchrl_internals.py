@@ -189,9 +189,9 @@ class OrderedReplayBuffer(ReplayBuffer):
             return None
         entries, storage = self._entries(), self._storage
         if entries is not None:
-            return entries.shape[0]
+            return int(entries.shape[0])
         rows = 1 if storage.ndim == 1 else rows
-        return None if rows is None else -(-storage.max_size // max(rows, 1))
+        return None if rows is None else -(-int(storage.max_size) // max(rows, 1))
 
     def _position(self) -> Position | None:
         """Which slots hold frames, and which one the newest; None if there are none.
@@ -202,11 +202,12 @@ class OrderedReplayBuffer(ReplayBuffer):
         entries, storage = self._stored(), self._storage
         if entries is None:
             return None
+        shape = entries.shape
         if entries is not self._laid_out:
             check_layout(storage, entries)
             self._laid_out = entries
-        slots, last = entries.shape[0], storage._last_cursor_index
-        live = -(-len(storage) // max(entries.shape[1 : storage.ndim].numel(), 1))
+        slots, last = shape[0], storage._last_cursor_index
+        live = -(-len(storage) // max(shape[1 : storage.ndim].numel(), 1))
         broken = self._broken
         if live < slots and last not in (None, live - 1):
             broken = f"of {live} slots that hold frames slot {last} was the last one written"
@@ -281,7 +282,7 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     def _get_collate_fn(self, collate_fn: Callable[..., Any] | None) -> None:
         super()._get_collate_fn(collate_fn)
-        self._collate_fn = partial(_collate_own, self._collate_fn)
+        self._collate_fn: Callable[[Any], Any] = partial(_collate_own, self._collate_fn)
 
     def set_storage(self, storage: Storage, collate_fn: Callable[..., Any] | None = None) -> Any:
         """Exchanges the storage, as in torchrl, and goes on at its position; its sampler begins anew.
@@ -394,7 +395,8 @@ class OrderedReplayBuffer(ReplayBuffer):
                 self._sampler.extend(indices[-1])
             return indices[0] if len(indices) == 1 else torch.cat(indices)
 
-        return self._write(write, data, time_dim, frames)
+        stored: Tensor = self._write(write, data, time_dim, frames)
+        return stored
 
     def _add(self, data: TensorDictBase) -> Any:
         check_dims(data, self._storage.ndim - 1, self._storage.ndim)
@@ -411,7 +413,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         with self._replay_lock, self._write_lock:
             entries, storage, writer = self._entries(), self._storage, self._writer
             stored = {} if entries is None else tensors_of(entries, storage.ndim)
-            self._check_new(tensors_of(data, data.batch_dims), stored, data, time_dim)
+            self._check_new(tensors_of(data, data.batch_dims), stored, data, time_dim, entries)
             position = self._position()
             self._go_on(position)
             versions, count = versions_of(stored), getattr(writer, "_write_count", None)
@@ -431,16 +433,18 @@ class OrderedReplayBuffer(ReplayBuffer):
             self._go_on(self._position())
         return index
 
-    def _check_new(self, new: Leaves, stored: Leaves, data: TensorDictBase, time_dim: int | None) -> None:
+    def _check_new(
+        self, new: Leaves, stored: Leaves, data: TensorDictBase, time_dim: int | None, entries: TensorDictBase | None
+    ) -> None:
         ndim, dims = self._storage.ndim, data.batch_dims
         self._check_data(data, time_dim, new, stored, bool(len(self._storage)))
-        if not stored:
+        if entries is None:
             return
         batch = [*data.shape]
         if time_dim is not None:
             batch[0], batch[time_dim] = batch[time_dim], batch[0]
             del batch[0]
-        rows = [*self._entries().shape[1:ndim]]
+        rows = [*entries.shape[1:ndim]]
         if batch != rows:
             raise ValueError(f"data must be of {rows} rows, as what is stored, got {batch}")
         check_continues(new, stored, dims, ndim)
