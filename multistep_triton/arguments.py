@@ -12,7 +12,7 @@ from tensordict import NestedKey
 
 from multistep_triton.backends import check_backend
 from multistep_triton.checks import check_bool, check_choice, check_gamma, check_positive_int
-from multistep_triton.roles import DEFAULT_DONE_KEYS, DEFAULT_REWARD_KEYS, check_key, key_list
+from multistep_triton.roles import DEFAULT_DONE_KEYS, DEFAULT_MASK_KEY, DEFAULT_REWARD_KEYS, check_key, key_list
 
 DONE_AT = ("start", "end")
 
@@ -20,7 +20,7 @@ DONE_AT = ("start", "end")
 class Arguments:
     """The arguments, each of which can be set at any time."""
 
-    DEFAULT_MASK_KEY: NestedKey = "mask"
+    DEFAULT_MASK_KEY: NestedKey = DEFAULT_MASK_KEY
 
     _n_steps: Any
 

@@ -19,6 +19,8 @@ from multistep_triton.frames import Frames, Held, KeyPath
 from multistep_triton.groups import Group, Windows, find_groups, n_step_extend_groups
 from multistep_triton.roles import (
     AUTO,
+    DEFAULT_MASK_KEY,
+    MASK_PATH,
     ORIGINAL_REWARD_PATH,
     TRAJ_PATH,
     WINDOW_PATHS,
@@ -35,12 +37,12 @@ class MultiStepBase(Arguments):
 
     def _roles_in(self, entries: Container[KeyPath]) -> Roles:
         """The roles in data of these entries."""
-        traj = self._traj_key
+        traj, mask = self._traj_key, self._mask_key
         if traj == AUTO:
             traj = TRAJ_PATH if TRAJ_PATH in entries else None
-        roles = find_roles(
-            self._done_key, self._mask_key, traj, tuple(self._reward_keys), tuple(self._done_keys), self._done_at
-        )
+        if mask == DEFAULT_MASK_KEY and (mask,) not in entries and MASK_PATH in entries:
+            mask = MASK_PATH
+        roles = find_roles(self._done_key, mask, traj, tuple(self._reward_keys), tuple(self._done_keys), self._done_at)
         if self._match_reward_shape and not roles.rewards:
             raise ValueError("match_reward_shape must be False where reward_keys is empty, got True")
         return roles
@@ -93,25 +95,40 @@ class MultiStepBase(Arguments):
             "backend": self._backend,
         }
 
+    def _places(
+        self, groups: Sequence[Group], roles: Roles, leaves: Container[KeyPath]
+    ) -> list[tuple[int, KeyPath, list[KeyPath]]]:
+        """Where windows are written: of which group, under which name, and with which rewards.
+
+        Those of the done key's group are at the root; those of another, ``("next", *name)``, under its name if it has
+        flags and rewards of its own. If they are to be in the shape of the first reward, its are at the root.
+        """
+        root, places = groups[0], []
+        if self._match_reward_shape:
+            root = next((group for group in groups if roles.rewards[0] in group.paths and not group.shared), root)
+        for at, group in enumerate(groups):
+            name, own = group.flags[0][1:-1], [path for path in roles.rewards if path in group.paths]
+            if group is root:
+                places.append((at, (), [*roles.rewards]))
+            if name and own and not group.shared and not (group is root and not at):
+                places.append((at, name, own))
+                if name in leaves:
+                    raise ValueError(
+                        f"data must not hold a tensor at {name}, where the windows of that group are written"
+                    )
+        return places
+
     def _output_leaves(
         self, extension: Extension, roles: Roles, groups: Sequence[Group], windows: Sequence[Windows]
     ) -> dict[KeyPath, Tensor]:
-        """What comes out, by path: windows of the done key's group at the root, those of others beside their rewards.
-
-        A group ``("next", *name)`` that has flags and rewards of its own has them at the root, under its name.
-        """
+        """What comes out, by path."""
         leaves = extension.leaves
-        written: Sequence[Tensor]
-        for group, written in zip(groups, windows, strict=True):
-            name, rewards = group.flags[0][1:-1], [path for path in roles.rewards if path in group.paths]
-            if group is groups[0]:
-                name, rewards = (), [*roles.rewards]
-            elif group.shared or not name or not rewards:
-                continue
-            if group.agents or self._match_reward_shape:
-                shape = extension.returns[rewards[0]] if self._match_reward_shape else leaves[group.flags[0]]
-                written = tuple(_expand(window, shape.shape) for window in written)
-            leaves.update(((*name, *path), window) for path, window in zip(WINDOW_PATHS, written, strict=True))
+        for at, place, rewards in self._places(groups, roles, leaves):
+            written: Sequence[Tensor] = windows[at]
+            if groups[at].agents or self._match_reward_shape:
+                like = extension.returns[rewards[0]] if self._match_reward_shape else leaves[groups[at].flags[0]]
+                written = [_expand(window, like.shape) for window in written]
+            leaves.update(((*place, *path), window) for path, window in zip(WINDOW_PATHS, written, strict=True))
         for path, returns in extension.returns.items():
             leaves[original(path)] = leaves[path]
             leaves[path] = returns

@@ -65,8 +65,8 @@ def find_groups(frames: Frames, roles: Roles) -> list[Group]:
 def _find_groups(frames: Frames, roles: Roles) -> list[Group]:
     lead, leaves = frames.batch_size, frames.leaves
     flags: dict[KeyPath, list[KeyPath]] = {roles.done[:-1]: []}
-    for path in leaves:
-        if roles.is_flag(path):
+    for path, leaf in leaves.items():
+        if roles.is_flag(path, leaf):
             flags.setdefault(path[:-1], []).append(path)
     own: dict[KeyPath, Group] = {}
     for parent, beside in flags.items():
@@ -89,7 +89,7 @@ def _check_entries(frames: Frames, roles: Roles) -> None:
         if path not in leaves or path in objects:
             raise KeyError(f"data must hold a tensor at {path}, got the entries {list(leaves)}")
     for path in objects:
-        if path == roles.mask or path in roles.saved or roles.is_flag(path):
+        if path == roles.mask or path in roles.dones:
             named = "mask_key" if path == roles.mask else "done_keys"
             raise TypeError(f"{path}, named by {named}, must be a tensor, got a non-tensor")
     for path in roles.rewards:
@@ -99,7 +99,7 @@ def _check_entries(frames: Frames, roles: Roles) -> None:
     if roles.traj is not None:
         check_ids(f"trajectory ids {roles.traj}, named by traj_key,", leaves[roles.traj], lead)
     for path, leaf in leaves.items():
-        if roles.is_flag(path) and leaf.dtype != torch.bool:
+        if path in roles.dones and leaf.dtype != torch.bool:
             raise TypeError(f"done {path} must be bool, got {leaf.dtype}")
 
 

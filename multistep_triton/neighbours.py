@@ -3,7 +3,7 @@
 A transform that runs when a buffer is sampled is right beside n-step transitions if it commutes with the windows:
 applied to single steps, of which windows are then made, it must give what it gives applied to n-step transitions. Owns
 which ones do not, and what to do instead; ``docs/neighbours.md`` is the table of all of torchrl's. May import torchrl,
-by its public names alone, ``base`` and ``roles``.
+by its public names alone, ``base``, ``roles`` and ``torchrl_internals``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from tensordict import is_tensor_collection
 from tensordict.nn import TensorDictSequential
 from torchrl.data import FlatStorageCheckpointer, HERReplayBuffer, ReplayBuffer, ReplayBufferEnsemble
 from torchrl.data.replay_buffers import Sequence
@@ -20,7 +21,8 @@ from torchrl.envs.transforms import Transform
 
 from multistep_triton.base import MultiStepBase
 from multistep_triton.frames import KeyPath
-from multistep_triton.roles import WINDOW_PATHS, as_path
+from multistep_triton.roles import STEPS_KEY, as_path
+from multistep_triton.torchrl_internals import inverted_in, mixing_buffer, reads_ids
 
 # They change shapes, names or places, and no value.
 _KEEP_VALUES = (
@@ -61,25 +63,36 @@ def check_transforms(
     for transform in transforms:
         if found := _find_fault(transform, {*rewards}, {*dones}, done_at):
             fault, remedy = found
+            name = type(transform).__name__
+            if inverted := inverted_in(transform):
+                name, remedy = f"the inverse of {type(inverted).__name__}", "append it without invert=True"
             raise ValueError(
-                f"transform must leave rewards and the entries under 'next' to the windows, got "
-                f"{type(transform).__name__}, which {fault}: {remedy}"
+                f"transform must leave rewards and the entries under 'next' to the windows, got {name}, which {fault}: "
+                f"{remedy}"
             )
 
 
-def check_order(before: Iterable[Transform], rewards: Collection[KeyPath]) -> None:
+def check_order(
+    before: Iterable[Transform], rewards: Collection[KeyPath], dones: Collection[KeyPath], done_at: str
+) -> None:
     """Checks the transforms before a MultiStepTransform in a list, whose inverse runs after it on extend.
 
     Raises:
         ValueError: one of them would find single steps there.
     """
     for transform in before:
-        keys = _paths(getattr(transform, "in_keys_inv", None)) | _paths(getattr(transform, "out_keys_inv", None))
-        stacks = isinstance(transform, T.CatFrames) and transform.as_inverse
-        if stacks or isinstance(transform, T.Reward2GoTransform) or (keys & {*rewards} and not _is_linear(transform)):
+        if inverted := inverted_in(transform):
+            name, wrong = type(inverted).__name__, bool(_find_fault(inverted, {*rewards}, {*dones}, done_at))
+        else:
+            keys = _paths(getattr(transform, "in_keys_inv", None)) | _paths(getattr(transform, "out_keys_inv", None))
+            stacks = isinstance(transform, T.CatFrames) and transform.as_inverse
+            drops = isinstance(transform, T.ExcludeTransform) and transform.inverse and _drops_steps(transform)
+            name, wrong = type(transform).__name__, stacks or drops or isinstance(transform, T.Reward2GoTransform)
+            wrong = wrong or bool(keys & {*rewards} and not _is_linear(transform))
+        if wrong:
             raise ValueError(
-                f"a MultiStepTransform must be the first in the list, got {type(transform).__name__} before it, which "
-                f"would run on n-step transitions when the buffer is extended"
+                f"a MultiStepTransform must be the first in the list, got {name} before it, which would run on n-step "
+                f"transitions when the buffer is extended"
             )
 
 
@@ -110,10 +123,10 @@ def _find_fault(transform: Any, rewards: set[KeyPath], dones: set[KeyPath], done
             return "reads a flag that is not there with done_at='start'", "give it the done flag, done_key='done'"
         case T.DTypeCastTransform() if not read and transform.dtype_in.is_floating_point and not _is_linear(transform):
             return "casts every entry, rewards among them, to integers", "give it in_keys"
-        case T.SelectTransform() if not {*WINDOW_PATHS} <= _paths(transform.selected_keys):
-            return "leaves out how long windows are", "select steps_to_next_obs, gamma and nonterminal, too"
-        case T.ExcludeTransform() if not transform.inverse and {*WINDOW_PATHS} & _paths(transform.excluded_keys):
-            return "leaves out how long windows are", "keep steps_to_next_obs, gamma and nonterminal"
+        case T.SelectTransform() if (STEPS_KEY,) not in _paths(transform.selected_keys):
+            return "leaves out how long windows are", f"select {STEPS_KEY}, too"
+        case T.ExcludeTransform() if not transform.inverse and _drops_steps(transform):
+            return "leaves out how long windows are", f"keep {STEPS_KEY}"
         case T.LineariseRewards() if (read | written) & rewards and not read <= rewards:
             return "makes a reward of what is none", f"name its in_keys in reward_keys, or {_INVERT}"
         case T.VecNorm() if not transform.frozen:
@@ -131,7 +144,7 @@ def _find_fault(transform: Any, rewards: set[KeyPath], dones: set[KeyPath], done
 
 def _is_linear(transform: Any) -> bool:
     """Whether what it makes of a discounted sum is the discounted sum of what it makes."""
-    match transform:
+    match inverted_in(transform) or transform:
         case T.DTypeCastTransform():
             return bool(transform.dtype_out.is_floating_point)
         case T.ActionScaling():
@@ -139,6 +152,37 @@ def _is_linear(transform: Any) -> bool:
         case T.RewardScaling() | T.ObservationNorm():
             return getattr(transform, "initialized", True) and bool((transform.loc == 0).all())
     return isinstance(transform, (*_KEEP_VALUES, T.LineariseRewards))
+
+
+def _drops_steps(transform: Any) -> bool:
+    return (STEPS_KEY,) in _paths(transform.excluded_keys)
+
+
+def check_mixing(rewards: Collection[KeyPath], dones: Collection[KeyPath], done_at: str) -> None:
+    """Checks the ensemble or OfflineToOnlineReplayBuffer that is sampling, if one is, beside n-step transitions.
+
+    Raises:
+        ValueError: one of its own transforms is wrong on them.
+        TypeError: another of its buffers holds single steps.
+    """
+    if (mixing := mixing_buffer()) is None:
+        return
+    buffers, transforms = mixing
+    check_transforms([each for each in transforms if not isinstance(each, MultiStepBase)], rewards, dones, done_at)
+    if any(isinstance(each, MultiStepBase) or holds_single_steps(each) for each in buffers):
+        raise TypeError(
+            "a buffer that samples from several must find n-step transitions in all of them, got single steps: give "
+            "each a MultiStepTransform of the same arguments, an OfflineToOnlineReplayBuffer's by "
+            "online_buffer.append_transform(...)"
+        )
+
+
+def holds_single_steps(buffer: ReplayBuffer) -> bool:
+    """Whether there are frames in a buffer that are no n-step transitions."""
+    if not len(buffer.storage):
+        return False
+    first = buffer.storage.get(0)
+    return is_tensor_collection(first) and first.get(STEPS_KEY, None) is None
 
 
 def check_around(buffer: ReplayBuffer, unit: Any, done_at: str, dones: Collection[KeyPath], has_ids: bool) -> None:
@@ -177,7 +221,7 @@ def check_around(buffer: ReplayBuffer, unit: Any, done_at: str, dones: Collectio
                 f"{type(sampler).__name__} with truncated_key={sampler.truncated_key!r}: give it truncated_key=None"
             )
         ends = _paths(sampler.end_keys or [sampler.end_key] if sampler.end_key or sampler.end_keys else [])
-        if ends & {*dones} and sampler.traj_key is None and not has_ids:
+        if ends & {*dones} and not (reads_ids(sampler) and (has_ids or sampler.traj_key is not None)):
             raise ValueError(
                 f"sampler must find episodes by flags as they came, not by those of the window's end, got "
                 f"{type(sampler).__name__} with end_key={sampler.end_key!r}: give it end_key={first} or a traj_key, or "

@@ -1,4 +1,4 @@
-"""MultiStep: n-step transitions of one rollout, as a collector's postproc. May import ``base``."""
+"""MultiStep: n-step transitions of one rollout, as a collector's postproc. May import ``base`` and ``roles``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import nn
 
 from multistep_triton.base import MultiStepBase
+from multistep_triton.roles import MASK_PATH
 
 
 class MultiStep(MultiStepBase, nn.Module):
@@ -53,7 +54,7 @@ class MultiStep(MultiStepBase, nn.Module):
         (tensor([1.5000, 1.0000, 1.5000, 1.0000]), tensor([2, 2, 4, 4]), tensor([ True, False,  True, False]))
     """
 
-    DEFAULT_MASK_KEY = ("collector", "mask")
+    DEFAULT_MASK_KEY = MASK_PATH
 
     def __init__(
         self,

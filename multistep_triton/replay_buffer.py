@@ -20,13 +20,12 @@ from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_not_captured, check_steps
 from multistep_triton.frames import Frames, KeyPath
 from multistep_triton.groups import find_groups, n_step_sample_groups, steps_at
-from multistep_triton.neighbours import check_transforms
+from multistep_triton.neighbours import check_mixing, check_transforms
 from multistep_triton.ring import Samples
 from multistep_triton.roles import check_single_steps, with_saved
-from multistep_triton.stored import Leaves, Position, check_slots
+from multistep_triton.stored import Leaves, Position, check_index, check_slots
 from multistep_triton.torchrl_internals import (
     SampledReplayBuffer,
-    refuse_mixing,
     refuse_prefill,
     transforms_in,
 )
@@ -140,8 +139,9 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         if kwargs.get("storage") is None:
             raise TypeError("storage must be a TensorStorage, such as LazyTensorStorage(max_size), got None")
         self._changes = 0
-        # As of which change of the arguments the data that comes has been checked.
+        # As of which change of the arguments the data that comes has been checked, and of what transforms, too.
         self._checked = -1
+        self._checked_beside: tuple[int, ...] = ()
         self._set_arguments(
             n_steps,
             gamma,
@@ -214,7 +214,8 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
             >>> rb.sample(3, n_steps=3)["next", "reward"]
             tensor([3., 2., 1.])
         """
-        refuse_mixing()
+        roles = self._roles_in(())
+        check_mixing(roles.rewards, roles.dones, self._done_at)
         check_not_captured("sample")
         token = _steps_of_call.set(None if n_steps is None else check_steps("n_steps", n_steps))
         try:
@@ -230,19 +231,24 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         check_not_captured("extend")
         check_single_steps(data)
         roles = self._roles_in({**stored, **new})
-        if missing := sorted(({*roles.needed} | {*filter(roles.is_role, stored)}) - new.keys()):
-            raise KeyError(f"data must hold {', '.join(map(str, missing))}, got the entries {list(new)}")
-        if is_filled and (late := sorted(path for path in new.keys() - stored.keys() if roles.is_role(path))):
+        if missing := sorted(({*roles.needed} | stored.keys() - roles.written - {_INDEX}) - new.keys()):
+            message = f"data must hold {', '.join(map(str, missing))}, got the entries {list(new)}"
+            if not {*missing}.isdisjoint(stored):
+                message += (
+                    "; the storage has the others, too: for data of other entries give it a new one (set_storage)"
+                )
+            raise KeyError(message)
+        if is_filled and (late := sorted(key for key in new.keys() - stored.keys() if roles.is_role(key, new[key]))):
             raise ValueError(
                 f"data must not hold {', '.join(map(str, late))}, which windows read and the frames stored before "
                 f"lack: extend with it from the first call on, or empty the buffer before"
             )
+        self._check_neighbours()
         if self._checked != self._changes:
-            self._check_transforms(transforms_in(self.transform))
-            find_groups(Frames.read(data, roles.written), roles)
+            frames = Frames.read(data, roles.written)
+            self._places(find_groups(frames, roles), roles, frames.leaves)
             self._checked = self._changes
-        frames = 1 if time_dim is None else data.shape[time_dim]
-        self._check_room(self._n_steps, data.numel() // frames)
+        self._check_room(self._n_steps, data.numel() // (1 if time_dim is None else data.shape[time_dim]))
 
     def _check_room(self, n_steps: Steps, rows: int | None = None) -> None:
         """Checks that a full window finds room among the slots, where it is known how many there are."""
@@ -262,10 +268,7 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         roles = self._roles_in(frames.leaves)
         groups = find_groups(frames, roles)
         leaves = with_saved(frames.leaves, roles.saved_in(frames.leaves))
-        indices = [
-            torch.as_tensor(dim, dtype=torch.int64, device=leaves[roles.done].device)
-            for dim in (index if isinstance(index, tuple) else (index,))
-        ]
+        indices = check_index(index, ndim, leaves[roles.done].device)
         shape = indices[0].shape
         samples, high = self._samples([dim.reshape(-1) for dim in indices], position)
         extension, windows = n_step_sample_groups(
@@ -295,6 +298,13 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
                 device=device if generator is None else generator.device,
             ).to(device)
         return Samples(indices, position.newest, position.live, drawn), high
+
+    def _check_neighbours(self) -> None:
+        transforms = transforms_in(self.transform)
+        beside = self._changes, *map(id, transforms)
+        if beside != self._checked_beside:
+            self._check_transforms(transforms)
+            self._checked_beside = beside
 
     def _check_transforms(self, transforms: list[Transform]) -> None:
         roles = self._roles_in(())

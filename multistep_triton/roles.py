@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
 
@@ -20,8 +21,11 @@ STEPS_KEY = "steps_to_next_obs"
 WINDOW_PATHS = ((STEPS_KEY,), ("gamma",), ("nonterminal",))
 ORIGINAL_REWARD_PATH = ("next", "original_reward")
 AUTO = "auto"
+DEFAULT_MASK_KEY = "mask"
 TRAJ_PATH = ("collector", "traj_ids")
 """Where torchrl's collectors write trajectory ids, and its samplers look for them."""
+MASK_PATH = ("collector", "mask")
+"""Where collectors write the mask with ``split_trajs=True``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +49,14 @@ class Roles:
     written: frozenset[KeyPath]
     """Entries that are written, and not read where they are there already."""
 
-    def is_flag(self, path: KeyPath) -> bool:
-        """Whether an entry may end windows."""
-        return path == self.done or (path[0] == "next" and path[-1] in self.flags and path not in self.rewards)
+    def is_flag(self, path: KeyPath, leaf: Tensor) -> bool:
+        """Whether an entry may end windows; one of another kind that happens to be called like a flag does not."""
+        named = path[0] == "next" and path[-1] in self.flags and path not in self.rewards
+        return path == self.done or (named and leaf.dtype == torch.bool)
 
-    def is_role(self, path: KeyPath) -> bool:
+    def is_role(self, path: KeyPath, leaf: Tensor) -> bool:
         """Whether an entry plays a role in data that holds it."""
-        role = path in self.needed or path == self.mask or path in self.saved or self.is_flag(path)
+        role = path in self.needed or path == self.mask or path in self.saved or self.is_flag(path, leaf)
         return role or (path in self.kept and path not in self.written)
 
     def saved_in(self, leaves: Mapping[KeyPath, Tensor]) -> dict[KeyPath, KeyPath]:

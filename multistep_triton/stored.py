@@ -5,8 +5,9 @@ Owns these checks; knows no windows. May import torchrl, by its public names alo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, RoundRobinWriter, Storage, TensorStorage, Writer
@@ -27,8 +28,11 @@ class Position(NamedTuple):
     slots: int
 
 
-def check_parts(storage: Storage, writer: Writer | None, sampler: Sampler | None) -> None:
-    """Checks that frames lie in the storage in the order in which they came, and that a sampler leaves them alone."""
+def check_parts(storage: Storage, writer: Writer | None, sampler: Sampler | None, of_other: bool = False) -> None:
+    """Checks that frames lie in the storage in the order in which they came, and that a sampler leaves them alone.
+
+    The sampler may be that of another buffer on the storage, whose samples are no concern.
+    """
     if not isinstance(storage, TensorStorage):
         raise TypeError(f"storage must be a TensorStorage, such as LazyTensorStorage, got {type(storage).__name__}")
     if not isinstance(writer, RoundRobinWriter | ImmutableDatasetWriter | None):
@@ -38,11 +42,18 @@ def check_parts(storage: Storage, writer: Writer | None, sampler: Sampler | None
             f"sampler must leave frames where windows read them, got {type(sampler).__name__}; "
             f"consume_after_n_samples must be None"
         )
-    if isinstance(sampler, SliceSampler) and sampler.truncated_key is not None:
+    if isinstance(sampler, SliceSampler) and sampler.truncated_key is not None and not of_other:
         raise TypeError(
             f"sampler must leave the done flags to the windows, got {type(sampler).__name__} with truncated_key="
             f"{sampler.truncated_key!r}, which writes the ends of slices into them; truncated_key must be None"
         )
+
+
+def mended(torn: tuple[int, int], newest: int, frames: int, slots: int) -> tuple[int, int]:
+    """Slots that hold parts of two frames, the first and how many, after ``frames`` were written from the newest on."""
+    first, count = torn
+    overwritten = frames - (first - newest - 1) % slots
+    return ((first + overwritten) % slots, max(count - overwritten, 0)) if count and overwritten > 0 else torn
 
 
 def check_dims(data: TensorDictBase, dims: int, ndim: int) -> None:
@@ -54,8 +65,10 @@ def check_dims(data: TensorDictBase, dims: int, ndim: int) -> None:
         f"data must have a batch size {kind} of {dims} dimensions, as the storage has ndim={ndim}, "
         f"got {list(data.batch_size)}"
     )
-    if data.batch_dims > dims:
+    if data.batch_dims > dims and dims == ndim:
         message += f": for several environments use a storage of ndim={ndim + 1} and data [num_envs, T]"
+    elif data.batch_dims > dims:
+        message += ": add stores a single frame of every environment; extend with data [*B, T]"
     raise ValueError(message)
 
 
@@ -72,9 +85,23 @@ def check_layout(storage: Storage, entries: TensorDictBase) -> None:
     if entries.numel() != storage.max_size:
         raise ValueError(
             f"storage must count the frames of all its dimensions, got max_size = {storage.max_size} for "
-            f"{[*entries.shape]}, as torchrl makes it of data: extend a LazyTensorStorage({entries.numel()}, "
-            f"ndim={ndim}) with the data"
+            f"{[*entries.shape]}, as torchrl makes it of data or of a storage of another size that is loaded: extend a "
+            f"LazyTensorStorage({entries.numel()}, ndim={ndim}) with the data"
         )
+
+
+def check_index(index: Any, ndim: int, device: torch.device) -> list[Tensor]:
+    """Checks what a sampler drew: integers for every dimension of the storage."""
+    dims = index if isinstance(index, tuple) else (index,)
+    if len(dims) != ndim or any(isinstance(dim, slice) for dim in dims):
+        raise TypeError(
+            f"sampler must draw {ndim} tensors of indices, as the storage has ndim={ndim}, got {index!r:.200}"
+        )
+    tensors = [torch.as_tensor(dim, device=device) for dim in dims]
+    for tensor in tensors:
+        if tensor.dtype == torch.bool or tensor.is_floating_point():
+            raise TypeError(f"sampler must draw integers, got indices of {tensor.dtype}")
+    return [tensor.to(torch.int64) for tensor in tensors]
 
 
 def check_slots(n_steps: int, slots: int, max_size: int, rows: int) -> None:
@@ -87,20 +114,25 @@ def check_slots(n_steps: int, slots: int, max_size: int, rows: int) -> None:
         )
 
 
-def check_continues(new: Leaves, stored: Leaves, new_dims: int, dims: int) -> None:
+def check_continues(new: Leaves, stored: Leaves, new_dims: int, dims: int, like: str = "as what is stored") -> None:
     """Checks that entries of the data have the dtypes and trailing shapes of those that are stored."""
     for path in new.keys() & stored.keys():
         kinds = [(leaf.dtype, [*leaf.shape[ndim:]]) for leaf, ndim in ((new[path], new_dims), (stored[path], dims))]
         if kinds[0] != kinds[1]:
             got, expected = (f"{dtype} {shape}" for dtype, shape in kinds)
-            raise ValueError(f"{path} must be {expected}, as what is stored, got {got}")
+            raise ValueError(f"{path} must be {expected}, {like}, got {got}")
 
 
 def tensors_of(data: TensorDictBase, dims: int) -> Leaves:
     """The tensors of a tensordict, by path; of a lazy stack over its first ``dims`` dimensions, those of an element."""
     if isinstance(data, LazyStackedTensorDict) and data.stack_dim < dims and data.tensordicts:
         # Its entries would be stacked for this; an element's tell, with a dimension that says nothing.
-        return {path: leaf.unsqueeze(0) for path, leaf in tensors_of(data.tensordicts[0], dims - 1).items()}
+        first, *others = (tensors_of(element, dims - 1) for element in data.tensordicts)
+        for other in others:
+            if odd := sorted(first.keys() ^ other.keys()):
+                raise ValueError(f"data must hold the same entries in all of a lazy stack, got {odd} in some alone")
+            check_continues(other, first, dims - 1, dims - 1, "as others of a lazy stack")
+        return {path: leaf.unsqueeze(0) for path, leaf in first.items()}
     leaves = {}
     for key, leaf in data.items(True, True):
         if isinstance(leaf, Tensor):

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
@@ -24,10 +25,13 @@ from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_n
 from torch import Tensor
 from torchrl.data import (
     OfflineToOnlineReplayBuffer,
+    PrioritizedReplayBuffer,
     ReplayBuffer,
     ReplayBufferEnsemble,
     RoundRobinWriter,
+    SliceSampler,
     Storage,
+    TensorDictPrioritizedReplayBuffer,
     TensorDictReplayBuffer,
     Writer,
     prefill_replay_buffer,
@@ -35,6 +39,7 @@ from torchrl.data import (
 from torchrl.data.replay_buffers import SampleUnit
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.envs.transforms import Compose, Transform
+from torchrl.envs.transforms.transforms import _InvertTransform
 
 from multistep_triton.stored import (
     Leaves,
@@ -43,6 +48,7 @@ from multistep_triton.stored import (
     check_dims,
     check_layout,
     check_parts,
+    mended,
     tensors_of,
     versions_of,
 )
@@ -54,11 +60,14 @@ def _codes_of(*functions: Callable[..., Any]) -> set[CodeType]:
     return {inspect.unwrap(function).__code__ for function in functions}
 
 
+_BUFFERS = (ReplayBuffer, PrioritizedReplayBuffer, TensorDictReplayBuffer, TensorDictPrioritizedReplayBuffer)
 # torchrl tells a transform nothing of its buffer, and a buffer nothing of who calls: the frames of the calls say it.
 _TAKE = _codes_of(ReplayBuffer._maybe_make_transform, ReplayBuffer.append_transform, ReplayBuffer.insert_transform)
-_MIX = _codes_of(OfflineToOnlineReplayBuffer.sample)
-_PREFILL = _codes_of(prefill_replay_buffer)
+_USE = _codes_of(*(getattr(kind, name) for kind in _BUFFERS for name in ("add", "extend", "_sample")))
+_ADD = _codes_of(ReplayBuffer.add)
 _ENSEMBLE = _codes_of(ReplayBufferEnsemble._sample)
+_MIX = _codes_of(OfflineToOnlineReplayBuffer.sample) | _ENSEMBLE
+_PREFILL = _codes_of(prefill_replay_buffer)
 
 
 def _calling(codes: set[CodeType], depth: int = 16) -> FrameType | None:
@@ -75,14 +84,26 @@ def taking_buffer() -> tuple[ReplayBuffer, bool] | None:
     return None if frame is None else (frame.f_locals["self"], bool(frame.f_locals.get("invert")))
 
 
-def refuse_mixing() -> None:
-    """Raises an error in a sample of an OfflineToOnlineReplayBuffer, part of which is of a buffer of single steps."""
-    if _calling(_MIX):
-        raise TypeError(
-            "an OfflineToOnlineReplayBuffer samples single steps from its online_buffer, beside which n-step "
-            "transitions must not be: give both buffers a MultiStepTransform of the same arguments, the offline one as "
-            "its transform and the other one by online_buffer.append_transform(...)"
-        )
+def using_buffer() -> ReplayBuffer | None:
+    """The replay buffer that is calling its transforms, if one is."""
+    frame = _calling(_USE)
+    return None if frame is None else frame.f_locals["self"]
+
+
+def is_adding() -> bool:
+    """Whether ``ReplayBuffer.add`` is calling, which stores one frame and does not say that it does."""
+    return _calling(_ADD) is not None
+
+
+def mixing_buffer() -> tuple[list[ReplayBuffer], list[Transform]] | None:
+    """Of the ensemble or OfflineToOnlineReplayBuffer that is sampling, if one is: its buffers, its own transforms."""
+    frame = _calling(_MIX)
+    if frame is None:
+        return None
+    mixing = frame.f_locals["self"]
+    pair = isinstance(mixing, OfflineToOnlineReplayBuffer)
+    buffers = [mixing.offline_buffer, mixing.online_buffer] if pair else mixing._rbs or []
+    return [*buffers], [] if mixing._transform is None else transforms_in(mixing._transform)
 
 
 def refuse_prefill() -> None:
@@ -123,6 +144,16 @@ def update_priority(buffer: ReplayBuffer, indices: Tensor, data: TensorDictBase)
         buffer.update_priority(indices, priority)
 
 
+def inverted_in(transform: Transform) -> Transform | None:
+    """What ``append_transform(..., invert=True)`` made this of; None if it did not."""
+    return transform.transform if isinstance(transform, _InvertTransform) else None
+
+
+def reads_ids(sampler: SliceSampler) -> bool:
+    """Whether a sampler tells episodes by trajectory ids, as far as it has looked."""
+    return bool(sampler._fetch_traj)
+
+
 def transforms_in(transform: Transform) -> list[Transform]:
     """A buffer's transform in its parts, in order."""
     if type(transform).forward is Compose.forward:
@@ -136,6 +167,18 @@ def sample_unit_of(buffer: ReplayBuffer) -> SampleUnit | None:
     return unit
 
 
+@dataclass
+class _Order:
+    """What all buffers on a storage know of the order of its frames, besides what it says itself."""
+
+    broken: str | None = None
+    """Why frames are in no order; None if they are in order."""
+    torn: tuple[int, int] = (0, 0)
+    """The first and the number of slots in which a write that failed has left parts of two frames."""
+    seen: tuple[int, int] | None = None
+    """How often its writers had written, and the newest slot, when one was last seen to write in this process."""
+
+
 class OrderedReplayBuffer(ReplayBuffer):
     """A replay buffer whose storage is a ring in time: its frames lie in the order in which they came.
 
@@ -143,14 +186,8 @@ class OrderedReplayBuffer(ReplayBuffer):
     ``_extend`` and ``_add`` when its transforms are through.
     """
 
-    _broken: str | None = None
-    """Why what is stored cannot be read; None if it can."""
-    _torn = 0, 0
-    """The first and the number of slots in which a write that failed has left parts of two frames."""
     _laid_out: TensorDictBase | None = None
     """The storage's entries, once they were checked."""
-    _seen: tuple[int, int] | None = None
-    """The storage's revision and newest slot when it was last written to in this process."""
 
     def _check_data(
         self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
@@ -160,6 +197,10 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     def _check_transforms(self, transforms: list[Transform]) -> None:
         """Checks transforms that run when the buffer is sampled."""
+        raise NotImplementedError
+
+    def _check_neighbours(self) -> None:
+        """Checks all that do, if they or arguments have changed since."""
         raise NotImplementedError
 
     # Where frames lie
@@ -202,47 +243,82 @@ class OrderedReplayBuffer(ReplayBuffer):
         entries, storage = self._stored(), self._storage
         if entries is None:
             return None
-        shape = entries.shape
+        shape, order = entries.shape, self._order
         if entries is not self._laid_out:
             check_layout(storage, entries)
             self._laid_out = entries
         slots, last = shape[0], storage._last_cursor_index
         live = -(-len(storage) // max(shape[1 : storage.ndim].numel(), 1))
-        broken = self._broken
-        if live < slots and last not in (None, live - 1):
+        newest = live - 1 if live < slots else last
+        broken = order.broken
+        if live < slots and last not in (None, newest):
             broken = f"of {live} slots that hold frames slot {last} was the last one written"
-        elif live == slots and last is None:
+        elif newest is None:
             broken = "it is full and was loaded or written by itself, so that it does not say which frame is newest"
+        elif not broken:
+            # Those of buffers like this one are set to the position before they write.
+            wrote = [writer for writer in self._writers_of_others() if writer._cursor != (newest + 1) % slots]
+            if wrote:
+                broken = f"slot {newest} was the last one written, and a writer goes on at slot {wrote[0]._cursor}"
         if broken:
             raise RuntimeError(
                 f"storage must hold frames in the order in which they came, but {broken}. Load whole buffers (loads, "
-                f"load_state_dict), and give buffers that write into one storage one writer; empty() begins anew"
+                f"load_state_dict), and give buffers that write into one storage one writer; or extend a buffer with "
+                f"the frames in order; empty() begins anew"
             )
-        return Position(live - 1 if live < slots else last, live, slots)
+        return Position(newest, live, slots)
+
+    @property
+    def _order(self) -> _Order:
+        order: _Order = self._storage.__dict__.setdefault("n_step_order", _Order())
+        return order
+
+    def _writers(self) -> list[tuple[ReplayBuffer, RoundRobinWriter]]:
+        """The writers of the storage, and the buffers whose they are, which take turns with this one from then on."""
+        found = []
+        for buffer in self._storage._attached_entities:
+            writer = getattr(buffer, "_writer", None)
+            if isinstance(writer, RoundRobinWriter) and writer._storage is self._storage:
+                found.append((buffer, writer))
+                if buffer._replay_lock is not self._replay_lock:
+                    buffer._replay_lock = self._replay_lock
+        return found
+
+    def _writers_of_others(self) -> list[RoundRobinWriter]:
+        """Those of torchrl's buffers, if they have written."""
+        writers = self._writers()
+        return [each for buffer, each in writers if not isinstance(buffer, OrderedReplayBuffer) and each._write_count]
 
     def _adopt(self) -> None:
         """Takes over a storage that may hold frames, at whose position every writer goes on."""
         storage = self._storage
         check_parts(storage, self._writer, self._sampler)
+        others = [other for other in storage._attached_entities if other is not self]
         storage.attach(self)
-        for other in storage._attached_entities:
-            check_parts(storage, getattr(other, "_writer", None), None)
+        for other in others:
+            check_parts(storage, getattr(other, "_writer", None), getattr(other, "_sampler", None), True)
         entries = self._stored()
         if entries is not None and storage._last_cursor_index is None and not storage._mutation_revision:
             # It was given its frames when it was made, in order.
             storage._set_last_cursor(entries.shape[0] - 1)
-        self._broken, self._torn = None, (0, 0)
-        self._go_on(self._position())
+        if not any(isinstance(other, OrderedReplayBuffer) for other in others) and len(self._writers_of_others()) > 1:
+            self._order.broken = "several buffers have written into it, each at a cursor of its own"
+        self._take_position()
 
-    def _go_on(self, position: Position | None) -> None:
+    def _take_position(self) -> Position | None:
+        """The position, at which every writer goes on."""
+        position = self._position()
+        self._go_on(*(() if position is None else (position.newest, position.slots)))
+        return position
+
+    def _writes(self) -> int:
+        return sum(writer._write_count for _, writer in self._writers())
+
+    def _go_on(self, newest: int = -1, slots: int = 1) -> None:
         """Makes every writer of the storage go on after the newest frame, whoever wrote it."""
-        storage = self._storage
-        cursor = 0 if position is None else (position.newest + 1) % position.slots
-        for other in storage._attached_entities:
-            writer = getattr(other, "_writer", None)
-            if isinstance(writer, RoundRobinWriter) and writer._storage is storage and writer._cursor != cursor:
-                writer._cursor = cursor
-        self._seen = storage._mutation_revision, -1 if position is None else position.newest
+        for _, writer in self._writers():
+            writer._cursor = (newest + 1) % slots
+        self._order.seen = self._writes(), newest
 
     def mark_update(self, index: int | Tensor) -> None:
         """Called by every writer of the storage when it has written: one that goes on elsewhere breaks the order.
@@ -255,19 +331,22 @@ class OrderedReplayBuffer(ReplayBuffer):
             True
         """
         super().mark_update(index)
-        entries, storage, seen = self._entries(), self._storage, self._seen
-        revision, last = storage._mutation_revision, storage._last_cursor_index
+        entries, storage, order = self._entries(), self._storage, self._order
+        last, writes = storage._last_cursor_index, self._writes()
+        before, newest = order.seen or (0, -1)
         if entries is None or last is None:
             return
-        if seen is not None and revision == seen[0] + 1:
-            # This is all that has happened since.
-            written = len(index) if isinstance(index, Tensor) and index.ndim else 1
-            written //= entries.shape[1 : storage.ndim].numel() if storage.ndim > 1 else 1
-            if (seen[1] + written) % entries.shape[0] != last:
-                self._broken = (
-                    f"another writer went on elsewhere than after slot {seen[1]}, at which the newest frame was"
-                )
-        self._seen = revision, last
+        slots, rows = entries.shape[0], entries.shape[1 : storage.ndim].numel()
+        told = (len(index) if isinstance(index, Tensor) and index.ndim else 1) // max(rows, 1)
+        if writes < before:
+            # The storage was emptied.
+            order.broken, order.torn = None, (0, 0)
+        elif writes - before == told:
+            # This is all that was written since: nothing was altered where it lies, and no other buffer saw it before.
+            if (newest + told) % slots != last:
+                order.broken = f"a writer went on elsewhere than after slot {newest}, at which the newest frame was"
+            order.torn = mended(order.torn, newest, told, slots)
+        self._go_on(last, slots)
 
     # Parts
 
@@ -275,7 +354,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         super()._init()
         try:
             self._adopt()
-            self._check_transforms(transforms_in(self._transform))
+            self._check_neighbours()
         except BaseException:
             self._initialized = False
             raise
@@ -328,7 +407,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         check_parts(self.storage, writer, self.sampler)
         with self._replay_lock:
             before = super().set_writer(writer)
-            self._go_on(self._position())
+            self._take_position()
         return before
 
     def set_sampler(self, sampler: Sampler) -> Any:
@@ -383,7 +462,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         ndim, time_dim = self._storage.ndim, self.dim_extend
         check_dims(data, ndim, ndim)
         frames = data.shape[time_dim]
-        if not frames:
+        if not data.batch_size.numel():
             return torch.zeros((0, ndim) if ndim > 1 else (0,), dtype=torch.long)
 
         def write() -> Tensor:
@@ -400,6 +479,9 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     def _add(self, data: TensorDictBase) -> Any:
         check_dims(data, self._storage.ndim - 1, self._storage.ndim)
+        if self.dim_extend > 1:
+            # As extend lays out a frame of every environment.
+            data = data.unsqueeze(self.dim_extend).transpose(self.dim_extend, 0)[0]
 
         def write() -> Any:
             index = self._writer.add(data)
@@ -414,8 +496,7 @@ class OrderedReplayBuffer(ReplayBuffer):
             entries, storage, writer = self._entries(), self._storage, self._writer
             stored = {} if entries is None else tensors_of(entries, storage.ndim)
             self._check_new(tensors_of(data, data.batch_dims), stored, data, time_dim, entries)
-            position = self._position()
-            self._go_on(position)
+            position = self._take_position()
             versions, count = versions_of(stored), getattr(writer, "_write_count", None)
             before = len(storage), storage._last_cursor_index
             try:
@@ -423,14 +504,12 @@ class OrderedReplayBuffer(ReplayBuffer):
             except BaseException:
                 storage._len = before[0]
                 storage._set_last_cursor(before[1])
-                self._go_on(position)
                 if count is not None:
                     writer._write_count = count
+                self._take_position()
                 if None in versions or versions != versions_of(stored):
                     self._tear(position, frames)
                 raise
-            self._mend(position, frames)
-            self._go_on(self._position())
         return index
 
     def _check_new(
@@ -455,15 +534,7 @@ class OrderedReplayBuffer(ReplayBuffer):
             return
         free = position.slots - position.live
         if (torn := min(frames - free, position.live)) > 0:
-            self._torn = (position.newest + 1 + free) % position.slots, max(torn, self._torn[1])
-
-    def _mend(self, position: Position | None, frames: int) -> None:
-        """Forgets those of them that ``frames`` from the newest one on have overwritten wholly."""
-        first, torn = self._torn
-        if torn and position is not None:
-            mended = frames - (first - position.newest - 1) % position.slots
-            if mended > 0:
-                self._torn = (first + mended) % position.slots, max(torn - mended, 0)
+            self._order.torn = (position.newest + 1 + free) % position.slots, max(torn, self._order.torn[1])
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Empties the buffer, and drops what was prefetched from it.
@@ -485,8 +556,8 @@ class OrderedReplayBuffer(ReplayBuffer):
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             super().empty(empty_write_count)
-            self._broken, self._torn = None, (0, 0)
-            self._go_on(None)
+            self._order.broken, self._order.torn = None, (0, 0)
+            self._go_on()
 
     # Checkpoints
 
@@ -501,19 +572,26 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     def _ring_state(self) -> dict[str, Any]:
         position = self._position()
-        return {"newest": None if position is None else position.newest, "torn": [*self._torn]}
+        return {"newest": None if position is None else position.newest, "torn": [*self._order.torn]}
 
     def _load_ring(self, ring: dict[str, Any] | None) -> None:
         """Puts the storage where it was when it was saved; a buffer of torchrl's saves its writer's cursor alone."""
-        storage, entries = self._storage, self._stored()
-        if entries is not None:
-            newest = None if ring is None else ring["newest"]
-            if newest is None and isinstance(self._writer, RoundRobinWriter):
-                newest = (self._writer._cursor - 1) % entries.shape[0]
-            storage._set_last_cursor(newest)
-        self._broken, self._torn = None, (0, 0) if ring is None else tuple(ring["torn"])
-        if entries is not None and newest is not None:
-            self._go_on(self._position())
+        storage, entries, order = self._storage, self._stored(), self._order
+        order.broken, order.torn = None, (0, 0)
+        if entries is None:
+            self._go_on()
+            return
+        newest = None if ring is None else ring["newest"]
+        if isinstance(self._writer, RoundRobinWriter):
+            # A file of another time may lie beside what a buffer of torchrl's has saved since.
+            at = (self._writer._cursor - 1) % entries.shape[0]
+            ring, newest = ring if newest == at else None, at
+        storage._set_last_cursor(newest)
+        if ring is not None:
+            first, torn = ring["torn"]
+            order.torn = first, torn
+        if newest is not None:
+            self._go_on(newest, entries.shape[0])
 
     def state_dict(self) -> dict[str, Any]:
         """As in torchrl, and which frame is the newest, whatever the writer.
@@ -646,11 +724,12 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
 
     def _check_whole(self) -> Position | None:
         """Checks that all frames are there, in order, before anything is drawn."""
-        position = self._position()
-        if self._torn[1]:
+        self._check_neighbours()
+        position, (first, torn) = self._position(), self._order.torn
+        if torn:
             raise RuntimeError(
                 f"a write that failed has overwritten frames in part: extend the buffer, whose next frames overwrite "
-                f"them wholly, before it is sampled again ({self._torn[1]} slots from {self._torn[0]} on), or empty it"
+                f"them wholly, before it is sampled again ({torn} slots from {first} on), or empty it"
             )
         return position
 

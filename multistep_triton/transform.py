@@ -23,18 +23,25 @@ from torchrl.envs.transforms import Transform
 from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_gamma, check_positive_int
 from multistep_triton.frames import Held
-from multistep_triton.neighbours import check_around, check_order, check_transforms
-from multistep_triton.roles import TRAJ_PATH
+from multistep_triton.neighbours import (
+    check_around,
+    check_mixing,
+    check_order,
+    check_transforms,
+    holds_single_steps,
+)
+from multistep_triton.roles import STEPS_KEY, TRAJ_PATH
 from multistep_triton.saved import from_state, to_state
 from multistep_triton.torchrl_internals import (
+    is_adding,
     lock_of,
-    refuse_mixing,
     refuse_prefill,
     sample_unit_of,
     store,
     taking_buffer,
     transforms_in,
     update_priority,
+    using_buffer,
 )
 
 
@@ -182,7 +189,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         with self._lock:
             emitted, held = self._n_step(data, self._carry, hold=True)
             count = emitted.batch_size[-1]
-            if single and count > 1:
+            if count > 1 and data.batch_size[-1] == 1 and (single or is_adding()):
                 raise ValueError(
                     f"a single frame must find at most n_steps = {self._n_steps} frames held back, got "
                     f"{self._n_steps + count - 1}: after n_steps was made smaller, extend with a batch of frames "
@@ -220,31 +227,44 @@ class MultiStepTransform(MultiStepBase, Transform):
             gc.collect()
             owner = self._owner and self._owner()
         if owner not in (None, buffer) or (self._owner and owner is None and self._carry is not None):
+            remedy = "clear() it, as the other one is gone" if owner is None else "give each a transform of its own"
             raise ValueError(
-                "a MultiStepTransform must belong to one replay buffer, as it holds back frames of one stream, got a "
-                "second one: give each a transform of its own or, if the other buffer is no more in use, a clone() "
-                "that was cleared (clear())"
+                f"a MultiStepTransform must belong to one replay buffer, as it holds back frames of one stream, got a "
+                f"second one: {remedy}"
             )
-        self._owner, self._checked = weakref.ref(buffer), None
         # The data may hold ids, which are looked for when it comes; and a buffer has its transforms only now and then.
         check_around(buffer, sample_unit_of(buffer), self._done_at, self._roles_in(()).dones, True)
+        self._owner, self._checked = weakref.ref(buffer), None
 
     def _check_owner(self, data: TensorDictBase) -> None:
-        """Checks what shares the buffer with this transform, if anything is another one than the last time."""
+        """Checks what shares the buffer with this transform, if anything is another one than the last time.
+
+        A copy that belongs to none, such as a worker's, becomes that of the buffer which calls it.
+        """
         buffer = None if self._owner is None else self._owner()
         if buffer is None:
-            return
+            buffer = using_buffer()
+            if buffer is None or self not in transforms_in(buffer.transform):
+                return
+            self._join(buffer)
         ids = any(data.get(key, None) is not None for key in (TRAJ_PATH, "episode"))
         transforms, unit = transforms_in(buffer.transform), sample_unit_of(buffer)
         parts = (buffer.sampler, unit, buffer.storage.checkpointer, *transforms)
-        checked = (*map(id, parts), ids, self._done_at, *self._reward_keys, self._done_key, *self._done_keys)
+        keys = *self._reward_keys, self._done_key, *self._done_keys
+        checked = (*map(id, parts), bool(len(buffer.storage)), ids, self._done_at, *keys)
         if checked == self._checked:
             return
         roles = self._roles_in(())
         check_around(buffer, unit, self._done_at, roles.dones, ids)
         others = [each for each in transforms if each is not self]
         check_transforms(others, roles.rewards, roles.dones, self._done_at)
-        check_order(transforms[: transforms.index(self)] if self in transforms else [], roles.rewards)
+        before = transforms[: transforms.index(self)] if self in transforms else []
+        check_order(before, roles.rewards, roles.dones, self._done_at)
+        if holds_single_steps(buffer):
+            raise ValueError(
+                f"storage must hold n-step transitions alone, got single steps, which lack {STEPS_KEY!r} and were "
+                f"stored without this transform: extend a new buffer with them"
+            )
         self._checked = checked
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -256,8 +276,9 @@ class MultiStepTransform(MultiStepBase, Transform):
             >>> MultiStepTransform(n_steps=3, gamma=0.99)(sample) is sample
             True
         """
-        if self._owner is None:
-            refuse_mixing()
+        roles = self._roles_in(())
+        check_mixing(roles.rewards, roles.dones, self._done_at)
+        self._check_owner(tensordict)
         out: TensorDictBase = super().forward(tensordict)
         return out
 
@@ -457,7 +478,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         with self._lock:
             twin: MultiStepTransform = super().clone()
             twin._carry = self._carry and self._carry.clone()
-        twin._lock, twin._owner = threading.RLock(), None
+        twin._lock, twin._owner, twin._checked = threading.RLock(), None, None
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:

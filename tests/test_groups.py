@@ -79,6 +79,21 @@ def test_a_done_key_that_is_no_flag():
         MultiStep(1.0, 3)(data)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_what_is_called_like_a_flag_and_is_none(dtype):
+    """Brax's state has a ``done`` of floats, which ends nothing and comes from the window's end."""
+    data, t = timed_out(truncated=LIMIT), torch.arange(8, dtype=dtype)
+    data["next", "state"] = TensorDict({"done": t, "pipeline": {"terminated": t.view(8, 1)}}, [8])
+    buffer = make_buffer(8, n_steps=3, gamma=1.0)
+    buffer.extend(data)
+    for out in (MultiStep(1.0, 3)(data), everything(buffer)):
+        assert out["next", "reward"].flatten().tolist() == RETURNS
+        assert out["next", "state", "done"].tolist() == [t - 1 for t in AHEAD]
+        assert out["next", "state", "pipeline", "terminated"].flatten().tolist() == [t - 1 for t in AHEAD]
+    # and may come late
+    buffer.extend(timed_out(truncated=LIMIT).set(("next", "state"), data["next", "state"].clone()))
+
+
 # Groups
 
 
@@ -157,6 +172,29 @@ def test_where_windows_of_a_group_are_written():
     buffer = ReplayBuffer(storage=LazyTensorStorage(6), transform=MultiStepTransform(3, 0.5, reward_keys=REWARDS))
     buffer.extend(cats_and_mice())
     assert buffer[:]["mice", "steps_to_next_obs"].flatten().tolist() == EXPECTED["mice"][2][:3]
+
+
+def test_in_the_shape_of_the_first_reward_are_the_windows_of_its_group():
+    """torchrl's losses read them at the root, with that reward."""
+    for rewards in (REWARDS, REWARDS[::-1]):
+        keys = {"reward_keys": rewards, "match_reward_shape": True}
+        buffer = make_buffer(6, n_steps=3, gamma=1.0, **keys)
+        buffer.extend(cats_and_mice())
+        for out in (MultiStep(1.0, 3, **keys)(cats_and_mice()), everything(buffer)):
+            assert out["steps_to_next_obs"].flatten().tolist() == EXPECTED[rewards[0][0]][2]
+            assert out["steps_to_next_obs"].shape == out["next", rewards[0]].shape
+            for group in ("cats", "mice"):
+                assert out[group, "steps_to_next_obs"].flatten().tolist() == EXPECTED[group][2]
+
+
+def test_where_windows_are_written_must_be_no_tensor():
+    data = cats_and_mice()
+    data["mice"] = torch.zeros(6)
+    buffer, transform = make_buffer(6, reward_keys=REWARDS), MultiStepTransform(3, 1.0, reward_keys=REWARDS)
+    for use in (transform.inv, MultiStep(1.0, 3, reward_keys=REWARDS), buffer.extend):
+        with pytest.raises(ValueError, match=r"data must not hold a tensor at \('mice',\), where the windows"):
+            use(data)
+    assert transform._buffer is None and not len(buffer)
 
 
 def test_objects_of_a_group_are_those_of_its_windows():

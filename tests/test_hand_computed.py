@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rings import everything, make_buffer
 from rollouts import frames
 from tensordict import TensorDict
 
@@ -157,6 +158,20 @@ def test_transform_with_another_mask_key():
     )
     assert out["next", "reward"].flatten().tolist() == [2.0, 2.0, 4.0]
     assert out["nonterminal"].tolist() == [T, F, F]
+
+
+def test_the_mask_that_collectors_write_is_found():
+    """With ``split_trajs=True``; one at the root comes first, and one that is named is the only one."""
+    valid, rewards = torch.tensor([T, T, F, T, T]), [1.0, 2.0, 4.0, 8.0, 16.0]
+    split = frames(rewards, [F] * 5, collector={"mask": valid})
+    buffer = make_buffer(5, n_steps=2, gamma=0.5)
+    buffer.extend(split)
+    for out in (MultiStepTransform(2, 0.5).inv(split), everything(buffer)):
+        assert out["next", "reward"].flatten().tolist()[:3] == [2.0, 2.0, 4.0]
+        assert out["nonterminal"].tolist()[:3] == [T, F, F]
+    both = frames(rewards, [F] * 5, collector={"mask": valid}, mask=torch.tensor([T] * 5))
+    for out in (MultiStepTransform(2, 0.5).inv(both), MultiStepTransform(2, 0.5, mask_key="other").inv(split)):
+        assert out["next", "reward"].flatten().tolist() == [2.0, 4.0, 8.0]
 
 
 def test_transform_mask_at_the_seam_between_calls():

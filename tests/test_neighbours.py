@@ -174,11 +174,63 @@ def test_a_transform_that_is_appended_or_changed_later_is_seen():
         stored.extend(make_data())
     with pytest.raises(ValueError, match=MESSAGE.format("RewardClipping")):
         sampled.append_transform(REFUSED["RewardClipping"]())
+    with pytest.raises(ValueError, match=MESSAGE.format("RewardClipping")):
+        stored.sample(4)
+    # past the buffer
+    beyond = NStepReplayBuffer(n_steps=3, gamma=0.9, storage=LazyTensorStorage(100), batch_size=4)
+    beyond.extend(make_data())
+    beyond.transform.append(REFUSED["RewardClipping"]())
+    for use in (beyond.sample, lambda: beyond.extend(make_data())):
+        with pytest.raises(ValueError, match=MESSAGE.format("RewardClipping")):
+            use()
     # a reward is what the buffer says is one
     sampled.append_transform(neighbours.T.SignTransform(in_keys=[neighbours.COST]))
     sampled.reward_keys = ["cost"]
     with pytest.raises(ValueError, match=MESSAGE.format("SignTransform")):
         sampled.extend(make_data())
+    with pytest.raises(ValueError, match=MESSAGE.format("SignTransform")):
+        sampled.sample(4)
+
+
+REWARD_ON_EXTEND = {
+    "in_keys": [],
+    "out_keys": [],
+    "in_keys_inv": [neighbours.REWARD],
+    "out_keys_inv": [neighbours.REWARD],
+}
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_what_is_inverted_runs_on_samples_if_its_inverse_does(filled):
+    """``invert=True`` makes of what would run on extend something that runs on samples."""
+    buffer = NStepReplayBuffer(n_steps=3, gamma=0.9, storage=LazyTensorStorage(100))
+    if filled:
+        buffer.extend(make_data())
+    message = MESSAGE.format("the inverse of SignTransform").replace(".+: .+", ".+: append it without invert=True")
+    with pytest.raises(ValueError, match=message):
+        buffer.append_transform(T.SignTransform(**REWARD_ON_EXTEND), invert=True)
+        buffer.extend(make_data())
+
+
+@pytest.mark.parametrize("kind", ["RewardClipping", "NextObservationDelta"])
+def test_what_is_inverted_before_ours_runs_on_n_step_transitions(kind):
+    buffer = ReplayBuffer(storage=LazyTensorStorage(FRAMES))
+    buffer.append_transform(REFUSED[kind](), invert=True)
+    buffer.append_transform(MultiStepTransform(3, 0.9))
+    with pytest.raises(ValueError, match=f"must be the first in the list, got {kind} before it"):
+        buffer.extend(make_data())
+    assert not len(buffer)
+    right = ReplayBuffer(storage=LazyTensorStorage(FRAMES))
+    right.append_transform(RIGHT["RewardScaling"](), invert=True)
+    right.append_transform(MultiStepTransform(3, 0.9))
+    right.extend(make_data())
+
+
+def test_how_long_windows_are_may_not_be_dropped_on_the_way():
+    drops = T.ExcludeTransform("steps_to_next_obs", inverse=True)
+    buffer = ReplayBuffer(storage=LazyTensorStorage(FRAMES), transform=Compose(drops, MultiStepTransform(3, 0.9)))
+    with pytest.raises(ValueError, match="must be the first in the list, got ExcludeTransform before it"):
+        buffer.extend(make_data())
 
 
 # Samplers and sample units
@@ -230,6 +282,9 @@ def test_slices_of_flags_that_were_moved(kind):
         )
         seen = torch.cat([buffer.sample()["observation"].flatten() for _ in range(40)])
         assert {t + i for t in (7, 17, 27) for i in range(3)} <= set(seen.long().tolist())
+    # where a sampler is told the flag, it looks for no ids
+    with pytest.raises(ValueError, match="sampler must find episodes by flags as they came"):
+        stored_with(kind(**keep, truncated_key=None, end_key=("next", "done")), "end", ids=True)
     # with flags as they came, torchrl's defaults
     assert stored_with(kind(**keep), "start", batch_size=24).sample()["next", "truncated"].any()
 
@@ -287,13 +342,26 @@ def test_an_ensemble_reads_storages_itself():
     members = [ReplayBuffer(storage=LazyTensorStorage(40), transform=MultiStepTransform(3, 1.0)) for _ in range(2)]
     for member in members:
         member.extend(numbers())
-    sample = ReplayBufferEnsemble(*members, batch_size=8).sample()
+    mixed = ReplayBufferEnsemble(*members, batch_size=8)
+    sample = mixed.sample()
     assert torch.equal(sample["next", "observation"], sample["observation"] + 3)
+    # the transforms of its own find n-step transitions, too
+    mixed.append_transform(REFUSED["RewardClipping"]())
+    with pytest.raises(ValueError, match=MESSAGE.format("RewardClipping")):
+        mixed.sample()
+    single = ReplayBuffer(storage=LazyTensorStorage(40))
+    single.extend(numbers())
+    mixed = ReplayBufferEnsemble(members[0], single, batch_size=8)
+    with pytest.raises(TypeError, match="must find n-step transitions in all of them"):
+        for _ in range(64):  # of which members it samples is drawn
+            mixed.sample()
 
 
 def test_offline_to_online():
     """Whose online part is a buffer of torchrl's own."""
-    message = "online_buffer, beside which n-step transitions must not be: give both buffers a MultiStepTransform"
+    message = (
+        r"must find n-step transitions in all of them, .+: give each a MultiStepTransform .+ online_buffer\.append"
+    )
     offline = n_step_buffer()
     offline.extend(numbers())
     with pytest.raises(TypeError, match=message):
@@ -306,6 +374,10 @@ def test_offline_to_online():
         ).sample()
     offline = ReplayBuffer(storage=LazyTensorStorage(50), transform=MultiStepTransform(3, 1.0, done_at="end"))
     offline.extend(numbers())
+    buffer = OfflineToOnlineReplayBuffer(offline, online_capacity=50, offline_fraction=0.5, batch_size=8)
+    buffer.extend(numbers())
+    with pytest.raises(TypeError, match=message):
+        buffer.sample()
     buffer = OfflineToOnlineReplayBuffer(offline, online_capacity=50, offline_fraction=0.5, batch_size=8)
     buffer.online_buffer.append_transform(MultiStepTransform(3, 1.0, done_at="end"))
     buffer.extend(numbers())

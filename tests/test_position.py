@@ -8,8 +8,10 @@ import pytest
 import torch
 from rings import Ring, assert_every_frame, everything, make_buffer, make_stream
 from rollouts import frames
+from tensordict import TensorDict
 from test_replay_buffer_in_use import dumps_and_loads, loading_is_told, through_state_dict
 from torchrl.data import (
+    ConsumingSampler,
     FlatStorageCheckpointer,
     ImmutableDatasetWriter,
     LazyMemmapStorage,
@@ -219,6 +221,53 @@ def test_a_checkpoint_in_which_frames_are_in_order(kind, cuts, tmp_path):
         at += 3
 
 
+def test_a_checkpoint_beside_which_a_file_of_another_time_lies(tmp_path):
+    ours, ring = filled((), (8, 3))
+    ours.dumps(tmp_path)
+    theirs = TensorDictReplayBuffer(storage=LazyTensorStorage(8))
+    theirs.loads(tmp_path)
+    theirs.extend(ring.take(2))
+    theirs.dumps(tmp_path)
+    loaded = make_buffer(8)
+    loaded.loads(tmp_path)
+    assert_every_frame(loaded, ring)
+    go_on(loaded, ring)
+
+
+def numbers(begin, count):
+    t = torch.arange(begin, begin + count)
+    rest = {"reward": t.float(), "done": torch.zeros(count, dtype=torch.bool)}
+    return TensorDict({"observation": t, "next": {"observation": t + 1, **rest}}, [count])
+
+
+def test_buffers_of_one_storage_take_turns():
+    """Frames are sampled ahead by a thread while another buffer overwrites them."""
+    ours = NStepReplayBuffer(n_steps=3, gamma=1.0, storage=LazyTensorStorage(64), batch_size=256, prefetch=3)
+    theirs, at = TensorDictReplayBuffer(storage=ours.storage), 64
+    ours.extend(numbers(0, at))
+    for _ in range(100):
+        sample = ours.sample()
+        theirs.extend(numbers(at, 24))
+        at += 24
+        assert torch.equal(sample["next", "observation"], sample["observation"] + sample["steps_to_next_obs"])
+
+
+def test_frames_that_are_altered_where_they_lie():
+    """Which is no writer's doing: it breaks no order, and hides none that is broken later."""
+    ours, ring = filled((), (8, 3))
+    ours[3] = ours[3]
+    ours.mark_update(3)
+    ours.mark_update(torch.tensor([1, 2]))
+    assert_every_frame(ours, ring)
+    go_on(ours, ring)
+    theirs = TensorDictReplayBuffer(storage=ours.storage)
+    ours.set_at_(("next", "reward"), ours[:]["next", "reward"][4], torch.tensor(4))
+    theirs._writer._cursor = 6
+    theirs.extend(make_stream((), 2))
+    with pytest.raises(RuntimeError, match="a writer went on elsewhere than after slot 2"):
+        ours.sample(4)
+
+
 # What cannot be told is refused
 
 
@@ -258,6 +307,33 @@ def test_a_buffer_that_writes_elsewhere(kind, cuts):
     for cut in (2, 6):
         theirs.extend(ring.take(cut))
         assert_every_frame(ours, ring)
+
+
+@loading_is_told
+def test_a_buffer_on_the_storage_that_is_loaded():
+    """torchrl's buffer puts its own cursor where that of the file was, and tells nobody."""
+    source, _ = filled((), (8, 5), TensorDictReplayBuffer)
+    theirs, _ = filled((), (8, 8, 1), TensorDictReplayBuffer)
+    ours = reader_of(theirs.storage)
+    ours.sample(4)
+    theirs.load_state_dict(source.state_dict())
+    with pytest.raises(RuntimeError, match="slot 0 was the last one written, and a writer goes on at slot 5"):
+        ours.sample(4)
+
+
+def test_a_storage_that_several_buffers_filled():
+    first, ring = filled((), (8, 3), TensorDictReplayBuffer)
+    second = TensorDictReplayBuffer(storage=first.storage)
+    second.extend(ring.take(3))
+    with pytest.raises(RuntimeError, match="several buffers have written into it, each at a cursor of its own"):
+        reader_of(first.storage)
+
+
+def test_a_storage_whose_frames_another_buffer_consumes():
+    theirs, _ = filled((), (5,), TensorDictReplayBuffer)
+    theirs.set_sampler(ConsumingSampler())
+    with pytest.raises(TypeError, match="sampler must leave frames where windows read them, got ConsumingSampler"):
+        reader_of(theirs.storage)
 
 
 def test_a_storage_that_is_filled_in_no_order():
@@ -348,6 +424,23 @@ def test_a_write_that_fails(cuts, frames_, fails_after, storage, batch):
         buffer.extend(ring.take(1))
         free, torn = max(free - 1, 0), torn - (not free)
     go_on(buffer, ring)
+
+
+def test_every_buffer_of_a_storage_knows_what_is_torn():
+    ring, buffer = Ring(make_stream((), 60), 8), make_buffer(8, storage=Torn)
+    others = [make_buffer(8, storage=lambda *_, **__: buffer.storage), TensorDictReplayBuffer(storage=buffer.storage)]
+    buffer.extend(ring.take(8)), buffer.extend(ring.take(3))
+    for each in (*others, buffer):
+        buffer.storage.fails_after = 1
+        with pytest.raises(OSError, match="no space left"):
+            buffer.extend(make_stream((), 2))
+        buffer.storage.fails_after = None
+        for own in (buffer, others[0]):
+            with pytest.raises(RuntimeError, match="overwritten frames in part"):
+                own.sample(4)
+        each.extend(ring.take(2))
+        for own in (buffer, others[0]):
+            assert_every_frame(own, ring)
 
 
 @loading_is_told

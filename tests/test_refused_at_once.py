@@ -2,20 +2,22 @@
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
-from rings import TRAJ_KEY, Ring, assert_every_frame, everything, make_buffer, make_stream
+from rings import TRAJ_KEY, Drawn, Ring, assert_every_frame, everything, make_buffer, make_stream
 from rollouts import extend, frames, make_rollout
-from tensordict import TensorDict
+from tensordict import LazyStackedTensorDict, TensorDict
 from torchrl.data import (
+    HERReplayBuffer,
     ImmutableDatasetWriter,
     LazyTensorStorage,
     ReplayBuffer,
     SamplerWithoutReplacement,
     TensorDictReplayBuffer,
 )
-from torchrl.envs.transforms import Compose
+from torchrl.envs.transforms import Compose, SignTransform
 
 from multistep_triton import MultiStep, MultiStepTransform, NStepReplayBuffer
 from multistep_triton import frames as frames_module
@@ -171,6 +173,54 @@ def test_copies_belong_to_copies():
         assert each[:]["observation"].flatten().tolist() == list(range(7))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_copies_look_around_them(copied):
+    """A worker's buffer was told of nothing."""
+    twin = copied(buffer_with(Compose(MultiStepTransform(3, 1.0), SignTransform(in_keys=[REWARD]))))
+    with pytest.raises(ValueError, match=r"transform must leave rewards .+ got SignTransform"):
+        twin.extend(numbered(0, 6))
+    assert not len(twin)
+
+
+def test_what_was_refused_belongs_to_nobody():
+    transform = MultiStepTransform(3, 1.0)
+    relabelled = HERReplayBuffer(lambda data: data[REWARD], storage=LazyTensorStorage(8))
+    with pytest.raises(ValueError, match="must not be in a HERReplayBuffer"):
+        relabelled.append_transform(transform)
+    assert len(buffer_with(transform).extend(numbered(0, 6))) == 3
+
+
+@pytest.mark.filterwarnings("ignore:Loading the storage:UserWarning")
+def test_a_storage_that_holds_single_steps():
+    single, late = buffer_with(None), buffer_with(None)
+    for buffer in (single, late):
+        buffer.extend(numbered(0, 6))
+    late.append_transform(MultiStepTransform(3, 1.0))
+    loaded = buffer_with(MultiStepTransform(3, 1.0))
+    loaded.extend(numbered(0, 2))
+    loaded.storage.load_state_dict(single.storage.state_dict())
+    for buffer in (late, loaded):
+        for use in (lambda buffer: buffer.extend(numbered(6, 12)), lambda buffer: buffer.sample(4)):
+            with pytest.raises(ValueError, match="storage must hold n-step transitions alone, got single steps"):
+                use(buffer)
+        assert len(buffer) == 6
+
+
+@pytest.mark.parametrize("kind", [ReplayBuffer, TensorDictReplayBuffer])
+def test_add_stores_a_single_frame(kind):
+    """After ``n_steps`` was made smaller, several come out."""
+    buffer = kind(storage=LazyTensorStorage(32), transform=MultiStepTransform(5, 1.0))
+    for t in range(5):
+        buffer.add(numbered(t, t + 1)[0])
+    buffer.transform[0].n_steps = 3
+    with pytest.raises(ValueError, match="a single frame must find at most n_steps = 3 frames held back, got 5"):
+        buffer.add(numbered(5, 6)[0])
+    assert not len(buffer)
+    buffer.extend(numbered(5, 6))
+    buffer.add(numbered(6, 7)[0])
+    assert buffer[:]["observation"].flatten().tolist() == [0, 1, 2, 3]
+
+
 def test_a_transform_that_is_inverted():
     for add, arguments in (("append_transform", []), ("insert_transform", [0])):
         with pytest.raises(ValueError, match="invert must be False for an n-step transform"):
@@ -241,6 +291,62 @@ def test_a_role_that_comes_late_or_goes(key, cuts):
             buffer.extend(ring.take(5))
             dones = [each for each in ("done", "terminated", "truncated") if ("next", each) in after.keys(True)]
             assert_every_frame(buffer, ring, done_keys=dones)
+
+
+@pytest.mark.parametrize("key", [NEXT, "action", ("next", "late")], ids=str)
+@pytest.mark.parametrize("of", [lambda each: each, lambda each: each[0]], ids=["extend", "add"])
+def test_an_entry_that_is_stored_may_not_be_missing(of, key):
+    """Its slot would keep the frame before."""
+    stream = make_stream((), 40).set(("next", "late"), torch.zeros(40, dtype=torch.bool))
+    ring, buffer = Ring(stream, 8), make_buffer(8)
+    buffer.extend(ring.take(5))
+    data = of(stream[5:9].exclude(key))
+    store = buffer.extend if data.ndim else buffer.add
+    with pytest.raises(KeyError, match=r"data must hold .+; the storage has .+ give it a new one \(set_storage\)"):
+        store(data)
+    assert_every_frame(buffer, ring)
+
+
+ODD = {
+    "without a flag": (lambda frame: frame.exclude(("next", "truncated")), r"the same entries in all .+ in some alone"),
+    "with a mask": (lambda frame: frame.set("mask", torch.tensor(True)), r"the same entries in all .+\('mask',\)"),
+    "of another dtype": (lambda frame: frame.set(REWARD, frame[REWARD].double()), r"must be torch.float32 .+float64"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("filled", [0, 5])
+def test_frames_of_a_lazy_stack_must_be_alike(filled, kind):
+    stream = make_stream((), 40)
+    ring, buffer = Ring(stream, 8), make_buffer(8)
+    if filled:
+        buffer.extend(ring.take(filled))
+    spoil, message = ODD[kind]
+    elements = [frame.clone() for frame in stream[filled : filled + 4].unbind(0)]
+    good = LazyStackedTensorDict(*(frame.clone() for frame in elements))
+    elements[2] = spoil(elements[2])
+    with pytest.raises(ValueError, match=message):
+        buffer.extend(LazyStackedTensorDict(*elements))
+    assert len(buffer) == filled
+    buffer.extend(good)
+    ring.take(4)
+    assert_every_frame(buffer, ring)
+
+
+def test_nothing_to_store():
+    buffer = make_buffer(8, (2,))
+    for shape in ((2, 0), (0, 3)):
+        assert buffer.extend(make_rollout(shape[:-1], shape[-1])).shape == (0, 2)
+        assert not len(buffer)
+
+
+@pytest.mark.parametrize("index", [torch.ones(8, dtype=torch.bool), torch.zeros(8)], ids=["bool", "float"])
+def test_what_a_sampler_draws_must_be_integers(index):
+    buffer = make_buffer(8)
+    buffer.extend(make_stream((), 8))
+    buffer.set_sampler(Drawn(index))
+    with pytest.raises(TypeError, match="sampler must draw integers, got indices of torch"):
+        buffer.sample(8)
 
 
 def test_what_plays_no_role_may_come_late():

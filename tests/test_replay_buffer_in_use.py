@@ -91,6 +91,17 @@ def test_add():
     assert_every_frame(buffer, ring)
 
 
+@pytest.mark.parametrize("batch", [(2,), (2, 2), (2, 3), (2, 2, 2)], ids=str)
+def test_add_of_several_environments(batch):
+    """One frame of each; beside calls of more, each lies in its environment."""
+    ring, buffer = Ring(make_stream(batch, 30), 8), make_buffer(8, batch)
+    for _ in range(5):
+        buffer.add(ring.take(1)[..., 0])
+        assert_every_frame(buffer, ring)
+        buffer.extend(ring.take(2))
+        assert_every_frame(buffer, ring)
+
+
 @pytest.mark.parametrize("envs", [1, 2, 3])
 def test_one_frame_of_every_environment_at_a_time(envs):
     """As a loop over vectorized environments writes, where torchrl's own buffer raises once it has stored them."""

@@ -10,10 +10,11 @@ from torchrl.data import (
     LazyTensorStorage,
     OfflineToOnlineReplayBuffer,
     ReplayBufferEnsemble,
+    SliceSampler,
     TensorDictReplayBuffer,
     TensorDictRoundRobinWriter,
 )
-from torchrl.envs.transforms import Compose
+from torchrl.envs.transforms import Compose, transforms
 
 import multistep_triton
 
@@ -33,6 +34,8 @@ NAMES = {
     # where the newest frame is
     "_len", "_last_cursor_index", "_set_last_cursor", "_mutation_revision", "_attached_entities", "_cursor",
     "_write_count", "_empty",
+    # what a sampler finds episodes by, the buffers of an ensemble, and transforms that were inverted
+    "_fetch_traj", "_rbs", "_InvertTransform",
 }  # fmt: skip
 
 
@@ -57,11 +60,17 @@ def private():
         storage=LazyTensorStorage(4), transform=Compose(), writer=TensorDictRoundRobinWriter()
     )
     buffer.extend(TensorDict({"a": torch.zeros(2)}, [2]))
-    objects = [buffer, buffer.storage, buffer.writer, buffer.sampler, buffer.transform]
-    names = {name for each in objects for name in dir(each)} | {
-        *dir(ReplayBufferEnsemble),
-        *dir(OfflineToOnlineReplayBuffer),
-    }
+    ensemble = ReplayBufferEnsemble(buffer, buffer)
+    objects = [
+        buffer,
+        buffer.storage,
+        buffer.writer,
+        buffer.sampler,
+        buffer.transform,
+        ensemble,
+        SliceSampler(slice_len=1),
+    ]
+    names = {name for each in (*objects, OfflineToOnlineReplayBuffer, transforms) for name in dir(each)}
     return {name for name in names - {*dir(torch.nn.Module())} if name.startswith("_") and not name.startswith("__")}
 
 
