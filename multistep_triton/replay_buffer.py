@@ -79,16 +79,17 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
             a reward's shape. Defaults to ``"done"``.
         done_keys: done flags under ``"next"``, of which ``done_at`` speaks, and which end windows, bool. Defaults to
             ``["done", "truncated", "terminated"]``; ``done_key`` is one of them in any case; those that are not in the
-            data are ignored. An entry of such a name in another group under ``"next"`` is a done flag of that group,
-            named here or not.
+            data are ignored. A bool entry of such a name in another group under ``"next"`` is a done flag of that
+            group, named here or not.
         traj_key: root entry of trajectory ids, integers ``[*B, T]`` or ``[*B, T, 1]``; a change is a boundary.
             Defaults to ``"auto"``: ``("collector", "traj_ids")`` if it is in the data. None looks at none.
         mask_key: root entry, bool ``[*B, T]`` or ``[*B, T, 1]``, False where a frame is padding; ignored if it is
-            not in the data. An invalid frame's window is itself. Defaults to ``"mask"``.
+            not in the data. An invalid frame's window is itself. Defaults to ``"mask"`` or, if that is not in the data,
+            ``("collector", "mask")``.
         done_at: ``"end"``: done keys are those of frame ``e(t)``, which is what a bootstrapped target needs;
             ``"start"``: those of frame ``t``. Defaults to ``"end"``.
         match_reward_shape: whether ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` have the shape of the first
-            reward. Defaults to False.
+            reward, and are of its windows at the root. Defaults to False.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which runs both and compares every sample.
         **kwargs: those of :class:`torchrl.data.TensorDictReplayBuffer`. The storage is a ``LazyTensorStorage``,
             ``LazyMemmapStorage`` or another ``TensorStorage`` of a tensordict, the writer a ``RoundRobinWriter`` (the
@@ -99,7 +100,7 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         ValueError: an argument breaks its rule, there are fewer slots than ``n_steps``, or a transform would be wrong
             on n-step transitions (``docs/neighbours.md``); from ``extend``: data is of n steps already, or of another
             dtype, shape or number of rows than what is stored, or holds a flag that it lacks.
-        KeyError: from ``extend``: data lacks a reward, a done flag, trajectory ids, or a mask that is stored.
+        KeyError: from ``extend``: data lacks a reward, a done flag, trajectory ids, or an entry that is stored.
         RuntimeError: nobody can tell which frame is the newest, or some were overwritten in part; a CUDA graph is being
             captured; the backend asked for cannot run; :class:`EquivalenceError`, one of these, if ``"verify"`` finds a
             difference.

@@ -111,7 +111,7 @@ def refuse_prefill() -> None:
     if _calling(_PREFILL):
         raise TypeError(
             "prefill_replay_buffer extends with frames drawn at random, of which no windows can be made: extend with "
-            "those of the dataset in order, rb.extend(dataset[:])"
+            "those of the dataset in order of time, rb.extend(dataset[:])"
         )
 
 

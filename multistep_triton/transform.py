@@ -98,10 +98,11 @@ class MultiStepTransform(MultiStepBase, Transform):
             a reward's shape. Defaults to ``"done"``.
         done_keys: done flags under ``"next"``, of which ``done_at`` speaks, and which end windows, bool. Defaults to
             ``["done", "truncated", "terminated"]``; ``done_key`` is one of them in any case; those that are not in the
-            data are ignored. An entry of such a name in another group under ``"next"`` is a done flag of that group,
-            named here or not.
+            data are ignored. A bool entry of such a name in another group under ``"next"`` is a done flag of that
+            group, named here or not.
         mask_key: root entry, bool ``[*B, T]`` or ``[*B, T, 1]``, False where a frame is padding; ignored if it is
-            not in the data. An invalid frame's window is itself. Defaults to ``"mask"``.
+            not in the data. An invalid frame's window is itself. Defaults to ``"mask"`` or, if that is not in the data,
+            ``("collector", "mask")``.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which runs both and compares every call.
         done_at: ``"start"``, torchrl's rule, leaves the done keys those of frame ``t``: the last ``n - 1`` frames
             before a termination then bootstrap from where the episode ended. With ``"end"`` they are those of frame
@@ -110,7 +111,7 @@ class MultiStepTransform(MultiStepBase, Transform):
             Defaults to ``"auto"``: ``("collector", "traj_ids")`` if it is in the data. None looks at none.
         match_reward_shape: whether ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` have the shape of the first
             reward, repeated along its features, which torchrl's distributional DQN loss and its value estimators with
-            rewards per agent need. Defaults to False.
+            rewards per agent need; those at the root are then of its windows. Defaults to False.
 
     Raises:
         KeyError: the done key, a reward key or the trajectory ids are missing from the data.
