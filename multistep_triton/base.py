@@ -103,7 +103,8 @@ class MultiStepBase(Arguments):
         Those of the done key's group are at the root; those of another, ``("next", *name)``, under its name if it has
         flags and rewards of its own. If they are to be in the shape of the first reward, its are at the root.
         """
-        root, places = groups[0], []
+        root = groups[0]
+        places: list[tuple[int, KeyPath, list[KeyPath]]] = []
         if self._match_reward_shape:
             root = next((group for group in groups if roles.rewards[0] in group.paths and not group.shared), root)
         for at, group in enumerate(groups):
