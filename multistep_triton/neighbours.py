@@ -179,9 +179,11 @@ def check_mixing(rewards: Collection[KeyPath], dones: Collection[KeyPath], done_
 
 def holds_single_steps(buffer: ReplayBuffer) -> bool:
     """Whether there are frames in a buffer that are no n-step transitions."""
-    if not len(buffer.storage):
+    storage = buffer.storage
+    if not len(storage) or not getattr(storage, "initialized", True):
+        # There are none, or another thread is storing the first ones.
         return False
-    first = buffer.storage.get(0)
+    first = storage.get(0)
     return is_tensor_collection(first) and first.get(STEPS_KEY, None) is None
 
 

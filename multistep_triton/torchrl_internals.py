@@ -175,8 +175,8 @@ class _Order:
     """Why frames are in no order; None if they are in order."""
     torn: tuple[int, int] = (0, 0)
     """The first and the number of slots in which a write that failed has left parts of two frames."""
-    seen: tuple[int, int] | None = None
-    """How often its writers had written, and the newest slot, when one was last seen to write in this process."""
+    newest: int = -1
+    """The newest slot when a buffer last looked."""
 
 
 class OrderedReplayBuffer(ReplayBuffer):
@@ -311,14 +311,12 @@ class OrderedReplayBuffer(ReplayBuffer):
         self._go_on(*(() if position is None else (position.newest, position.slots)))
         return position
 
-    def _writes(self) -> int:
-        return sum(writer._write_count for _, writer in self._writers())
-
     def _go_on(self, newest: int = -1, slots: int = 1) -> None:
         """Makes every writer of the storage go on after the newest frame, whoever wrote it."""
         for _, writer in self._writers():
             writer._cursor = (newest + 1) % slots
-        self._order.seen = self._writes(), newest
+            writer.n_step_seen = writer._write_count
+        self._order.newest = newest
 
     def mark_update(self, index: int | Tensor) -> None:
         """Called by every writer of the storage when it has written: one that goes on elsewhere breaks the order.
@@ -332,17 +330,18 @@ class OrderedReplayBuffer(ReplayBuffer):
         """
         super().mark_update(index)
         entries, storage, order = self._entries(), self._storage, self._order
-        last, writes = storage._last_cursor_index, self._writes()
-        before, newest = order.seen or (0, -1)
-        if entries is None or last is None:
+        last, newest = storage._last_cursor_index, order.newest
+        wrote = sum(writer._write_count - getattr(writer, "n_step_seen", 0) for _, writer in self._writers())
+        if entries is None or last is None or (not wrote and last == newest):
+            # Nobody wrote: frames were altered where they lie, or another buffer has seen it before.
             return
-        slots, rows = entries.shape[0], entries.shape[1 : storage.ndim].numel()
-        told = (len(index) if isinstance(index, Tensor) and index.ndim else 1) // max(rows, 1)
-        if writes < before:
-            # The storage was emptied.
+        slots, rows = entries.shape[0], max(entries.shape[1 : storage.ndim].numel(), 1)
+        told = (len(index) if isinstance(index, Tensor) and index.ndim else 1) // rows
+        if len(storage) <= told * rows:
+            # All that is there.
             order.broken, order.torn = None, (0, 0)
-        elif writes - before == told:
-            # This is all that was written since: nothing was altered where it lies, and no other buffer saw it before.
+        elif wrote == told:
+            # All that was written since: no other process did.
             if (newest + told) % slots != last:
                 order.broken = f"a writer went on elsewhere than after slot {newest}, at which the newest frame was"
             order.torn = mended(order.torn, newest, told, slots)

@@ -268,6 +268,21 @@ def test_frames_that_are_altered_where_they_lie():
         ours.sample(4)
 
 
+@pytest.mark.parametrize("cut", [2, 8], ids=["in part", "wholly"])
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_storage_that_another_buffer_empties(counts, cut):
+    ours, ring = filled((), (8, 3))
+    theirs = TensorDictReplayBuffer(storage=ours.storage)
+    go_on(ours, ring, (1,))
+    theirs.extend(ring.take(cut))
+    for _ in range(2):
+        theirs.empty(counts)
+        ring.empty()
+        theirs.extend(ring.take(cut))
+        assert_every_frame(ours, ring)
+    go_on(ours, ring)
+
+
 # What cannot be told is refused
 
 
@@ -319,6 +334,19 @@ def test_a_buffer_on_the_storage_that_is_loaded():
     theirs.load_state_dict(source.state_dict())
     with pytest.raises(RuntimeError, match="slot 0 was the last one written, and a writer goes on at slot 5"):
         ours.sample(4)
+
+
+def test_a_writer_of_another_buffer_that_is_exchanged():
+    """torchrl's begins at slot 0, and counts anew."""
+    ours, ring = filled((), (8, 3))
+    theirs = TensorDictReplayBuffer(storage=ours.storage)
+    go_on(ours, ring, (1,))
+    theirs.extend(ring.take(2))
+    theirs.set_writer(TensorDictRoundRobinWriter())
+    theirs.extend(make_stream((), 2))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a writer went on elsewhere than after slot 5"):
+            ours.sample(4)
 
 
 def test_a_storage_that_several_buffers_filled():
