@@ -13,6 +13,7 @@ from typing import Any
 
 from tensordict import is_tensor_collection
 from tensordict.nn import TensorDictSequential
+from torch import Tensor
 from torchrl.data import FlatStorageCheckpointer, HERReplayBuffer, ReplayBuffer, ReplayBufferEnsemble
 from torchrl.data.replay_buffers import Sequence
 from torchrl.data.replay_buffers.samplers import SliceSampler
@@ -70,6 +71,14 @@ def check_transforms(
                 f"transform must leave rewards and the entries under 'next' to the windows, got {name}, which {fault}: "
                 f"{remedy}"
             )
+
+
+def facts_of(part: Any) -> tuple[Any, ...]:
+    """A transform or a sampler, and what may change in it after it was checked."""
+    loc, frozen = getattr(part, "loc", None), getattr(part, "frozen", None)
+    names = ("in_keys", "out_keys", "in_keys_inv", "out_keys_inv", "truncated_key", "end_key")
+    keys = (getattr(part, name, None) for name in names)
+    return part, frozen, isinstance(loc, Tensor) and loc._version, *(repr(key) for key in keys)
 
 
 def check_order(

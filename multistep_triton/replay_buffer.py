@@ -20,7 +20,7 @@ from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_not_captured, check_steps
 from multistep_triton.frames import Frames, KeyPath
 from multistep_triton.groups import find_groups, n_step_sample_groups, steps_at
-from multistep_triton.neighbours import check_mixing, check_transforms
+from multistep_triton.neighbours import check_mixing, check_transforms, facts_of
 from multistep_triton.ring import Samples
 from multistep_triton.roles import check_single_steps, with_saved
 from multistep_triton.stored import Leaves, Position, check_index, check_slots
@@ -36,7 +36,7 @@ Steps = int | tuple[int, int]
 _steps_of_call: ContextVar[Steps | None] = ContextVar("n_steps of a call", default=None)
 
 _INDEX = ("index",)
-_ARGUMENTS = frozenset(name for name, value in vars(Arguments).items() if isinstance(value, property))
+_ARGUMENTS = frozenset(name for name, value in vars(Arguments).items() if isinstance(value, property)) | {"_storage"}
 
 
 class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
@@ -142,7 +142,7 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         self._changes = 0
         # As of which change of the arguments the data that comes has been checked, and of what transforms, too.
         self._checked = -1
-        self._checked_beside: tuple[int, ...] = ()
+        self._checked_beside: tuple[Any, ...] = ()
         self._set_arguments(
             n_steps,
             gamma,
@@ -156,7 +156,6 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
             match_reward_shape,
         )
         super().__init__(**kwargs)
-        self._check_room(self._n_steps)
 
     @property  # type: ignore[override]
     def n_steps(self) -> Steps:
@@ -179,12 +178,12 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
 
     @n_steps.setter
     def n_steps(self, value: Steps) -> None:
-        check_steps("n_steps", value)
-        self._check_room(value)
+        value = check_steps("n_steps", value)
+        self._check_room(n_steps=value)
         self._n_steps = value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute and, if it is one of the arguments, counts that."""
+        """Sets an attribute and, if it is one of the arguments or the storage, counts that."""
         super().__setattr__(name, value)
         if name in _ARGUMENTS:
             # Batches that were prefetched before are of the arguments before.
@@ -245,22 +244,21 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
                 f"lack: extend with it from the first call on, or empty the buffer before"
             )
         self._check_neighbours()
-        if self._checked != self._changes:
+        if self._checked != self._changes or not is_filled:
             frames = Frames.read(data, roles.written)
             self._places(find_groups(frames, roles), roles, frames.leaves)
             self._checked = self._changes
-        self._check_room(self._n_steps, data.numel() // (1 if time_dim is None else data.shape[time_dim]))
+        self._check_room(data.numel() // (1 if time_dim is None else data.shape[time_dim]))
 
-    def _check_room(self, n_steps: Steps, rows: int | None = None) -> None:
-        """Checks that a full window finds room among the slots, where it is known how many there are."""
-        slots = self._slots(rows)
+    def _check_room(self, rows: int | None = None, n_steps: Steps | None = None) -> None:
+        slots, n_steps = self._slots(rows), n_steps or self._n_steps
         if slots is not None and not isinstance(self.writer, ImmutableDatasetWriter):
             size, high = self.storage.max_size, max(n_steps) if isinstance(n_steps, tuple) else n_steps
             check_slots(high, slots, size, rows or size // slots)
 
     def _n_step_at(self, index: Tensor | tuple[Tensor, ...], position: Position) -> TensorDict:
         """The n-step transitions of the frames that lie at an index of the storage."""
-        data, ndim = self._entries(), self.storage.ndim
+        data, ndim = self._order.entries(), self.storage.ndim
         check_single_steps(data)
         # The writer's own entry says where a frame lies, which needs no reading.
         indexed = isinstance(self.writer, TensorDictRoundRobinWriter)
@@ -302,7 +300,7 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
 
     def _check_neighbours(self) -> None:
         transforms = transforms_in(self.transform)
-        beside = self._changes, *map(id, transforms)
+        beside = self._changes, *map(facts_of, transforms)
         if beside != self._checked_beside:
             self._check_transforms(transforms)
             self._checked_beside = beside

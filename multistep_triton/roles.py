@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
@@ -49,12 +50,12 @@ class Roles:
     written: frozenset[KeyPath]
     """Entries that are written, and not read where they are there already."""
 
-    def is_flag(self, path: KeyPath, leaf: Tensor) -> bool:
+    def is_flag(self, path: KeyPath, leaf: Any) -> bool:
         """Whether an entry may end windows; one of another kind that happens to be called like a flag does not."""
         named = path[0] == "next" and path[-1] in self.flags and path not in self.rewards
-        return path == self.done or (named and leaf.dtype == torch.bool)
+        return path == self.done or (named and isinstance(leaf, Tensor) and leaf.dtype == torch.bool)
 
-    def is_role(self, path: KeyPath, leaf: Tensor) -> bool:
+    def is_role(self, path: KeyPath, leaf: Any) -> bool:
         """Whether an entry plays a role in data that holds it."""
         role = path in self.needed or path == self.mask or path in self.saved or self.is_flag(path, leaf)
         return role or (path in self.kept and path not in self.written)

@@ -8,14 +8,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase, is_tensor_collection
+from tensordict import LazyStackedTensorDict, TensorDictBase, is_leaf_nontensor, is_tensor_collection
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, RoundRobinWriter, Storage, TensorStorage, Writer
 from torchrl.data.replay_buffers.samplers import ConsumingSampler, Sampler, SliceSampler
 
 from multistep_triton.frames import KeyPath
 
-Leaves = dict[KeyPath, Tensor]
+Leaves = dict[KeyPath, Any]
+"""Tensors, and what is none."""
 
 
 class Position(NamedTuple):
@@ -117,29 +118,31 @@ def check_slots(n_steps: int, slots: int, max_size: int, rows: int) -> None:
 def check_continues(new: Leaves, stored: Leaves, new_dims: int, dims: int, like: str = "as what is stored") -> None:
     """Checks that entries of the data have the dtypes and trailing shapes of those that are stored."""
     for path in new.keys() & stored.keys():
-        kinds = [(leaf.dtype, [*leaf.shape[ndim:]]) for leaf, ndim in ((new[path], new_dims), (stored[path], dims))]
+        kinds = [_kind_of(leaf, ndim) for leaf, ndim in ((new[path], new_dims), (stored[path], dims))]
         if kinds[0] != kinds[1]:
-            got, expected = (f"{dtype} {shape}" for dtype, shape in kinds)
+            got, expected = (" ".join(map(str, kind)) for kind in kinds)
             raise ValueError(f"{path} must be {expected}, {like}, got {got}")
 
 
-def tensors_of(data: TensorDictBase, dims: int) -> Leaves:
-    """The tensors of a tensordict, by path; of a lazy stack over its first ``dims`` dimensions, those of an element."""
+def _kind_of(leaf: Any, ndim: int) -> tuple[Any, ...]:
+    return (leaf.dtype, [*leaf.shape[ndim:]]) if isinstance(leaf, Tensor) else ("a non-tensor",)
+
+
+def leaves_of(data: TensorDictBase, dims: int) -> Leaves:
+    """The leaves of a tensordict, by path; of a lazy stack over its first ``dims`` dimensions, those of an element."""
     if isinstance(data, LazyStackedTensorDict) and data.stack_dim < dims and data.tensordicts:
         # Its entries would be stacked for this; an element's tell, with a dimension that says nothing.
-        first, *others = (tensors_of(element, dims - 1) for element in data.tensordicts)
+        first, *others = (leaves_of(element, dims - 1) for element in data.tensordicts)
         for other in others:
             if odd := sorted(first.keys() ^ other.keys()):
                 raise ValueError(f"data must hold the same entries in all of a lazy stack, got {odd} in some alone")
             check_continues(other, first, dims - 1, dims - 1, "as others of a lazy stack")
-        return {path: leaf.unsqueeze(0) for path, leaf in first.items()}
-    leaves = {}
-    for key, leaf in data.items(True, True):
-        if isinstance(leaf, Tensor):
-            leaves[(key,) if isinstance(key, str) else key] = leaf
-    return leaves
+        return {path: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf for path, leaf in first.items()}
+    items = data.items(True, True, is_leaf=is_leaf_nontensor)
+    return {(key,) if isinstance(key, str) else key: leaf for key, leaf in items}
 
 
 def versions_of(leaves: Leaves) -> list[int | None]:
     """How often each was written to; None where that is not counted, as of what was made in inference mode."""
-    return [None if leaf.is_inference() else leaf._version for leaf in leaves.values()]
+    tensors = (leaf for leaf in leaves.values() if isinstance(leaf, Tensor))
+    return [None if leaf.is_inference() else leaf._version for leaf in tensors]

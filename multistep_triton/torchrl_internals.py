@@ -11,9 +11,9 @@ import contextlib
 import inspect
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
@@ -48,8 +48,8 @@ from multistep_triton.stored import (
     check_dims,
     check_layout,
     check_parts,
+    leaves_of,
     mended,
-    tensors_of,
     versions_of,
 )
 
@@ -167,27 +167,168 @@ def sample_unit_of(buffer: ReplayBuffer) -> SampleUnit | None:
     return unit
 
 
-@dataclass
 class _Order:
-    """What all buffers on a storage know of the order of its frames, besides what it says itself."""
+    """In which order frames lie in a storage, for all buffers on it; their writers tell it when they have written.
+
+    The storage knows where the newest frame is, whoever wrote it.
+    """
 
     broken: str | None = None
     """Why frames are in no order; None if they are in order."""
     torn: tuple[int, int] = (0, 0)
     """The first and the number of slots in which a write that failed has left parts of two frames."""
-    newest: int = -1
-    """The newest slot when a buffer last looked."""
+    newest = -1
+    """The newest slot when the storage was last seen to be written to, by this process."""
+    begun = 0
+    """How often frames began anew."""
+    laid_out: TensorDictBase | None = None
+    """The storage's entries, once they were checked."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage, self.cursor, self.revision = storage, storage._last_cursor, storage._mutation_revision
+        self.lock = threading.RLock()
+        """That of all buffers on the storage, which take turns."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("lock", "laid_out")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
+
+    def entries(self) -> TensorDictBase | None:
+        """The storage's entries, ``[slots, *R]``, whether frames are in them or not; None if it has none yet."""
+        storage = self.storage
+        if not storage.initialized and len(storage):
+            # Another process made the entries; torchrl looks for them when a frame is read.
+            storage.get(0)
+        entries: TensorDictBase | None = storage._storage
+        return entries
+
+    def stored(self) -> TensorDictBase | None:
+        """The storage's entries, or None if no frame is in them."""
+        return self.entries() if len(self.storage) else None
+
+    def writers(self) -> list[tuple[ReplayBuffer, RoundRobinWriter]]:
+        """The writers of the storage, and the buffers whose they are; all that are on it take turns from then on."""
+        found = []
+        for buffer in self.storage._attached_entities:
+            if getattr(buffer, "_replay_lock", self.lock) is not self.lock:
+                buffer._replay_lock = self.lock
+            writer = getattr(buffer, "_writer", None)
+            if isinstance(writer, RoundRobinWriter) and writer._storage is self.storage:
+                found.append((buffer, writer))
+        return found
+
+    def writers_of_others(self) -> list[RoundRobinWriter]:
+        """Those of torchrl's buffers, if they have written."""
+        writers = self.writers()
+        return [each for buffer, each in writers if not isinstance(buffer, OrderedReplayBuffer) and each._write_count]
+
+    def position(self) -> Position | None:
+        """Which slots hold frames, and which one the newest; None if there are none.
+
+        Raises:
+            RuntimeError: nobody can tell.
+        """
+        entries, storage = self.stored(), self.storage
+        if entries is None:
+            return None
+        if entries is not self.laid_out:
+            check_layout(storage, entries)
+            self.laid_out = entries
+        slots, last, broken = entries.shape[0], storage._last_cursor_index, self.broken
+        live = -(-len(storage) // max(entries.shape[1 : storage.ndim].numel(), 1))
+        newest = live - 1 if live < slots else last
+        if live < slots and last not in (None, newest):
+            broken = f"of {live} slots that hold frames slot {last} was the last one written"
+        elif newest is None:
+            broken = "it is full and was loaded or written by itself, so that it does not say which frame is newest"
+        elif storage._last_cursor is not self.cursor:
+            broken = f"slot {last} was the last one written, by a write that failed or past all buffers"
+        elif not broken:
+            # Those of buffers like this one are set to the position before they write.
+            wrote = [writer for writer in self.writers_of_others() if writer._cursor != (newest + 1) % slots]
+            if wrote:
+                broken = f"slot {newest} was the last one written, and a writer goes on at slot {wrote[0]._cursor}"
+        if broken:
+            raise RuntimeError(
+                f"storage must hold frames in the order in which they came, but {broken}. Load whole buffers (loads, "
+                f"load_state_dict), and give buffers that write into one storage one writer; or extend a buffer with "
+                f"the frames in order; empty() begins anew"
+            )
+        return Position(newest, live, slots)
+
+    def take_position(self) -> Position | None:
+        """The position, at which every writer goes on."""
+        position = self.position()
+        if position is None:
+            self.forget()
+            self.go_on(-1, 1)
+        else:
+            self.go_on(position.newest, position.slots)
+        return position
+
+    def forget(self) -> None:
+        """Frames begin anew: what was known of those before is."""
+        self.broken, self.torn = None, (0, 0)
+        self.begun += 1
+
+    def go_on(self, newest: int, slots: int) -> None:
+        """Makes every writer of the storage go on after the newest frame, whoever wrote it."""
+        storage = self.storage
+        for _, writer in self.writers():
+            writer._cursor = (newest + 1) % slots
+            writer.n_step_seen = writer._write_count
+        if isinstance(storage._last_cursor, int):
+            # An int may be the same object the next time.
+            storage._last_cursor = torch.tensor([storage._last_cursor])
+        self.newest, self.cursor, self.revision = newest, storage._last_cursor, storage._mutation_revision
+
+    def set_last(self, newest: int | None) -> None:
+        """Tells the storage which frame is the newest."""
+        self.storage._set_last_cursor(newest)
+        self.cursor = self.storage._last_cursor
+
+    def mark_update(self, index: int | Tensor) -> None:
+        """Called by every writer of the storage when it has written: one that goes on elsewhere breaks the order."""
+        entries, storage, newest = self.entries(), self.storage, self.newest
+        last = storage._last_cursor_index
+        if entries is None or last is None or storage._last_cursor is self.cursor:
+            # Frames were altered where they lie.
+            return
+        slots, rows = entries.shape[0], max(entries.shape[1 : storage.ndim].numel(), 1)
+        told = (len(index) if isinstance(index, Tensor) and index.ndim else 1) // rows
+        wrote = sum(writer._write_count - getattr(writer, "n_step_seen", 0) for _, writer in self.writers())
+        if told >= slots or len(storage) <= told * rows:
+            # All that is there.
+            self.forget()
+        elif wrote == told or storage._mutation_revision == self.revision + 1:
+            # All that was written since: no other process did.
+            if (newest + told) % slots != last:
+                self.broken = f"a writer went on elsewhere than after slot {newest}, at which the newest frame was"
+            self.torn = mended(self.torn, newest, told, slots)
+        self.go_on(last, slots)
+
+
+def _order_of(storage: Storage) -> _Order:
+    order: _Order | None = vars(storage).get("n_step_order")
+    if order is None:
+        order = vars(storage)["n_step_order"] = _Order(storage)
+        storage.attach(order)
+        entries = order.stored()
+        if entries is not None and storage._last_cursor_index is None and not storage._mutation_revision:
+            # It was given its frames when it was made, in order.
+            order.set_last(entries.shape[0] - 1)
+        if len(order.writers_of_others()) > 1:
+            order.broken = "several buffers have written into it, each at a cursor of its own"
+    return order
 
 
 class OrderedReplayBuffer(ReplayBuffer):
     """A replay buffer whose storage is a ring in time: its frames lie in the order in which they came.
 
-    The storage knows where the newest frame is, whoever wrote it. A base beside ``TensorDictReplayBuffer``, which calls
-    ``_extend`` and ``_add`` when its transforms are through.
+    A base beside ``TensorDictReplayBuffer``, which calls ``_extend`` and ``_add`` when its transforms are through.
     """
-
-    _laid_out: TensorDictBase | None = None
-    """The storage's entries, once they were checked."""
 
     def _check_data(
         self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
@@ -203,20 +344,15 @@ class OrderedReplayBuffer(ReplayBuffer):
         """Checks all that do, if they or arguments have changed since."""
         raise NotImplementedError
 
+    def _check_room(self, rows: int | None = None) -> None:
+        """Checks that the storage has slots enough for each of so many rows, where that is known."""
+        raise NotImplementedError
+
     # Where frames lie
 
-    def _entries(self) -> TensorDictBase | None:
-        """The storage's entries, ``[slots, *R]``, whether frames are in them or not; None if it has none yet."""
-        storage = self._storage
-        if not storage.initialized and len(storage):
-            # Another process made the entries; torchrl looks for them when a frame is read.
-            storage.get(0)
-        entries: TensorDictBase | None = storage._storage
-        return entries
-
-    def _stored(self) -> TensorDictBase | None:
-        """The storage's entries, or None if no frame is in them."""
-        return self._entries() if len(self._storage) else None
+    @property
+    def _order(self) -> _Order:
+        return _order_of(self._storage)
 
     @property
     def _generator(self) -> torch.Generator | None:
@@ -228,124 +364,11 @@ class OrderedReplayBuffer(ReplayBuffer):
         """Slots of every environment, of which there are ``rows``; None if nobody can know yet."""
         if getattr(self, "_storage", None) is None:
             return None
-        entries, storage = self._entries(), self._storage
+        entries, storage = self._order.entries(), self._storage
         if entries is not None:
             return int(entries.shape[0])
         rows = 1 if storage.ndim == 1 else rows
         return None if rows is None else -(-int(storage.max_size) // max(rows, 1))
-
-    def _position(self) -> Position | None:
-        """Which slots hold frames, and which one the newest; None if there are none.
-
-        Raises:
-            RuntimeError: nobody can tell.
-        """
-        entries, storage = self._stored(), self._storage
-        if entries is None:
-            return None
-        shape, order = entries.shape, self._order
-        if entries is not self._laid_out:
-            check_layout(storage, entries)
-            self._laid_out = entries
-        slots, last = shape[0], storage._last_cursor_index
-        live = -(-len(storage) // max(shape[1 : storage.ndim].numel(), 1))
-        newest = live - 1 if live < slots else last
-        broken = order.broken
-        if live < slots and last not in (None, newest):
-            broken = f"of {live} slots that hold frames slot {last} was the last one written"
-        elif newest is None:
-            broken = "it is full and was loaded or written by itself, so that it does not say which frame is newest"
-        elif not broken:
-            # Those of buffers like this one are set to the position before they write.
-            wrote = [writer for writer in self._writers_of_others() if writer._cursor != (newest + 1) % slots]
-            if wrote:
-                broken = f"slot {newest} was the last one written, and a writer goes on at slot {wrote[0]._cursor}"
-        if broken:
-            raise RuntimeError(
-                f"storage must hold frames in the order in which they came, but {broken}. Load whole buffers (loads, "
-                f"load_state_dict), and give buffers that write into one storage one writer; or extend a buffer with "
-                f"the frames in order; empty() begins anew"
-            )
-        return Position(newest, live, slots)
-
-    @property
-    def _order(self) -> _Order:
-        order: _Order = self._storage.__dict__.setdefault("n_step_order", _Order())
-        return order
-
-    def _writers(self) -> list[tuple[ReplayBuffer, RoundRobinWriter]]:
-        """The writers of the storage, and the buffers whose they are, which take turns with this one from then on."""
-        found = []
-        for buffer in self._storage._attached_entities:
-            writer = getattr(buffer, "_writer", None)
-            if isinstance(writer, RoundRobinWriter) and writer._storage is self._storage:
-                found.append((buffer, writer))
-                if buffer._replay_lock is not self._replay_lock:
-                    buffer._replay_lock = self._replay_lock
-        return found
-
-    def _writers_of_others(self) -> list[RoundRobinWriter]:
-        """Those of torchrl's buffers, if they have written."""
-        writers = self._writers()
-        return [each for buffer, each in writers if not isinstance(buffer, OrderedReplayBuffer) and each._write_count]
-
-    def _adopt(self) -> None:
-        """Takes over a storage that may hold frames, at whose position every writer goes on."""
-        storage = self._storage
-        check_parts(storage, self._writer, self._sampler)
-        others = [other for other in storage._attached_entities if other is not self]
-        storage.attach(self)
-        for other in others:
-            check_parts(storage, getattr(other, "_writer", None), getattr(other, "_sampler", None), True)
-        entries = self._stored()
-        if entries is not None and storage._last_cursor_index is None and not storage._mutation_revision:
-            # It was given its frames when it was made, in order.
-            storage._set_last_cursor(entries.shape[0] - 1)
-        if not any(isinstance(other, OrderedReplayBuffer) for other in others) and len(self._writers_of_others()) > 1:
-            self._order.broken = "several buffers have written into it, each at a cursor of its own"
-        self._take_position()
-
-    def _take_position(self) -> Position | None:
-        """The position, at which every writer goes on."""
-        position = self._position()
-        self._go_on(*(() if position is None else (position.newest, position.slots)))
-        return position
-
-    def _go_on(self, newest: int = -1, slots: int = 1) -> None:
-        """Makes every writer of the storage go on after the newest frame, whoever wrote it."""
-        for _, writer in self._writers():
-            writer._cursor = (newest + 1) % slots
-            writer.n_step_seen = writer._write_count
-        self._order.newest = newest
-
-    def mark_update(self, index: int | Tensor) -> None:
-        """Called by every writer of the storage when it has written: one that goes on elsewhere breaks the order.
-
-        Example:
-            >>> from multistep_triton import NStepReplayBuffer
-            >>> from torchrl.data import LazyTensorStorage
-            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
-            >>> rb in rb.storage._attached_entities  # whom a writer calls
-            True
-        """
-        super().mark_update(index)
-        entries, storage, order = self._entries(), self._storage, self._order
-        last, newest = storage._last_cursor_index, order.newest
-        wrote = sum(writer._write_count - getattr(writer, "n_step_seen", 0) for _, writer in self._writers())
-        if entries is None or last is None or (not wrote and last == newest):
-            # Nobody wrote: frames were altered where they lie, or another buffer has seen it before.
-            return
-        slots, rows = entries.shape[0], max(entries.shape[1 : storage.ndim].numel(), 1)
-        told = (len(index) if isinstance(index, Tensor) and index.ndim else 1) // rows
-        if len(storage) <= told * rows:
-            # All that is there.
-            order.broken, order.torn = None, (0, 0)
-        elif wrote == told:
-            # All that was written since: no other process did.
-            if (newest + told) % slots != last:
-                order.broken = f"a writer went on elsewhere than after slot {newest}, at which the newest frame was"
-            order.torn = mended(order.torn, newest, told, slots)
-        self._go_on(last, slots)
 
     # Parts
 
@@ -356,7 +379,27 @@ class OrderedReplayBuffer(ReplayBuffer):
             self._check_neighbours()
         except BaseException:
             self._initialized = False
+            self._leave()
             raise
+
+    def _adopt(self) -> None:
+        """Takes over the storage, at whose position every writer goes on."""
+        storage = self._storage
+        check_parts(storage, self._writer, self._sampler)
+        for other in storage._attached_entities:
+            if other is not self:
+                check_parts(storage, getattr(other, "_writer", None), getattr(other, "_sampler", None), True)
+        if self.dim_extend >= storage.ndim:
+            raise ValueError(f"dim_extend must be below the storage's ndim={storage.ndim}, got {self.dim_extend}")
+        storage.attach(self)
+        self._order.take_position()
+        self._check_room()
+
+    def _leave(self) -> None:
+        """Is told no more of what is written into the storage."""
+        entities = self._storage._attached_entities
+        if self in entities:
+            entities.remove(self)
 
     def _get_collate_fn(self, collate_fn: Callable[..., Any] | None) -> None:
         super()._get_collate_fn(collate_fn)
@@ -377,17 +420,29 @@ class OrderedReplayBuffer(ReplayBuffer):
             50
         """
         check_parts(storage, self.writer, self.sampler)
-        with self._futures_lock:
+        before = self._storage, self._dim_extend, self._collate_fn
+
+        def put(storage: Storage, dim_extend: int) -> None:
+            self._leave()
+            super(OrderedReplayBuffer, self).set_storage(storage, collate_fn)
+            # What torchrl leaves as it was.
+            self._dim_extend = dim_extend
+            self._writer.register_storage(storage)
+            self._adopt()
+
+        with self._futures_lock, self._replay_lock:
             self._clear_prefetch_queue_locked()
-            with self._replay_lock:
-                before = super().set_storage(storage, collate_fn)
-                # What torchrl leaves as it was.
-                before._attached_entities.remove(self)
-                self._writer.register_storage(storage)
-                self._sampler._empty()
-                self._adopt()
-                self.set_rng(self._rng)
-        return before
+            try:
+                put(storage, self._dim_extend if storage.ndim == self._storage.ndim else storage.ndim - 1)
+            except BaseException:
+                try:
+                    put(*before[:2])
+                finally:
+                    self._collate_fn = before[2]
+                raise
+            self._sampler._empty()
+            self.set_rng(self._rng)
+        return before[0]
 
     def set_writer(self, writer: Writer) -> Any:
         """Exchanges the writer, as in torchrl; the new one goes on after the newest frame of the storage.
@@ -406,7 +461,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         check_parts(self.storage, writer, self.sampler)
         with self._replay_lock:
             before = super().set_writer(writer)
-            self._take_position()
+            self._order.take_position()
         return before
 
     def set_sampler(self, sampler: Sampler) -> Any:
@@ -492,20 +547,21 @@ class OrderedReplayBuffer(ReplayBuffer):
     def _write(self, write: Callable[[], Any], data: TensorDictBase, time_dim: int | None, frames: int) -> Any:
         """Checks data, and writes it at the storage's position; where that fails, the newest frame stays the newest."""
         with self._replay_lock, self._write_lock:
-            entries, storage, writer = self._entries(), self._storage, self._writer
-            stored = {} if entries is None else tensors_of(entries, storage.ndim)
-            self._check_new(tensors_of(data, data.batch_dims), stored, data, time_dim, entries)
-            position = self._take_position()
+            order, storage, writer = self._order, self._storage, self._writer
+            entries = order.entries()
+            stored = {} if entries is None else leaves_of(entries, storage.ndim)
+            self._check_new(leaves_of(data, data.batch_dims), stored, data, time_dim, entries)
+            position = order.take_position()
             versions, count = versions_of(stored), getattr(writer, "_write_count", None)
             before = len(storage), storage._last_cursor_index
             try:
                 index = write()
             except BaseException:
                 storage._len = before[0]
-                storage._set_last_cursor(before[1])
+                order.set_last(before[1])
                 if count is not None:
                     writer._write_count = count
-                self._take_position()
+                order.take_position()
                 if None in versions or versions != versions_of(stored):
                     self._tear(position, frames)
                 raise
@@ -533,7 +589,8 @@ class OrderedReplayBuffer(ReplayBuffer):
             return
         free = position.slots - position.live
         if (torn := min(frames - free, position.live)) > 0:
-            self._order.torn = (position.newest + 1 + free) % position.slots, max(torn, self._order.torn[1])
+            order = self._order
+            order.torn = (position.newest + 1 + free) % position.slots, max(torn, order.torn[1])
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Empties the buffer, and drops what was prefetched from it.
@@ -555,8 +612,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             super().empty(empty_write_count)
-            self._order.broken, self._order.torn = None, (0, 0)
-            self._go_on()
+            self._order.take_position()
 
     # Checkpoints
 
@@ -570,27 +626,44 @@ class OrderedReplayBuffer(ReplayBuffer):
                 yield
 
     def _ring_state(self) -> dict[str, Any]:
-        position = self._position()
+        position = self._order.position()
         return {"newest": None if position is None else position.newest, "torn": [*self._order.torn]}
 
     def _load_ring(self, ring: dict[str, Any] | None) -> None:
         """Puts the storage where it was when it was saved; a buffer of torchrl's saves its writer's cursor alone."""
-        storage, entries, order = self._storage, self._stored(), self._order
-        order.broken, order.torn = None, (0, 0)
+        order, newest = self._order, None if ring is None else ring["newest"]
+        entries = order.stored()
+        order.forget()
         if entries is None:
-            self._go_on()
             return
-        newest = None if ring is None else ring["newest"]
         if isinstance(self._writer, RoundRobinWriter):
             # A file of another time may lie beside what a buffer of torchrl's has saved since.
             at = (self._writer._cursor - 1) % entries.shape[0]
             ring, newest = ring if newest == at else None, at
-        storage._set_last_cursor(newest)
+        order.set_last(newest)
         if ring is not None:
             first, torn = ring["torn"]
             order.torn = first, torn
         if newest is not None:
-            self._go_on(newest, entries.shape[0])
+            order.go_on(newest, entries.shape[0])
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Within, a checkpoint is loaded; where that fails when frames were loaded already, they are in no order."""
+        with self._settled():
+            before = self._fingerprint()
+            try:
+                yield
+            except BaseException:
+                if before != self._fingerprint():
+                    self._order.broken = "a checkpoint was loaded in part"
+                raise
+
+    def _fingerprint(self) -> tuple[Any, ...]:
+        """What is another one when frames are."""
+        storage, entries = self._storage, self._order.entries()
+        versions = [] if entries is None else versions_of(leaves_of(entries, storage.ndim))
+        return id(entries), len(storage), storage._mutation_revision, versions
 
     def state_dict(self) -> dict[str, Any]:
         """As in torchrl, and which frame is the newest, whatever the writer.
@@ -626,7 +699,7 @@ class OrderedReplayBuffer(ReplayBuffer):
             >>> len(rb)
             3
         """
-        with self._settled():
+        with self._loading():
             super().load_state_dict(state_dict)
             self._load_ring(state_dict.get("_ring"))
 
@@ -669,7 +742,7 @@ class OrderedReplayBuffer(ReplayBuffer):
             >>> len(rb)
             3
         """
-        with self._settled():
+        with self._loading():
             super().loads(path)
             file = Path(path) / _RING_FILE
             self._load_ring(json.loads(file.read_text()) if file.exists() else None)
@@ -688,17 +761,35 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
         if ndim == 1 or not isinstance(index, Tensor):
             super()._set_index_in_td(tensordict, index)
             return
-        shape = tensordict.batch_size[:ndim]
-        if len(shape) < ndim or index.shape[0] != shape.numel():
+        lead = [*tensordict.batch_size[:ndim]]
+        single = len(lead) < ndim or index.shape[0] != tensordict.batch_size[:ndim].numel()
+        if single:
             # One frame, which has no time.
-            shape, dim = shape[: ndim - 1], 0
-        lead = list(shape)
+            lead = lead[: ndim - 1]
+            lead.insert(dim, 1)
         lead[0], lead[dim] = lead[dim], lead[0]
-        tensordict.set("index", index.view(*lead, ndim).transpose(0, dim))
+        placed = index.view(*lead, ndim).transpose(0, dim)
+        tensordict.set("index", placed.squeeze(dim) if single else placed)
+
+    def update_tensordict_priority(self, data: TensorDictBase) -> None:
+        """As in torchrl, which takes the time of a frame for its place where there are several environments.
+
+        Example:
+            >>> import torch
+            >>> from multistep_triton import NStepReplayBuffer
+            >>> from tensordict import TensorDict
+            >>> from torchrl.data import LazyTensorStorage
+            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4), batch_size=2)
+            >>> done = torch.zeros(3, dtype=torch.bool)
+            >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
+            >>> rb.update_tensordict_priority(rb.sample().set("td_error", torch.ones(2)))
+        """
+        index = data.get("index", None)
+        super().update_tensordict_priority(data.reshape(-1) if index is not None and index.ndim > 2 else data)
 
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict[str, Any]]:
         # Another process may have laid the storage out, which the sampler does not see.
-        self._entries()
+        self._order.entries()
         with self._replay_lock, self._write_lock:
             position = self._check_whole()
             index, info = self._sampler.sample(self._storage, batch_size)
@@ -724,7 +815,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
     def _check_whole(self) -> Position | None:
         """Checks that all frames are there, in order, before anything is drawn."""
         self._check_neighbours()
-        position, (first, torn) = self._position(), self._order.torn
+        position, (first, torn) = self._order.position(), self._order.torn
         if torn:
             raise RuntimeError(
                 f"a write that failed has overwritten frames in part: extend the buffer, whose next frames overwrite "
@@ -746,13 +837,17 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
     def _up_to_date(self, changes: int, anew: bool) -> Iterator[None]:
         """Within, the next batch in the queue is one that was computed after so many changes, or ``anew``.
 
+        Batches of frames that are gone, since another buffer emptied the storage, are dropped.
+
         It is of the slots that were drawn for it, no sampler draws anew, and of the frames that lie there now.
         """
         if not self._prefetch:
             yield
             return
         with self._futures_lock:
-            queue = self._prefetch_queue
+            queue, begun = self._prefetch_queue, self._order.begun
+            if any(getattr(future, "begun", begun) != begun for future in queue):
+                self._clear_prefetch_queue_locked()
             # What was loaded may be of any arguments.
             of_before = [future for future in queue if getattr(future, "changes", None) != changes]
             while queue and (anew or queue[0] in of_before):
@@ -768,5 +863,6 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
                 break
             yield
             for future in queue:
+                future.begun = begun
                 if future not in of_before:
                     future.changes = changes

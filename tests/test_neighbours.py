@@ -192,6 +192,32 @@ def test_a_transform_that_is_appended_or_changed_later_is_seen():
         sampled.sample(4)
 
 
+def test_what_is_checked_is_the_object_and_how_it_is_now():
+    buffer = NStepReplayBuffer(n_steps=3, gamma=0.9, storage=LazyTensorStorage(100), batch_size=4)
+    buffer.extend(make_data())
+    for _ in range(50):
+        # The next one may lie where this one did.
+        buffer.transform.append(RIGHT["RewardScaling"]())
+        buffer.sample()
+        buffer.transform.pop()
+        buffer.transform.append(REFUSED["RewardClipping"]())
+        with pytest.raises(ValueError, match=MESSAGE.format("RewardClipping")):
+            buffer.sample()
+        buffer.transform.pop()
+    scaling, frozen = RIGHT["RewardScaling"](), RIGHT["VecNorm: frozen"]()
+    buffer.append_transform(scaling)
+    buffer.sample()
+    scaling.loc.fill_(1.0)
+    with pytest.raises(ValueError, match=MESSAGE.format("RewardScaling")):
+        buffer.sample()
+    buffer.transform.pop()
+    buffer.append_transform(frozen)
+    buffer.sample()
+    frozen.unfreeze()
+    with pytest.raises(ValueError, match=MESSAGE.format("VecNorm")):
+        buffer.sample()
+
+
 REWARD_ON_EXTEND = {
     "in_keys": [],
     "out_keys": [],

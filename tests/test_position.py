@@ -17,6 +17,7 @@ from torchrl.data import (
     LazyMemmapStorage,
     LazyTensorStorage,
     NestedStorageCheckpointer,
+    RandomSampler,
     ReplayBuffer,
     SamplerWithoutReplacement,
     TensorDictMaxValueWriter,
@@ -32,9 +33,9 @@ BATCHES = pytest.mark.parametrize("batch", [(), (2,)], ids=str)
 FILLED = pytest.mark.parametrize("cuts", [(5,), (8,), (6, 5), (8, 8, 1)], ids=str)
 
 
-def reader_of(storage, **arguments):
+def reader_of(storage, n_steps=3, **arguments):
     sampler = SamplerWithoutReplacement(shuffle=False)
-    return NStepReplayBuffer(n_steps=3, gamma=0.9, storage=storage, sampler=sampler, **arguments)
+    return NStepReplayBuffer(n_steps=n_steps, gamma=0.9, storage=storage, sampler=sampler, **arguments)
 
 
 def filled(batch, cuts, kind=None):
@@ -252,12 +253,58 @@ def test_buffers_of_one_storage_take_turns():
         assert torch.equal(sample["next", "observation"], sample["observation"] + sample["steps_to_next_obs"])
 
 
+def test_another_storage_of_other_dimensions():
+    one, two = make_buffer(8), make_buffer(8, (2,))
+    one.set_storage(LazyTensorStorage(16, ndim=2)), two.set_storage(LazyTensorStorage(8))
+    for buffer, batch in ((one, (2,)), (two, ())):
+        go_on(buffer, Ring(make_stream(batch, 60), 8), (4, 7, 3))
+    with pytest.raises(ValueError, match="dim_extend must be below the storage's ndim=1, got 1"):
+        make_buffer(8, dim_extend=1)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_what_was_sampled_ahead_of_frames_that_are_gone(counts):
+    ours = NStepReplayBuffer(n_steps=3, gamma=1.0, storage=LazyTensorStorage(8), batch_size=8, prefetch=3)
+    others = make_buffer(8, storage=lambda *_, **__: ours.storage), TensorDictReplayBuffer(storage=ours.storage)
+    for begin, other in zip((100, 200), others, strict=True):
+        ours.empty()
+        ours.extend(numbers(begin - 50, 8))
+        ours.sample(), ours.synchronize()
+        other.empty(counts)
+        other.extend(numbers(begin, 8))
+        assert all(ours.sample()["observation"].min() >= begin for _ in range(5))
+
+
+@pytest.mark.filterwarnings("ignore:Loading the storage:UserWarning")
+@pytest.mark.parametrize("way", ["state_dict", "dumps"])
+def test_a_checkpoint_that_is_loaded_in_part(way, tmp_path):
+    """A sampler of another kind raises when the storage is loaded already."""
+    source, ring = filled((), (8, 5))
+    source.set_sampler(RandomSampler())
+    source.dumps(tmp_path)
+    ours, own = filled((), (8, 3))
+    with pytest.raises((KeyError, FileNotFoundError)):
+        ours.loads(tmp_path) if way == "dumps" else ours.load_state_dict(source.state_dict())
+    with pytest.raises(RuntimeError, match="but a checkpoint was loaded in part"):
+        ours.sample(4)
+    ours.set_sampler(RandomSampler())
+    ours.loads(tmp_path)
+    ours.set_sampler(SamplerWithoutReplacement(shuffle=False))
+    assert_every_frame(ours, ring)
+    # where nothing was loaded, all is as it was
+    ours, own = filled((), (8, 3))
+    with pytest.raises(FileNotFoundError):
+        ours.loads(tmp_path / "nowhere")
+    assert_every_frame(ours, own)
+
+
 def test_frames_that_are_altered_where_they_lie():
     """Which is no writer's doing: it breaks no order, and hides none that is broken later."""
     ours, ring = filled((), (8, 3))
     ours[3] = ours[3]
     ours.mark_update(3)
     ours.mark_update(torch.tensor([1, 2]))
+    ours.writer.write_at(torch.tensor([5, 6]), ours.storage[5:7].clone())
     assert_every_frame(ours, ring)
     go_on(ours, ring)
     theirs = TensorDictReplayBuffer(storage=ours.storage)
@@ -347,6 +394,69 @@ def test_a_writer_of_another_buffer_that_is_exchanged():
     for _ in range(2):
         with pytest.raises(RuntimeError, match="a writer went on elsewhere than after slot 5"):
             ours.sample(4)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_write_of_another_buffer_that_fails(again):
+    """torchrl says that frames are there before it has written them."""
+    ours, _ = filled((), (3,))
+    theirs = TensorDictReplayBuffer(storage=ours.storage)
+    go_on(ours, Ring(make_stream((), 3), 8), ()), ours.extend(make_stream((), 1))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        theirs.extend(make_stream((), 2).set(("next", "reward"), torch.zeros(2, 5)))
+    if again:
+        theirs.extend(make_stream((), 2))
+    for use in (lambda: ours.sample(4), lambda: ours.extend(make_stream((), 1))):
+        with pytest.raises(RuntimeError, match="storage must hold frames in the order in which they came, but"):
+            use()
+    theirs.empty()
+    go_on(ours, Ring(make_stream((), 60), 8))
+
+
+def test_a_frame_that_is_put_into_the_storage_by_hand():
+    ours, _ = filled((), (8, 3))
+    ours.storage.set(3, ours.storage.get(3))
+    with pytest.raises(RuntimeError, match="slot 3 was the last one written, by a write that failed or past all"):
+        ours.sample(4)
+
+
+def test_a_storage_that_is_refused_changes_nothing():
+    ours, ring = filled((), (8, 3))
+    before, wrong = ours.storage, filled((), (5,), TensorDictReplayBuffer)[0].storage
+    TensorDictReplayBuffer(storage=wrong).extend(make_stream((), 2))
+    for storage, error in ((wrong, RuntimeError), (LazyTensorStorage(2), ValueError)):
+        with pytest.raises(error):
+            ours.set_storage(storage)
+        assert ours.storage is before and ours not in storage._attached_entities
+        assert_every_frame(ours, ring)
+    # nor does a buffer that is refused stay with the storage
+    count = len(before._attached_entities)
+    with pytest.raises(ValueError, match="at least n_steps = 20 slots"):
+        reader_of(before, n_steps=20)
+    assert len(before._attached_entities) == count
+    go_on(ours, ring)
+
+
+def test_readers_take_turns_with_the_writer():
+    ours = make_buffer(8)
+    readers = [reader_of(ours.storage, writer=ImmutableDatasetWriter()) for _ in range(2)]
+    for buffer in (*readers, ours):
+        ours.extend(numbers(0, 4))
+        buffer.sample(4)
+        assert {id(each._replay_lock) for each in (*readers, ours)} == {id(ours._replay_lock)}
+
+
+def test_buffers_that_are_gone_cost_little():
+    """torchrl's storages keep those that were on them."""
+    counted = []
+    for dead in (0, 100):
+        ours = make_buffer(8)
+        for _ in range(dead):
+            reader_of(ours.storage)
+        with torch.profiler.profile() as profile:
+            ours.extend(numbers(0, 4))
+        counted.append(sum(event.count for event in profile.key_averages()))
+    assert counted[1] == counted[0]
 
 
 def test_a_storage_that_several_buffers_filled():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rings import TRAJ_KEY, Drawn, Ring, assert_every_frame, everything, make_buffer, make_stream
 from rollouts import extend, frames, make_rollout
-from tensordict import LazyStackedTensorDict, TensorDict
+from tensordict import LazyStackedTensorDict, NonTensorStack, TensorDict
 from torchrl.data import (
     HERReplayBuffer,
     ImmutableDatasetWriter,
@@ -293,17 +293,22 @@ def test_a_role_that_comes_late_or_goes(key, cuts):
             assert_every_frame(buffer, ring, done_keys=dones)
 
 
-@pytest.mark.parametrize("key", [NEXT, "action", ("next", "late")], ids=str)
+@pytest.mark.parametrize("key", [NEXT, "action", ("next", "late"), "name"], ids=str)
 @pytest.mark.parametrize("of", [lambda each: each, lambda each: each[0]], ids=["extend", "add"])
 def test_an_entry_that_is_stored_may_not_be_missing(of, key):
     """Its slot would keep the frame before."""
     stream = make_stream((), 40).set(("next", "late"), torch.zeros(40, dtype=torch.bool))
+    if key == "name":
+        stream = make_stream((), 40).set("name", NonTensorStack(*map(str, range(40))))
     ring, buffer = Ring(stream, 8), make_buffer(8)
     buffer.extend(ring.take(5))
     data = of(stream[5:9].exclude(key))
     store = buffer.extend if data.ndim else buffer.add
     with pytest.raises(KeyError, match=r"data must hold .+; the storage has .+ give it a new one \(set_storage\)"):
         store(data)
+    if key == "name":
+        assert everything(buffer).get("name").tolist() == list("01234")
+        return
     assert_every_frame(buffer, ring)
 
 
@@ -411,6 +416,22 @@ def test_a_role_that_is_wrong_is_not_stored(kind, batch):
         assert_every_frame(buffer, ring)
 
 
+@pytest.mark.parametrize("kind", ["done is a float", "a complex reward", "a mask of numbers"])
+@pytest.mark.parametrize(
+    "renew", [lambda buffer: buffer.set_storage(LazyTensorStorage(8)), NStepReplayBuffer.empty], ids=["new", "emptied"]
+)
+def test_roles_are_looked_at_whenever_the_storage_is_empty(renew, kind):
+    key, spoil, error, message = WRONG[kind]
+    stream, buffer = make_stream((), 20, mask=True), make_buffer(8)
+    wrong = stream[:4].clone()
+    wrong[key] = spoil(wrong[key])
+    buffer.extend(stream[:4].exclude("mask"))
+    renew(buffer)
+    with pytest.raises(error, match=message):
+        buffer.extend(wrong)
+    assert not len(buffer)
+
+
 def test_a_window_must_find_room():
     message = r"storage must have at least n_steps = 3 slots per environment, got max_size = 2: 2 slots"
     with pytest.raises(ValueError, match=message):
@@ -472,7 +493,7 @@ def test_sample_takes_what_torchrls_takes(monkeypatch):
 
     def sample(self, batch_size=None, return_info=False, *, wait=False, timeout=None, cancel_event=None):
         taken.append((batch_size, return_info, wait, timeout, cancel_event))
-        return self._n_step_at(torch.arange(4), self._position())
+        return self._n_step_at(torch.arange(4), self._order.position())
 
     buffer = make_buffer(8)
     buffer.extend(make_stream((), 5))

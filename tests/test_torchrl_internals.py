@@ -32,7 +32,8 @@ NAMES = {
     # how it stores and samples
     "_extend", "_add", "_sample", "_set_index_in_td",
     # where the newest frame is
-    "_len", "_last_cursor_index", "_set_last_cursor", "_mutation_revision", "_attached_entities", "_cursor",
+    "_len", "_last_cursor", "_last_cursor_index", "_set_last_cursor", "_dim_extend",
+    "_mutation_revision", "_attached_entities", "_cursor",
     "_write_count", "_empty",
     # what a sampler finds episodes by, the buffers of an ensemble, and transforms that were inverted
     "_fetch_traj", "_rbs", "_InvertTransform",
