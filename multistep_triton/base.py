@@ -101,17 +101,21 @@ class MultiStepBase(Arguments):
         """Where windows are written: of which group, under which name, and with which rewards.
 
         Those of the done key's group are at the root; those of another, ``("next", *name)``, under its name if it has
-        flags and rewards of its own. If they are to be in the shape of the first reward, its are at the root.
+        flags of its own and rewards, of agents or, if there are none, those that agents share. If they are to be in the
+        shape of the first reward, its are at the root.
         """
         root = groups[0]
         places: list[tuple[int, KeyPath, list[KeyPath]]] = []
         if self._match_reward_shape:
-            root = next((group for group in groups if roles.rewards[0] in group.paths and not group.shared), root)
+            # What agents share with the done key at theirs is of another shape than its windows, which is told.
+            of_first = next(group for group in groups if roles.rewards[0] in group.paths)
+            root = root if of_first.flags == root.flags else of_first
         for at, group in enumerate(groups):
             name, own = group.flags[0][1:-1], [path for path in roles.rewards if path in group.paths]
             if group is root:
                 places.append((at, (), [*roles.rewards]))
-            if name and own and not group.shared and not (group is root and not at):
+            taken = group.flags == groups[0].flags or any(place == name for _, place, _ in places)
+            if name and own and not (taken if group.shared else group is root and not at):
                 places.append((at, name, own))
                 if name in leaves:
                     raise ValueError(
@@ -126,7 +130,7 @@ class MultiStepBase(Arguments):
         leaves = extension.leaves
         for at, place, rewards in self._places(groups, roles, leaves):
             written: Sequence[Tensor] = windows[at]
-            if groups[at].agents or self._match_reward_shape:
+            if (groups[at].agents and not groups[at].shared) or self._match_reward_shape:
                 like = extension.returns[rewards[0]] if self._match_reward_shape else leaves[groups[at].flags[0]]
                 written = [_expand(window, like.shape) for window in written]
             leaves.update(((*place, *path), window) for path, window in zip(WINDOW_PATHS, written, strict=True))

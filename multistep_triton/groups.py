@@ -95,7 +95,8 @@ def _check_entries(frames: Frames, roles: Roles) -> None:
     for path in roles.rewards:
         check_reward(f"reward {path}", leaves[path], lead)
     if roles.mask in leaves:
-        check_flag(f"mask {roles.mask}, named by mask_key,", leaves[roles.mask], lead)
+        otherwise = "; if it is something else, name an entry that is not there as mask_key"
+        check_flag(f"mask {roles.mask}, named by mask_key,", leaves[roles.mask], lead, otherwise)
     if roles.traj is not None:
         check_ids(f"trajectory ids {roles.traj}, named by traj_key,", leaves[roles.traj], lead)
     for path, leaf in leaves.items():

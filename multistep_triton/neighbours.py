@@ -23,7 +23,7 @@ from torchrl.envs.transforms import Transform
 from multistep_triton.base import MultiStepBase
 from multistep_triton.frames import KeyPath
 from multistep_triton.roles import STEPS_KEY, as_path
-from multistep_triton.torchrl_internals import inverted_in, mixing_buffer, reads_ids
+from multistep_triton.torchrl_internals import Calls, inverted_in, mixing_buffer, reads_ids
 
 # They change shapes, names or places, and no value.
 _KEEP_VALUES = (
@@ -167,14 +167,14 @@ def _drops_steps(transform: Any) -> bool:
     return (STEPS_KEY,) in _paths(transform.excluded_keys)
 
 
-def check_mixing(rewards: Collection[KeyPath], dones: Collection[KeyPath], done_at: str) -> None:
-    """Checks the ensemble or OfflineToOnlineReplayBuffer that is sampling, if one is, beside n-step transitions.
+def check_mixing(calling: Calls, rewards: Collection[KeyPath], dones: Collection[KeyPath], done_at: str) -> None:
+    """Checks the ensemble or OfflineToOnlineReplayBuffer that is calling, if one is, beside n-step transitions.
 
     Raises:
         ValueError: one of its own transforms is wrong on them.
         TypeError: another of its buffers holds single steps.
     """
-    if (mixing := mixing_buffer()) is None:
+    if (mixing := mixing_buffer(calling)) is None:
         return
     buffers, transforms = mixing
     check_transforms([each for each in transforms if not isinstance(each, MultiStepBase)], rewards, dones, done_at)
@@ -194,6 +194,19 @@ def holds_single_steps(buffer: ReplayBuffer) -> bool:
         return False
     first = storage.get(0)
     return is_tensor_collection(first) and first.get(STEPS_KEY, None) is None
+
+
+def check_holds_n_steps(buffer: ReplayBuffer) -> None:
+    """Checks that what is to hold n-step transitions holds no other frames.
+
+    Raises:
+        ValueError: it does.
+    """
+    if holds_single_steps(buffer):
+        raise ValueError(
+            f"storage must hold n-step transitions alone, got single steps, which lack {STEPS_KEY!r} and were stored "
+            f"without the transform: extend a new buffer with them"
+        )
 
 
 def check_around(buffer: ReplayBuffer, unit: Any, done_at: str, dones: Collection[KeyPath], has_ids: bool) -> None:

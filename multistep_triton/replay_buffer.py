@@ -26,7 +26,8 @@ from multistep_triton.roles import check_single_steps, with_saved
 from multistep_triton.stored import Leaves, Position, check_index, check_slots
 from multistep_triton.torchrl_internals import (
     SampledReplayBuffer,
-    refuse_prefill,
+    calls,
+    refuse_other_ways,
     transforms_in,
 )
 
@@ -215,7 +216,7 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
             tensor([3., 2., 1.])
         """
         roles = self._roles_in(())
-        check_mixing(roles.rewards, roles.dones, self._done_at)
+        check_mixing(calls(), roles.rewards, roles.dones, self._done_at)
         check_not_captured("sample")
         token = _steps_of_call.set(None if n_steps is None else check_steps("n_steps", n_steps))
         try:
@@ -227,7 +228,7 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
     def _check_data(
         self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
     ) -> None:
-        refuse_prefill()
+        refuse_other_ways(calls())
         check_not_captured("extend")
         check_single_steps(data)
         roles = self._roles_in({**stored, **new})

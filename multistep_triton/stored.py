@@ -73,6 +73,15 @@ def check_dims(data: TensorDictBase, dims: int, ndim: int) -> None:
     raise ValueError(message)
 
 
+def check_time_dim(data: TensorDictBase, storage: Storage, dim_extend: int) -> None:
+    """Checks that time, the last batch dimension of data, is what a storage of tensors is extended along."""
+    if isinstance(storage, TensorStorage) and data.ndim and data.ndim - 1 != dim_extend:
+        raise ValueError(
+            f"data must have time where the buffer is extended, in dimension {dim_extend}, and last, got "
+            f"{[*data.batch_size]}: for several environments use a storage of ndim=2 and data [num_envs, T]"
+        )
+
+
 def check_layout(storage: Storage, entries: TensorDictBase) -> None:
     """Checks that the dimensions of the storage's index are those of its entries, and counted as its frames."""
     ndim = storage.ndim

@@ -12,7 +12,7 @@ import inspect
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_n
 from torch import Tensor
 from torchrl.data import (
     OfflineToOnlineReplayBuffer,
-    PrioritizedReplayBuffer,
     ReplayBuffer,
     ReplayBufferEnsemble,
     RoundRobinWriter,
@@ -56,68 +55,87 @@ from multistep_triton.stored import (
 _RING_FILE = "n_step_ring.json"
 
 
-def _codes_of(*functions: Callable[..., Any]) -> set[CodeType]:
-    return {inspect.unwrap(function).__code__ for function in functions}
-
-
-_BUFFERS = (ReplayBuffer, PrioritizedReplayBuffer, TensorDictReplayBuffer, TensorDictPrioritizedReplayBuffer)
 # torchrl tells a transform nothing of its buffer, and a buffer nothing of who calls: the frames of the calls say it.
-_TAKE = _codes_of(ReplayBuffer._maybe_make_transform, ReplayBuffer.append_transform, ReplayBuffer.insert_transform)
-_USE = _codes_of(*(getattr(kind, name) for kind in _BUFFERS for name in ("add", "extend", "_sample")))
-_ADD = _codes_of(ReplayBuffer.add)
-_ENSEMBLE = _codes_of(ReplayBufferEnsemble._sample)
-_MIX = _codes_of(OfflineToOnlineReplayBuffer.sample) | _ENSEMBLE
-_PREFILL = _codes_of(prefill_replay_buffer)
+_KINDS: dict[CodeType, str] = {}
+for _kind, _functions in {
+    "take": [ReplayBuffer._maybe_make_transform, ReplayBuffer.append_transform, ReplayBuffer.insert_transform],
+    "extend": [ReplayBuffer.extend, TensorDictReplayBuffer.extend, TensorDictPrioritizedReplayBuffer.extend],
+    # They make a batch of one frame of what they get, and do not.
+    "add": [ReplayBuffer.add],
+    "put": [TensorDictReplayBuffer.add, TensorDictPrioritizedReplayBuffer.add],
+    "sample": [ReplayBuffer._sample, TensorDictReplayBuffer._sample, TensorDictPrioritizedReplayBuffer._sample],
+    "overwrite": [ReplayBuffer.__setitem__, ReplayBuffer.write_all],
+    "route": [ReplayBufferEnsemble.extend, ReplayBufferEnsemble.add],
+    "mix": [OfflineToOnlineReplayBuffer.extend, OfflineToOnlineReplayBuffer.sample, ReplayBufferEnsemble._sample],
+    "prefill": [prefill_replay_buffer],
+}.items():
+    for _function in _functions:
+        _KINDS.setdefault(inspect.unwrap(_function).__code__, _kind)
+
+Calls = Mapping[str, FrameType]
+"""Frames of torchrl's functions that are calling, by what they do."""
 
 
-def _calling(codes: set[CodeType], depth: int = 16) -> FrameType | None:
-    """The frame of one of these functions, if it is calling."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and depth and frame.f_code not in codes:
+def calls(depth: int = 16) -> Calls:
+    """Those of them that are, the innermost of every kind."""
+    found: dict[str, FrameType] = {}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and depth:
+        if (kind := _KINDS.get(frame.f_code)) is not None:
+            found.setdefault(kind, frame)
         frame, depth = frame.f_back, depth - 1
-    return frame if depth else None
+    return found
 
 
 def taking_buffer() -> tuple[ReplayBuffer, bool] | None:
     """The replay buffer that is being given the transform which asks, if one is, and whether inverted."""
-    frame = _calling(_TAKE)
+    frame = calls().get("take")
     return None if frame is None else (frame.f_locals["self"], bool(frame.f_locals.get("invert")))
 
 
-def using_buffer() -> ReplayBuffer | None:
-    """The replay buffer that is calling its transforms, if one is."""
-    frame = _calling(_USE)
-    return None if frame is None else frame.f_locals["self"]
+def using_buffer(calling: Calls, transform: Transform) -> ReplayBuffer | None:
+    """The replay buffer that is calling this transform, if one is."""
+    for kind in ("extend", "add", "put", "sample"):
+        if kind in calling:
+            buffer: ReplayBuffer = calling[kind].f_locals["self"]
+            if transform in transforms_in(buffer.transform):
+                return buffer
+    return None
 
 
-def is_adding() -> bool:
-    """Whether ``ReplayBuffer.add`` is calling, which stores one frame and does not say that it does."""
-    return _calling(_ADD) is not None
-
-
-def mixing_buffer() -> tuple[list[ReplayBuffer], list[Transform]] | None:
-    """Of the ensemble or OfflineToOnlineReplayBuffer that is sampling, if one is: its buffers, its own transforms."""
-    frame = _calling(_MIX)
-    if frame is None:
+def mixing_buffer(calling: Calls) -> tuple[list[ReplayBuffer], list[Transform]] | None:
+    """Of the ensemble or OfflineToOnlineReplayBuffer that is in use, if one is: its buffers, its own transforms."""
+    if "mix" not in calling:
         return None
-    mixing = frame.f_locals["self"]
+    mixing = calling["mix"].f_locals["self"]
     pair = isinstance(mixing, OfflineToOnlineReplayBuffer)
     buffers = [mixing.offline_buffer, mixing.online_buffer] if pair else mixing._rbs or []
     return [*buffers], [] if mixing._transform is None else transforms_in(mixing._transform)
 
 
-def refuse_prefill() -> None:
-    """Raises an error in a call of ``prefill_replay_buffer``, whose frames do not follow one another."""
-    if _calling(_PREFILL):
+def refuse_other_ways(calling: Calls) -> None:
+    """Raises an error where frames are stored otherwise than one after the other."""
+    if "prefill" in calling:
         raise TypeError(
             "prefill_replay_buffer extends with frames drawn at random, of which no windows can be made: extend with "
             "those of the dataset in order of time, rb.extend(dataset[:])"
+        )
+    if "overwrite" in calling:
+        raise TypeError(
+            "frames that are overwritten where they lie are no part of a stream, of which windows are made: write into "
+            "rb.storage, of n-step transitions, or extend the buffer"
+        )
+    if "route" in calling:
+        raise TypeError(
+            "a ReplayBufferEnsemble must not store n-step transitions, of which there are fewer than frames: extend "
+            "its buffers themselves"
         )
 
 
 def _collate_own(collate: Callable[[Any], Any], data: Any) -> Any:
     """Collates samples of a buffer's own; an ensemble's are single steps."""
-    if _calling(_ENSEMBLE):
+    mixing = calls().get("mix")
+    if mixing is not None and isinstance(mixing.f_locals["self"], ReplayBufferEnsemble):
         raise TypeError(
             "a ReplayBufferEnsemble reads single steps from the storages of its buffers, and must not have an "
             "NStepReplayBuffer: give it buffers with a MultiStepTransform each"

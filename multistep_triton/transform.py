@@ -25,17 +25,20 @@ from multistep_triton.checks import check_gamma, check_positive_int
 from multistep_triton.frames import Held
 from multistep_triton.neighbours import (
     check_around,
+    check_holds_n_steps,
     check_mixing,
     check_order,
     check_transforms,
-    holds_single_steps,
+    facts_of,
 )
-from multistep_triton.roles import STEPS_KEY, TRAJ_PATH
+from multistep_triton.roles import TRAJ_PATH
 from multistep_triton.saved import from_state, to_state
+from multistep_triton.stored import check_time_dim
 from multistep_triton.torchrl_internals import (
-    is_adding,
+    Calls,
+    calls,
     lock_of,
-    refuse_prefill,
+    refuse_other_ways,
     sample_unit_of,
     store,
     taking_buffer,
@@ -183,14 +186,15 @@ class MultiStepTransform(MultiStepBase, Transform):
             raise ValueError(self.ENV_ERR)
         if not isinstance(tensordict, TensorDictBase):
             raise TypeError(f"data must be a TensorDict of batch size [*B, T], got {type(tensordict).__name__}")
-        refuse_prefill()
-        self._check_owner(tensordict)
-        single = not tensordict.ndim
+        calling = calls()
+        refuse_other_ways(calling)
+        self._check_owner(tensordict, calling)
+        single = not tensordict.ndim or "put" in calling
         data = tensordict.unsqueeze(-1) if single else tensordict
         with self._lock:
             emitted, held = self._n_step(data, self._carry, hold=True)
             count = emitted.batch_size[-1]
-            if count > 1 and data.batch_size[-1] == 1 and (single or is_adding()):
+            if count > 1 and data.batch_size[-1] == 1 and (single or "add" in calling):
                 raise ValueError(
                     f"a single frame must find at most n_steps = {self._n_steps} frames held back, got "
                     f"{self._n_steps + count - 1}: after n_steps was made smaller, extend with a batch of frames "
@@ -221,12 +225,12 @@ class MultiStepTransform(MultiStepBase, Transform):
         return self
 
     def _join(self, buffer: ReplayBuffer) -> None:
-        owner = None if self._owner is None else self._owner()
+        owner = self._find_owner()
         if owner not in (None, buffer):
             # It may be garbage that is not collected yet.
             del owner
             gc.collect()
-            owner = self._owner and self._owner()
+            owner = self._find_owner()
         if owner not in (None, buffer) or (self._owner and owner is None and self._carry is not None):
             remedy = "clear() it, as the other one is gone" if owner is None else "give each a transform of its own"
             raise ValueError(
@@ -237,35 +241,46 @@ class MultiStepTransform(MultiStepBase, Transform):
         check_around(buffer, sample_unit_of(buffer), self._done_at, self._roles_in(()).dones, True)
         self._owner, self._checked = weakref.ref(buffer), None
 
-    def _check_owner(self, data: TensorDictBase) -> None:
+    def _find_owner(self) -> ReplayBuffer | None:
+        """The buffer whose stream this is, unless it is gone, could not be made, or has the transform no more."""
+        owner = self._owner and self._owner()
+        if owner is None or not owner.initialized or self not in transforms_in(owner.transform):
+            return None
+        return owner
+
+    def _check_owner(self, data: TensorDictBase, calling: Calls) -> None:
         """Checks what shares the buffer with this transform, if anything is another one than the last time.
 
         A copy that belongs to none, such as a worker's, becomes that of the buffer which calls it.
         """
-        buffer = None if self._owner is None else self._owner()
+        roles = self._roles_in(())
+        check_mixing(calling, roles.rewards, roles.dones, self._done_at)
+        buffer, caller = self._find_owner(), using_buffer(calling, self)
+        if caller is not None and caller is not buffer:
+            self._join(caller)
+            buffer = caller
         if buffer is None:
-            buffer = using_buffer()
-            if buffer is None or self not in transforms_in(buffer.transform):
-                return
-            self._join(buffer)
-        ids = any(data.get(key, None) is not None for key in (TRAJ_PATH, "episode"))
+            return
+        if "extend" in calling and caller is buffer:
+            check_time_dim(data, buffer.storage, buffer.dim_extend)
+        entries = data.keys(True)
+        ids = any(key in entries for key in (TRAJ_PATH, "episode"))
         transforms, unit = transforms_in(buffer.transform), sample_unit_of(buffer)
-        parts = (buffer.sampler, unit, buffer.storage.checkpointer, *transforms)
+        parts = map(facts_of, (buffer.sampler, unit, buffer.storage.checkpointer, *transforms))
         keys = *self._reward_keys, self._done_key, *self._done_keys
-        checked = (*map(id, parts), bool(len(buffer.storage)), ids, self._done_at, *keys)
+        checked = (*parts, bool(len(buffer.storage)), ids, self._done_at, *keys)
         if checked == self._checked:
             return
-        roles = self._roles_in(())
+        if transforms.count(self) > 1:
+            raise ValueError(
+                "a MultiStepTransform must be in a buffer's list once, got it twice: leave one of them out"
+            )
         check_around(buffer, unit, self._done_at, roles.dones, ids)
         others = [each for each in transforms if each is not self]
         check_transforms(others, roles.rewards, roles.dones, self._done_at)
         before = transforms[: transforms.index(self)] if self in transforms else []
         check_order(before, roles.rewards, roles.dones, self._done_at)
-        if holds_single_steps(buffer):
-            raise ValueError(
-                f"storage must hold n-step transitions alone, got single steps, which lack {STEPS_KEY!r} and were "
-                f"stored without this transform: extend a new buffer with them"
-            )
+        check_holds_n_steps(buffer)
         self._checked = checked
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -277,9 +292,7 @@ class MultiStepTransform(MultiStepBase, Transform):
             >>> MultiStepTransform(n_steps=3, gamma=0.99)(sample) is sample
             True
         """
-        roles = self._roles_in(())
-        check_mixing(roles.rewards, roles.dones, self._done_at)
-        self._check_owner(tensordict)
+        self._check_owner(tensordict, calls())
         out: TensorDictBase = super().forward(tensordict)
         return out
 
@@ -365,6 +378,7 @@ class MultiStepTransform(MultiStepBase, Transform):
             transforms = transforms[: transforms.index(self)]
         elif others := [each for each in transforms if isinstance(each, N_STEP)]:
             raise ValueError(f"replay_buffer must hold this transform or none of its kind, got {others[0]}")
+        check_holds_n_steps(replay_buffer)
         # The buffer's lock first, as in its load_state_dict.
         with lock_of(replay_buffer), self._lock:
             before = self._carry

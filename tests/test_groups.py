@@ -187,6 +187,23 @@ def test_in_the_shape_of_the_first_reward_are_the_windows_of_its_group():
                 assert out[group, "steps_to_next_obs"].flatten().tolist() == EXPECTED[group][2]
 
 
+def test_where_windows_of_a_reward_that_agents_share_are_written():
+    ends = torch.zeros(6, 2, 1, dtype=torch.bool)
+    ends[1, 0] = True
+    team = {"done": ends, "team": torch.ones(6, 1)}
+    data = TensorDict({"next": {"done": torch.zeros(6, 1, dtype=torch.bool), "agents": team}}, [6])
+    steps = [2, 1, 3, 3, 2, 1]
+    for match in (False, True):
+        keys = {"reward_keys": [("agents", "team")], "match_reward_shape": match}
+        buffer = make_buffer(6, n_steps=3, gamma=1.0, **keys)
+        buffer.extend(data)
+        for out in (MultiStep(1.0, 3, **keys)(data), everything(buffer)):
+            assert out["next", "agents", "team"].flatten().tolist() == steps
+            assert out["agents", "steps_to_next_obs"].shape == ((6, 1) if match else (6,))
+            assert out["agents", "steps_to_next_obs"].flatten().tolist() == steps
+            assert out["steps_to_next_obs"].flatten().tolist() == (steps if match else [3, 3, 3, 3, 2, 1])
+
+
 def test_where_windows_are_written_must_be_no_tensor():
     data = cats_and_mice()
     data["mice"] = torch.zeros(6)

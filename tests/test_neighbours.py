@@ -218,6 +218,26 @@ def test_what_is_checked_is_the_object_and_how_it_is_now():
         buffer.sample()
 
 
+def test_what_is_checked_beside_ours_is_the_object_and_how_it_is_now():
+    buffer = ReplayBuffer(
+        storage=LazyTensorStorage(100), transform=MultiStepTransform(3, 0.9, done_at="end"), batch_size=4
+    )
+    buffer.extend(make_data())
+    for _ in range(50):
+        buffer.transform.append(RIGHT["RewardScaling"]())
+        buffer.sample()
+        buffer.transform.pop()
+        buffer.transform.append(REFUSED["RewardClipping"]())
+        with pytest.raises(ValueError, match=MESSAGE.format("RewardClipping")):
+            buffer.sample()
+        buffer.transform.pop()
+    buffer.set_sampler(SliceSampler(slice_len=2, end_key=("next", "done_orig"), truncated_key=None))
+    buffer.sample()
+    buffer.sampler.truncated_key = ("next", "truncated")
+    with pytest.raises(ValueError, match="sampler must leave the done flags alone"):
+        buffer.sample()
+
+
 REWARD_ON_EXTEND = {
     "in_keys": [],
     "out_keys": [],
@@ -404,6 +424,12 @@ def test_offline_to_online():
     buffer.extend(numbers())
     with pytest.raises(TypeError, match=message):
         buffer.sample()
+    # before anything is stored, where it is the online part that holds n-step transitions
+    buffer = OfflineToOnlineReplayBuffer(plain, online_capacity=50, batch_size=8)
+    buffer.online_buffer.append_transform(MultiStepTransform(3, 1.0))
+    with pytest.raises(TypeError, match=message):
+        buffer.extend(numbers())
+    assert not len(buffer.online_buffer)
     buffer = OfflineToOnlineReplayBuffer(offline, online_capacity=50, offline_fraction=0.5, batch_size=8)
     buffer.online_buffer.append_transform(MultiStepTransform(3, 1.0, done_at="end"))
     buffer.extend(numbers())

@@ -13,7 +13,9 @@ from torchrl.data import (
     HERReplayBuffer,
     ImmutableDatasetWriter,
     LazyTensorStorage,
+    ListStorage,
     ReplayBuffer,
+    ReplayBufferEnsemble,
     SamplerWithoutReplacement,
     TensorDictReplayBuffer,
 )
@@ -173,6 +175,92 @@ def test_copies_belong_to_copies():
         assert each[:]["observation"].flatten().tolist() == list(range(7))
 
 
+def test_a_transform_that_gets_into_another_buffer_unseen():
+    """Lists of transforms tell nobody what is appended to them."""
+    transform, shared = MultiStepTransform(3, 1.0), Compose()
+    first, second, third, fourth = (buffer_with(each) for each in (transform, None, shared, shared))
+    second.transform.append(transform)
+    shared.append(MultiStepTransform(3, 1.0))
+    for own, other in ((first, second), (third, fourth)):
+        own.extend(numbered(0, 10))
+        with pytest.raises(ValueError, match=OWN):
+            other.extend(numbered(100, 110))
+        assert not len(other)
+        own.extend(numbered(10, 12))
+        assert own[:]["observation"].flatten().tolist() == list(range(9))
+
+
+def test_a_transform_that_is_in_a_list_twice():
+    transform = MultiStepTransform(3, 1.0)
+    buffer = buffer_with(transform)
+    buffer.append_transform(transform)
+    with pytest.raises(ValueError, match="must be in a buffer's list once, got it twice: leave one of them out"):
+        buffer.extend(numbered(0, 10))
+    assert transform._buffer is None
+
+
+def test_a_transform_that_its_buffer_has_no_more():
+    transform = MultiStepTransform(3, 1.0)
+    with pytest.raises(ValueError, match="predictable batch-size") as failed:
+        ReplayBuffer(
+            storage=LazyTensorStorage(8), sampler=SamplerWithoutReplacement(drop_last=True), transform=transform
+        )
+    assert failed.tb  # in which the buffer that could not be made lives on
+    first = buffer_with(transform)
+    first.transform.pop(0)
+    second = buffer_with(transform)
+    second.extend(numbered(0, 6))
+    second.transform.pop(0)
+    with pytest.raises(ValueError, match=rf"{OWN}.+: clear\(\) it"):
+        first.append_transform(transform)
+
+
+OTHER_STORES = {
+    "overwriting": (lambda buffer: buffer.__setitem__(slice(0, 2), numbered(0, 2)), "frames that are overwritten"),
+    "writing all": (lambda buffer: buffer.write_all(numbered(0, 5)), "frames that are overwritten"),
+    "an ensemble": (
+        lambda buffer: ReplayBufferEnsemble(buffer, buffer_with(None), routing_dim=0).extend(
+            torch.stack([numbered(0, 10), numbered(0, 10)])
+        ),
+        "a ReplayBufferEnsemble must not store",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", OTHER_STORES)
+def test_frames_that_do_not_follow_the_others(way):
+    store, message = OTHER_STORES[way]
+    buffer = buffer_with(MultiStepTransform(3, 1.0))
+    buffer.extend(numbered(0, 8))
+    with pytest.raises(TypeError, match=message):
+        store(buffer)
+    buffer.extend(numbered(8, 10))
+    assert buffer[:]["observation"].flatten().tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("kind", [ReplayBuffer, TensorDictReplayBuffer])
+def test_time_is_what_a_buffer_is_extended_along(kind):
+    rollout = make_rollout((2,), 10)
+    message = r"data must have time where the buffer is extended, .+: for several environments use a storage of ndim=2"
+    for arguments in ({"storage": LazyTensorStorage(40)}, {"storage": LazyTensorStorage(40, ndim=2), "dim_extend": 0}):
+        buffer = kind(transform=MultiStepTransform(3, 1.0), **arguments)
+        with pytest.raises(ValueError, match=message):
+            buffer.extend(rollout)
+        assert not len(buffer) and buffer.transform[0]._buffer is None
+    # a list may have rows of any length
+    assert len(kind(storage=ListStorage(40), transform=MultiStepTransform(3, 1.0)).extend(rollout)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Using `add:UserWarning")
+@pytest.mark.parametrize("kind", [ReplayBuffer, TensorDictReplayBuffer])
+def test_add_takes_a_frame_of_every_environment(kind):
+    buffer = kind(storage=ListStorage(40), transform=MultiStepTransform(2, 1.0))
+    for t in range(6):
+        buffer.add(torch.stack([numbered(t, t + 1)[0], numbered(100 + t, 101 + t)[0]]))
+    assert buffer[1]["observation"].flatten().tolist() == [1, 101]
+    assert buffer[1][REWARD].flatten().tolist() == [3, 203]
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
 def test_copies_look_around_them(copied):
     """A worker's buffer was told of nothing."""
@@ -204,6 +292,11 @@ def test_a_storage_that_holds_single_steps():
             with pytest.raises(ValueError, match="storage must hold n-step transitions alone, got single steps"):
                 use(buffer)
         assert len(buffer) == 6
+    transform = MultiStepTransform(3, 1.0)
+    transform.inv(numbered(0, 6))
+    with pytest.raises(ValueError, match="storage must hold n-step transitions alone, got single steps"):
+        transform.flush_into(single)
+    assert len(single) == 6 and transform._buffer.batch_size == (3,)
 
 
 @pytest.mark.parametrize("kind", [ReplayBuffer, TensorDictReplayBuffer])
