@@ -172,9 +172,10 @@ class Frames:
         """A tensordict ``[*B, E]`` of this structure; ``leaves`` may hold more entries than were read."""
         nodes = dict(self.nodes)
         for path in leaves:
-            for names in range(1, len(path)):
+            if path[:-1] not in nodes:
                 # A group that nothing was read of has been written to.
-                nodes.setdefault(path[:names], Node(None, (), None, nodes[()].device))
+                new = Node(None, (), None, nodes[()].device)
+                nodes.update((path[:names], new) for names in range(1, len(path)) if path[:names] not in nodes)
         entries: dict[KeyPath, dict[str, Any]] = {path: {} for path in nodes}
         for path, leaf in leaves.items():
             entries[path[:-1]][path[-1]] = self._stack_objects(path, leaf) if path in self.objects else leaf

@@ -801,6 +801,8 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
             >>> done = torch.zeros(3, dtype=torch.bool)
             >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
             >>> rb.update_tensordict_priority(rb.sample().set("td_error", torch.ones(2)))
+            >>> len(rb)
+            3
         """
         index = data.get("index", None)
         super().update_tensordict_priority(data.reshape(-1) if index is not None and index.ndim > 2 else data)
