@@ -251,11 +251,11 @@ class _Order:
         entries, storage = self.stored(), self.storage
         if entries is None:
             return None
-        if entries is not self.laid_out:
+        slots, last, broken = int(entries.shape[0]), storage._last_cursor_index, self.broken
+        live = -(-len(storage) // max(entries.shape[1 : storage.ndim].numel(), 1))
+        if self.laid_out is not entries:
             check_layout(storage, entries)
             self.laid_out = entries
-        slots, last, broken = entries.shape[0], storage._last_cursor_index, self.broken
-        live = -(-len(storage) // max(entries.shape[1 : storage.ndim].numel(), 1))
         newest = live - 1 if live < slots else last
         if live < slots and last not in (None, newest):
             broken = f"of {live} slots that hold frames slot {last} was the last one written"
@@ -438,7 +438,7 @@ class OrderedReplayBuffer(ReplayBuffer):
             50
         """
         check_parts(storage, self.writer, self.sampler)
-        before = self._storage, self._dim_extend, self._collate_fn
+        before, dim_extend, collate = self._storage, self.dim_extend, self._collate_fn
 
         def put(storage: Storage, dim_extend: int) -> None:
             self._leave()
@@ -451,16 +451,16 @@ class OrderedReplayBuffer(ReplayBuffer):
         with self._futures_lock, self._replay_lock:
             self._clear_prefetch_queue_locked()
             try:
-                put(storage, self._dim_extend if storage.ndim == self._storage.ndim else storage.ndim - 1)
+                put(storage, dim_extend if storage.ndim == before.ndim else storage.ndim - 1)
             except BaseException:
                 try:
-                    put(*before[:2])
+                    put(before, dim_extend)
                 finally:
-                    self._collate_fn = before[2]
+                    self._collate_fn = collate
                 raise
             self._sampler._empty()
             self.set_rng(self._rng)
-        return before[0]
+        return before
 
     def set_writer(self, writer: Writer) -> Any:
         """Exchanges the writer, as in torchrl; the new one goes on after the newest frame of the storage.

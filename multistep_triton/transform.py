@@ -243,7 +243,7 @@ class MultiStepTransform(MultiStepBase, Transform):
 
     def _find_owner(self) -> ReplayBuffer | None:
         """The buffer whose stream this is, unless it is gone, could not be made, or has the transform no more."""
-        owner = self._owner and self._owner()
+        owner = None if self._owner is None else self._owner()
         if owner is None or not owner.initialized or self not in transforms_in(owner.transform):
             return None
         return owner
@@ -261,7 +261,7 @@ class MultiStepTransform(MultiStepBase, Transform):
             buffer = caller
         if buffer is None:
             return
-        if "extend" in calling and caller is buffer:
+        if "extend" in calling and caller is not None:
             check_time_dim(data, buffer.storage, buffer.dim_extend)
         entries = data.keys(True)
         ids = any(key in entries for key in (TRAJ_PATH, "episode"))

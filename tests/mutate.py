@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("tests/test_kernels.py", "tests/test_hand_computed.py", "tests/test_replay_buffer.py", "tests/test_indices.py")
+TESTS = ("tests/test_indices.py", "tests/test_kernels.py", "tests/test_hand_computed.py", "tests/test_replay_buffer.py")
 SECONDS = 600
 
 
