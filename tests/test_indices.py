@@ -79,16 +79,16 @@ def test_on_a_cpu_an_index_of_no_frame_is_an_error(index, backend, where):
 
 BLANKS = {
     "n": (3, None),
-    "n of its own": (4, torch.tensor([1, 4, 2, 3, 2, 4, 1])),
+    "n of its own": (4, torch.tensor([1, 4, 2, 3, 2, 4, 1, 2, 3])),
     "a loop": (12, None),
     "one step": (1, None),
 }
 
 
 def drawn(batch):
-    """Indices of which those of frames are the second, the fourth and the last."""
-    slots = torch.tensor([-1, 2, 8, 5, 1 << 40, -(1 << 33), 7])
-    return [slots] if not batch else [slots, torch.tensor([0, 1, 1, 0, 1, 0, 1])]
+    """Indices of which those of frames are the second, the fourth and the seventh; two are of no environment."""
+    slots = torch.tensor([-1, 2, 8, 5, 1 << 40, -(1 << 33), 7, 1, 6])
+    return [slots[:7]] if not batch else [slots, torch.tensor([0, 1, 1, 0, 1, 0, 1, -1, 2])]
 
 
 @pytest.mark.parametrize("marks", [False, True])
@@ -114,10 +114,13 @@ def test_an_index_of_no_frame_comes_out_blank(case, batch, marks, monkeypatch):
         "gamma": 0.9,
     }
     slots = stored.shape[0]
-    samples = Samples(drawn(batch), 2, slots if slots == 8 else 11, own)
+    indices = drawn(batch)
+    own = None if own is None else own[: len(indices[0])]
+    samples = Samples(indices, 2, slots if slots == 8 else 11, own)
     inside, isolated = [1, 3, 6], [0, 2, 4, 5] if slots == 8 else [0, 4, 5]
     if slots > 8:
         inside = [1, 2, 3, 6]
+    isolated += [7, 8] if batch else []
     picked = samples._replace(
         indices=[index[inside] for index in samples.indices], n_steps=None if own is None else own[inside]
     )
