@@ -33,6 +33,14 @@ class Choice(NamedTuple):
     """How loudly to say so."""
 
 
+# What the kernels sum.
+_REWARDS = frozenset(
+    getattr(torch, name)
+    for name in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "bfloat16", "float32", "float64"),
+    )
+)
 _ON_CPU = Choice("reference", "the tensors are on the CPU, where it is the fast one")
 _ON_ACCELERATOR = Choice("triton", "the tensors are where Triton runs")
 _told: set[Choice] = set()
@@ -101,10 +109,8 @@ def _obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str | N
             "the call is inside forward-mode differentiation or a transform of torch.func, such as vmap, which the "
             "kernels know nothing of. Call it outside"
         )
-    from multistep_triton.kernels.stream import ELEMENTS
-
     for reward in rewards:
-        if reward.dtype not in ELEMENTS:
+        if reward.dtype not in _REWARDS:
             return f"a reward is {reward.dtype}, which the kernels do not sum. Convert it to torch.float32"
     return None
 
@@ -116,7 +122,7 @@ def _triton_device_type() -> tuple[str | None, str]:
     try:
         from triton.runtime import driver
 
-        from multistep_triton.kernels.extend import INTERPRETED
+        from multistep_triton.kernels.windows import INTERPRETED
     except ImportError as error:
         return None, f"Triton is missing ({error}). Install it: pip install triton"
     except Exception as error:

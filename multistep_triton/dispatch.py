@@ -48,6 +48,7 @@ def n_step_extend(
     n_steps: int,
     gamma: float,
     hold: bool = True,
+    only_read: Collection[Hashable] = (),
     backend: str = "auto",
 ) -> Extension:
     """One step of the stream: ``c`` carried frames and ``T`` new ones in, the ``c + T - n_steps`` oldest out.
@@ -66,6 +67,7 @@ def n_step_extend(
         n_steps, gamma, backend: as for :func:`multistep_triton.n_step_return`.
         hold: whether to hold back the last ``n_steps`` frames. If not, there must be none of a call before, all ``T``
             come out, with windows cut at the last one, and a leaf that is not gathered is the data's own.
+        only_read: leaves that neither come out nor are held back; a mask or ids that agents share may be expanded.
 
     Returns:
         :class:`Extension`, in new memory but for that case; neither the frames of ``carry`` nor ``data`` are modified.
@@ -89,6 +91,7 @@ def n_step_extend(
             n_steps=n_steps,
             gamma=gamma,
             hold=hold,
+            only_read=only_read,
         )
     )
 
@@ -104,6 +107,7 @@ def n_step_sample(
     traj_key: Hashable | None,
     n_steps: int,
     gamma: float,
+    only_read: Collection[Hashable] = (),
     backend: str = "auto",
 ) -> Extension:
     """n-step transitions of sampled frames; no window goes beyond the newest frame.
@@ -114,7 +118,7 @@ def n_step_sample(
 
     Keyword Args:
         n_steps: frames in a full window, or if ``samples`` has numbers of its own, the largest of them.
-        reward_keys, gathered_keys, done_keys, mask_key, traj_key, gamma, backend: as for
+        reward_keys, gathered_keys, done_keys, mask_key, traj_key, gamma, only_read, backend: as for
             :func:`n_step_extend`, with ``[C, *R]`` in place of ``[*B, T]``.
 
     Returns:
@@ -141,6 +145,7 @@ def n_step_sample(
         traj_key=traj_key,
         n_steps=n_steps,
         gamma=gamma,
+        only_read=only_read,
     )
     return Extension(leaves, returns, steps, discount, nonterminal, None)
 

@@ -160,8 +160,9 @@ def n_step_extend_groups(
         if carry is not None:
             olds = {key: carry.arrange(leaf, after) for key, leaf in view(carry.leaves).items()}
             before = carry.with_leaves(olds, free)
-        own = _of_paths(arguments, group.paths)
-        each = n_step_extend(before, view(data), time_dim=after, done_keys=group.flags, **own)
+        own, leaves_of = _of_paths(arguments, group.paths), view(data)
+        own["only_read"] = leaves_of.keys() - {*group.paths}
+        each = n_step_extend(before, leaves_of, time_dim=after, done_keys=group.flags, **own)
         returns.update((key, move(value, after, time_dim)) for key, value in each.returns.items())
         leaves.update((key, move(each.leaves[key], after, time_dim)) for key in group.paths)
         windows.append(
@@ -204,6 +205,7 @@ def n_step_sample_groups(
         if group.agents and not group.shared:
             shape = torch.Size([count, *group.agents])
             picked = _every_agent(samples, shape)
+        own["only_read"] = of_group.keys() - {*group.paths}
         each = n_step_sample(picked, of_group, **own)
         returns.update((key, value.view(*shape, *value.shape[1:])) for key, value in each.returns.items())
         leaves.update((key, each.leaves[key].view(*shape, *each.leaves[key].shape[1:])) for key in group.paths)

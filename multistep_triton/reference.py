@@ -51,6 +51,7 @@ def n_step_extend_reference(
     n_steps: int,
     gamma: float,
     hold: bool,
+    only_read: Collection[Hashable] = (),
 ) -> tuple[Leaves, Leaves, Tensor, Tensor, Tensor, Ring | None]:
     """Computes :func:`multistep_triton.dispatch.n_step_extend`."""
     *lead, new = data[done_keys[0]].shape[: time_dim + 1]
@@ -124,8 +125,8 @@ def n_step_extend_reference(
             future.narrow(time_dim, 0, seam).copy_(_take(joined, seam_rows, (*lead, seam)))
         return future
 
-    leaves, held = dict(data), {}
-    for key, leaf in data.items() if hold else ():
+    leaves, held = {key: leaf for key, leaf in data.items() if key not in only_read}, {}
+    for key, leaf in list(leaves.items()) if hold else ():
         if ring:
             older, held[key] = old(key, 0, emitted), ring.leaves[key]
             _write(held[key], leaf, ring.runs(carried, new), time_dim)
@@ -255,9 +256,7 @@ def _lay_out(pieces: list[Tensor], place: Place, time_dim: int) -> Tensor:
     """Frames ``[*B, k, ...]`` one after the other from slot 0 on, in new memory."""
     if not place.time_first:
         return torch.cat(pieces, time_dim)
-    *batch, _ = pieces[0].shape[: time_dim + 1]
-    leaf = pieces[0].new_empty((place.capacity, *batch, *pieces[0].shape[time_dim + 1 :])).movedim(0, time_dim)
-    at = 0
+    leaf, at = place.empty(pieces[0], time_dim), 0
     for piece in pieces:
         count = piece.shape[time_dim]
         _write(leaf, piece, [(at, count)], time_dim)

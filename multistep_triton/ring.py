@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+@functools.lru_cache(maxsize=1024)
+def strides_in_order(sizes: tuple[int, ...], first: int = 0) -> tuple[int, ...]:
+    """Strides of sizes that lie one inside the other in memory, in order but for the dimension that lies ``first``."""
+    order = (first, *(dim for dim in range(len(sizes)) if dim != first)) if sizes else ()
+    strides, step = [0] * len(sizes), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(sizes[dim], 1)
+    return tuple(strides)
 
 
 class Ring:
@@ -80,6 +93,33 @@ class Ring:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, time_dim)
 
 
+def lie_alike(
+    data: Mapping[Hashable, Tensor], dims: int, time_dim: int, marks: Collection[Hashable]
+) -> tuple[Mapping[Hashable, Tensor], int, int]:
+    """Leaves that lie alike, in memory ``[outer, T, inner, *F]``: those that do not are copied.
+
+    Returns:
+        The leaves, ``inner``, and how many inner environments, agents, share a mark or an id where these are expanded.
+    """
+    *sizes, at, agents = *next(iter(data.values())).shape[:dims], time_dim, 1
+    if not all([leaf.is_contiguous() and not leaf.is_neg() and not leaf.is_conj() for leaf in data.values()]):
+        data = {key: leaf.resolve_neg().resolve_conj() for key, leaf in data.items()}
+        most = max(data.values(), key=Tensor.numel)
+        at = next((dim for dim in range(dims) if most.movedim(time_dim, dim).is_contiguous()), time_dim)
+        for key, leaf in data.items():
+            shared = [dim for dim in range(dims) if not leaf.stride(dim) and sizes[dim] > 1 and dim != time_dim]
+            if key in marks and shared and at <= shared[0]:
+                each = leaf[tuple([0 if dim in shared else slice(None) for dim in range(dims)])]
+                if each.movedim(time_dim and -1, at).is_contiguous():
+                    agents = math.prod(sizes[dim] for dim in shared)
+                    continue
+            if not leaf.movedim(time_dim, at).is_contiguous():
+                leaf = leaf.movedim(time_dim, at).clone(memory_format=torch.contiguous_format)
+                data[key] = leaf.movedim(at, time_dim)
+    del sizes[time_dim]
+    return data, math.prod(sizes[at:]), agents
+
+
 class Place(NamedTuple):
     """Where a call puts the frames that it holds back: frame ``f`` of carry and data into slot ``first + f``."""
 
@@ -89,6 +129,13 @@ class Place(NamedTuple):
     stay: int
     """Frames of the carry that lie there already; 0 where the slots are in new memory."""
     time_first: bool
+
+    def empty(self, leaf: Tensor, time_dim: int) -> Tensor:
+        """New memory for the slots of a leaf ``[*B, T, ...]``."""
+        shape = leaf.shape
+        sizes = (*shape[:time_dim], self.capacity, *shape[time_dim + 1 :])
+        strides = strides_in_order(sizes, time_dim if self.time_first else 0)
+        return torch.empty_strided(sizes, strides, dtype=leaf.dtype, device=leaf.device)
 
     def ring(self, leaves: Mapping[Any, Tensor], emitted: int, known: int) -> Ring:
         """The frames held back, from frame ``emitted`` on."""

@@ -41,6 +41,7 @@ def _sample_frames(
     traj_key: Hashable | None,
     n_steps: int,
     gamma: float,
+    only_read: Collection[Hashable] = (),
 ) -> Sampled:
     """Samples of frames that are all there.
 
@@ -101,6 +102,8 @@ def _sample_frames(
     end = _turned(torch.add(place - rows, lengths, alpha=rows), live * rows)
     leaves = {}
     for key, leaf in data.items():
+        if key in only_read:
+            continue
         if key in gathered_keys:
             leaves[key] = take_places(leaf, end, sizes)
         elif id(leaf) in walked:

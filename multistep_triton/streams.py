@@ -66,6 +66,7 @@ KINDS = (
     Kind(3, agents=3),
     Kind(10, agents=2, mask=True, done_at="end"),
     Kind(3, done_at="end", match_reward_shape=True),
+    Kind(70, mask=True, traj=torch.int16),
 )
 
 

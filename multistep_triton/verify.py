@@ -164,6 +164,7 @@ class _Call:
     n_steps: int
     gamma: float
     hold: bool
+    only_read: Collection[Hashable] = ()
 
     def stream(self, key: Hashable) -> Tensor:
         leaf = self.data[key]

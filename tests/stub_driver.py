@@ -63,8 +63,14 @@ def install(target: str) -> StubDriver:
     return driver
 
 
-def compiled_kernels() -> list:
-    """Every variant of the kernel that was compiled so far."""
-    from multistep_triton.kernels.extend import n_step_extend_kernel
+def kernels() -> list:
+    """Those of the library."""
+    from multistep_triton.kernels import rows, windows
 
-    return [kernel for caches in n_step_extend_kernel.device_caches.values() for kernel in caches[0].values()]
+    return [windows.n_step_windows_kernel, rows.n_step_rows_kernel, rows.future_rows_kernel]
+
+
+def compiled_kernels() -> list:
+    """Every variant of the kernels that was compiled so far."""
+    caches = [cache for kernel in kernels() for cache in kernel.device_caches.values()]
+    return [compiled for cache in caches for compiled in cache[0].values()]

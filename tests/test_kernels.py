@@ -15,19 +15,10 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.errors import InterpreterError
 
 from multistep_triton import gather_future, n_step_return
-from multistep_triton.dispatch import n_step_extend
-from multistep_triton.kernels import launch, plan
-from multistep_triton.kernels.extend import INTERPRETED
+from multistep_triton.dispatch import n_step_extend, n_step_sample
+from multistep_triton.kernels import launch, rows
 from multistep_triton.kernels.launch import launch_gather_future
-from multistep_triton.kernels.plan import (
-    TILE,
-    TILE_FRAMES,
-    TIME_MAJOR_FRAMES,
-    UNROLLED_STEPS,
-    UNROLLED_STEPS_WITH_IDS,
-    WIDEST,
-    Leaf,
-)
+from multistep_triton.kernels.windows import INTERPRETED, MOST_PIECE, TILE
 from multistep_triton.ring import Ring, Samples
 from multistep_triton.streams import KINDS, run_kernels
 
@@ -143,12 +134,12 @@ def test_functions_are_the_loop(stream):
 
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 7])
-@pytest.mark.parametrize("frames", [1, TILE_FRAMES - 1, TILE_FRAMES, TILE_FRAMES + 1, 2 * TILE_FRAMES + 1, 311])
+@pytest.mark.parametrize("frames", [1, TILE // 4 * 3 - 1, TILE // 4 * 3, TILE // 4 * 3 + 1, TILE - 1, TILE, 1000])
 def test_around_the_edges_of_tiles(rows, frames, mask):
     check(rollout((rows,), 3, seed=1, mask=mask), rollout((rows,), frames, mask=mask), 3)
 
 
-@pytest.mark.parametrize("frames", [1, TIME_MAJOR_FRAMES - 1, TIME_MAJOR_FRAMES, TIME_MAJOR_FRAMES + 1, 67])
+@pytest.mark.parametrize("frames", [1, 2, 7, 8, 67])
 @pytest.mark.parametrize("rows", [1, 5, 31, 33, 100])
 def test_time_major(rows, frames):
     def time_major(leaf):
@@ -158,12 +149,69 @@ def test_time_major(rows, frames):
     check(rollout((rows,), 2, seed=1), data, 2)
 
 
-@pytest.mark.parametrize("n_steps", [1, 2, 3, 5, UNROLLED_STEPS, UNROLLED_STEPS + 1, 16, 17, 23, 100])
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 5, 8, 9, 16, 17, 23, 100])
 @pytest.mark.parametrize("frames", [1, 2, 6, 17])
 def test_carry_of_every_length_and_n_below_equal_to_and_above_it(frames, n_steps):
     for carried in {0, 1, n_steps - 1, n_steps, n_steps + 3}:
         carry = rollout((2,), carried, seed=1) if carried else None
         check(carry, rollout((2,), frames), n_steps)
+
+
+PIECE = 1 << MOST_PIECE
+
+
+@pytest.mark.parametrize("marks", [{}, {"mask": True, "traj": torch.int32}], ids=str)
+@pytest.mark.parametrize("n_steps", [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 2 * PIECE + 1, 3 * PIECE + 5])
+def test_windows_of_several_pieces(n_steps, marks):
+    for p in (0.0, 0.01):
+        carry = rollout((2,), n_steps, p=p, seed=1, **marks)
+        data = rollout((2,), 4 * PIECE, p=p, **marks)
+        for leaves in (carry, data) if marks else ():
+            # Padding and other trajectories are rare, so that most windows are of several pieces.
+            leaves["mask"] |= flags(leaves["mask"].shape, 0.98)
+            leaves["traj"] = (torch.arange(leaves["traj"].shape[-1]) // 150).expand_as(leaves["traj"]).int()
+        check(carry, data, n_steps)
+
+
+@pytest.mark.parametrize("n_steps", [3, 10, PIECE + 3])
+def test_a_return_is_the_same_to_the_bit_wherever_its_window_lies(n_steps):
+    """In blocks, in calls, and where it is sampled."""
+    data = rollout((2,), 3 * PIECE, p=0.02)
+    whole = emitted_and_held(data, None, n_steps)
+    for cut in (n_steps, n_steps + 1, PIECE, PIECE + 7, 2 * PIECE):
+        parts = [{key: leaf[:, :cut] for key, leaf in data.items()}, {key: leaf[:, cut:] for key, leaf in data.items()}]
+        first = emitted_and_held(parts[0], None, n_steps)
+        second = n_step_extend(
+            first.carry,
+            parts[1],
+            time_dim=1,
+            reward_keys=["reward"],
+            gathered_keys=["value"],
+            done_keys=("done",),
+            mask_key=None,
+            n_steps=n_steps,
+            gamma=GAMMA,
+            backend="triton",
+        )
+        returns = torch.cat((first.returns["reward"], second.returns["reward"]), 1)
+        assert torch.equal(returns, whole.returns["reward"])
+    slots = {key: leaf.transpose(0, 1).contiguous() for key, leaf in data.items()}
+    frames = whole.steps.shape[1]
+    index = [torch.arange(frames).repeat(2), torch.arange(2).repeat_interleave(frames)]
+    sampled = n_step_sample(
+        Samples(index, 3 * PIECE - 1, 3 * PIECE),
+        slots,
+        reward_keys=["reward"],
+        gathered_keys=["value"],
+        done_keys=("done",),
+        mask_key=None,
+        traj_key=None,
+        n_steps=n_steps,
+        gamma=GAMMA,
+        backend="triton",
+    )
+    assert torch.equal(sampled.returns["reward"].view(2, frames), whole.returns["reward"])
+    assert torch.equal(frame_bytes(sampled.leaves["value"]), frame_bytes(whole.leaves["value"].flatten(0, 1)))
 
 
 @pytest.mark.parametrize("n_steps", [1, 4, 1000])
@@ -186,7 +234,7 @@ FLAGS = {
 @pytest.mark.parametrize(
     "marks", [{}, {"mask": True}, {"traj": torch.int64}, {"mask": True, "traj": torch.int64}], ids=str
 )
-@pytest.mark.parametrize("n_steps", [1, 2, 3, 4, 5, UNROLLED_STEPS, UNROLLED_STEPS + 1, 30])
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 4, 5, 8, 9, 30])
 def test_any_of_several_flags(n_steps, marks):
     """They end what one flag would that is set where any of them is, however they lie."""
     data, carry = (rollout((3,), frames, seed=seed, **marks) for frames, seed in ((40, 1), (n_steps, 2)))
@@ -212,7 +260,7 @@ def test_any_of_several_flags(n_steps, marks):
             assert torch.equal(held, parts[1][key][:, 40 - n_steps :])
 
 
-@pytest.mark.parametrize("n_steps", [1, UNROLLED_STEPS_WITH_IDS, UNROLLED_STEPS_WITH_IDS + 1, UNROLLED_STEPS + 1])
+@pytest.mark.parametrize("n_steps", [1, 4, 5, 9])
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_trajectory_ids(dtype, mask, n_steps):
@@ -278,7 +326,7 @@ def reverse(leaf):
     return leaf.permute(*reversed(range(leaf.ndim)))
 
 
-def test_leaves_that_lie_alike_share_code_and_not_rows():
+def test_many_leaves():
     data, carry = rollout((3,), 9), rollout((3,), 2, seed=1)
     for leaves, frames in ((data, 9), (carry, 2)):
         for i in range(12):
@@ -286,14 +334,6 @@ def test_leaves_that_lie_alike_share_code_and_not_rows():
             leaves[name] = random_bytes(
                 (3, frames, 3 + i % 3), (torch.float32, torch.int32)[i % 4 // 2], seed=frames + i
             )
-    described = tuple((key, leaf.shape, leaf.stride(), leaf.dtype, 0) for key, leaf in data.items())
-    gathered = frozenset(key for key in data if key.startswith("value"))
-    made = plan.plan_extend(
-        described, 1, ("reward",), gathered, ("done",), None, None, 2, 2, (2, 0, False), None, torch.float32
-    )
-    # rows of 1, 4, 12 (gathered or not), 16 (or not), 20 (or not) bytes
-    assert len(made.copies) == len(made.launches[0].constants[2]) == 8
-    assert sum(len(group) for _, group in made.copies) == len(data)
     check(carry, data, 2)
 
 
@@ -350,48 +390,35 @@ def test_views_whose_bytes_are_not_their_values():
 
 
 def test_what_is_read_lives_until_the_launch(monkeypatch):
-    resolve, run, resolved = launch._as_it_lies, launch._run, []
+    """A copy of what lies in another way, too."""
+    arrange, run, copies = launch.lie_alike, launch._run, []
 
-    def remember(tensor):
-        copy = resolve(tensor)
-        resolved.append(weakref.ref(copy))
-        return copy
+    def remember(data, *arguments):
+        read, *layout = arrange(data, *arguments)
+        copies.extend(weakref.ref(leaf) for key, leaf in read.items() if leaf is not data[key])
+        return read, *layout
 
     def check_and_run(*arguments):
-        assert len(resolved) == 1
-        assert resolved[0]() is not None
+        assert copies
+        assert all(copy() is not None for copy in copies)
         run(*arguments)
 
-    monkeypatch.setattr(launch, "_as_it_lies", remember)
+    monkeypatch.setattr(launch, "lie_alike", remember)
     monkeypatch.setattr(launch, "_run", check_and_run)
     emitted_and_held({**rollout((2,), 6), "value": torch.ones(2, 6, dtype=torch.complex64).conj()}, None, 2)
 
 
 @pytest.mark.parametrize(
-    ("row", "strides", "address", "unit"),
+    ("row", "address", "unit"),
     [
-        (80, [1600, 800], 0, 16),
-        (80, [1600, 800], 16, 16),
-        (80, [1600, 800], 8, 8),
-        (80, [1600, 800], 4, 4),
-        (80, [1600, 800], 2, 2),
-        (80, [1600, 800], 1, 1),
-        (80, [1600, 804], 0, 4),
-        (80, [1602, 800], 0, 2),
-        (68, [1600, 800], 0, 4),
-        (24, [1600, 800], 0, 8),
-        (3, [1600, 800], 0, 1),
-        (48, [0, 48], 32, 16),
+        *[(80, 0, 16), (80, 8, 8), (80, 4, 4), (80, 2, 2), (80, 1, 1), (80, 12, 4), (72, 0, 8), (68, 0, 4), (68, 8, 4)],
+        *[(24, 0, 8), (16, 0, 16), (6, 0, 2), (3, 0, 1), (1, 0, 1), (28224, 0, 16)],
     ],
 )
-def test_rows_are_copied_in_the_largest_unit_that_divides_their_addresses(row, strides, address, unit):
-    shape, itemsize = (20, 30, row), 1
-    leaf = Leaf(shape, (strides[1], strides[0], itemsize), torch.uint8, address % WIDEST)
-    job = plan._copy_job(plan._layout(leaf, 1, [0]), leaf, True, 20, 30)
-    item_bytes, copied_unit, items = job.constants[6:9]
-    assert copied_unit == unit
-    assert item_bytes == min(unit, 8)
-    assert items * item_bytes == row
+def test_rows_are_copied_in_the_widest_unit_that_divides_them_and_where_they_begin(row, address, unit):
+    item, parts, width = rows.units_of(row, address)
+    assert item.primitive_bitwidth // 8 * parts == unit
+    assert width * unit == row
 
 
 REWARDS = [dtype for dtype in DTYPES if not dtype.is_complex and dtype.itemsize and "float8" not in str(dtype)]
@@ -576,8 +603,9 @@ def test_steps_that_leave_the_row_touch_no_other_memory(bounds):
 def test_an_access_outside_of_the_tensors_is_seen(bounds, monkeypatch):
     run = launch._run
 
-    def run_one_row_more(plan, device, sizes, rows, *arguments):
-        run(plan, device, sizes, rows + 1, *arguments)
+    def run_one_row_more(plan, kernel, *arguments):
+        *others, count, frames, tile = arguments
+        run(plan, kernel, *((*others, count + 1, frames, tile) if kernel is rows.future_rows_kernel else arguments))
 
     monkeypatch.setattr(launch, "_run", run_one_row_more)
     with pytest.raises(InterpreterError, match="an address is outside of all tensors"):

@@ -1,0 +1,106 @@
+"""Rows: all leaves, row by row, from where a list says to where they come out or are held back, bit for bit.
+
+A row is what a leaf holds of one frame. The kernel copies units, the widest of 1, 2, 4, 8 or 16 bytes that divide a
+row and its address, and is flat over the units that are written, so that every thread has work whatever the width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Units of a program: with 128 threads, 8 for each, all of whose loads are on their way at once.
+TILE = 1024
+
+
+@triton.jit
+def as_bytes(pointer):
+    return pointer.to(tl.pointer_type(tl.int8), bitcast=True)
+
+
+@triton.jit
+def copy_tile(
+    tile, rows, data_ptr, carry_ptr, carry_rows, source_ptr, out_ptr, first, slots,
+    ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, CARRIED: tl.constexpr, RING: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Copies a tile of the units of ``rows`` rows, each WIDTH units of PARTS items.
+
+    Row ``i`` comes from row ``source[i]`` of the data or, if that is negative, of the carry, counted from its end;
+    without a carry it is zeros then. It goes to row ``i`` or, in a RING of so many slots, to row ``first + i``.
+    """
+    UNIT: tl.constexpr = PARTS * ITEM.primitive_bitwidth // 8
+    begin = tile * TILE
+    offset = tl.arange(0, TILE)
+    inside = offset < tl.minimum(rows * WIDTH - begin, TILE).to(tl.int32)
+    top = begin // WIDTH
+    unit = begin - top * WIDTH + offset.to(tl.uint32)
+    row = unit // WIDTH
+    unit -= row * WIDTH
+    source = tl.load(source_ptr + top + row, mask=inside)
+    origin = as_bytes(data_ptr)
+    read = inside
+    if CARRIED:
+        carry_end = as_bytes(carry_ptr) + carry_rows.to(tl.int64) * (WIDTH * UNIT)
+        origin = tl.where(source < 0, carry_end, origin)
+    else:
+        read &= source >= 0
+    # In bytes, so that a row is added to an address by one multiplication of 32 bits.
+    origin = (origin + source.to(tl.int64) * (WIDTH * UNIT)).to(tl.pointer_type(ITEM), bitcast=True)
+    pointers = tl.multiple_of(origin + unit * PARTS, [UNIT])
+    part = tl.arange(0, PARTS)[None, :]
+    value = tl.load(pointers[:, None] + part, mask=read[:, None], other=None if CARRIED else 0)
+    out_ptr = out_ptr.to(tl.pointer_type(ITEM), bitcast=True)
+    if RING:
+        to = begin + offset.to(tl.uint32) + first.to(tl.uint32) * WIDTH
+        to -= tl.where(to < slots.to(tl.uint32) * WIDTH, 0, slots.to(tl.uint32) * WIDTH)
+        pointers = tl.multiple_of(out_ptr + to.to(tl.int64) * PARTS, [UNIT])
+    else:
+        pointers = tl.multiple_of(out_ptr + begin.to(tl.int64) * PARTS, UNIT) + offset * PARTS
+    tl.store(pointers[:, None] + part, value, mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "held_rows", "carry_rows", "first", "slots"])
+def n_step_rows_kernel(
+    data, carry, out, held, rows_ptr, rows, held_rows, carry_rows, first, slots,
+    UNITS: tl.constexpr, WIDTHS: tl.constexpr, GATHERED: tl.constexpr, CARRIED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A program copies a tile of one leaf: of the rows that come out or, after those, of the rows held back.
+
+    The lists of ``rows_ptr`` are the rows of the frames that come out, of those held back, and of the windows' ends.
+    """
+    tile = tl.program_id(0).to(tl.uint32)
+    rows = rows.to(tl.uint32)
+    held_rows = held_rows.to(tl.uint32)
+    for k in tl.static_range(len(UNITS)):
+        tiles = tl.cdiv(rows * WIDTHS[k], TILE)
+        held_tiles = tl.cdiv(held_rows * WIDTHS[k], TILE)
+        if tile < tiles:
+            source_ptr = rows_ptr + rows + held_rows if GATHERED[k] else rows_ptr
+            copy_tile(
+                tile, rows, data[k], carry[k], carry_rows, source_ptr, out[k], first, slots,
+                *UNITS[k], CARRIED, False, TILE,
+            )  # fmt: skip
+            return
+        if tile < tiles + held_tiles:
+            copy_tile(
+                tile - tiles, held_rows, data[k], carry[k], carry_rows, rows_ptr + rows, held[k], first, slots,
+                *UNITS[k], CARRIED, True, TILE,
+            )  # fmt: skip
+            return
+        tile -= tiles + held_tiles
+
+
+@triton.jit(do_not_specialize=["rows", "frames"])
+def future_rows_kernel(steps_ptr, rows_ptr, rows, frames, TILE: tl.constexpr):
+    """The row at the end of every window of ``steps``, cut at the end of its row of ``frames``."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    steps = tl.load(steps_ptr + row, mask=row < rows, other=1)
+    steps = tl.minimum(tl.maximum(steps, 1), frames - row % frames).to(tl.int32)
+    tl.store(rows_ptr + row, row + steps - 1, mask=row < rows)
+
+
+def units_of(row: int, address: int) -> tuple[tl.dtype, int, int]:
+    """Of rows of so many bytes from an address on: the type of items, items of a unit, and units of a row."""
+    unit = next(each for each in (16, 8, 4, 2, 1) if row % each == 0 and address % each == 0)
+    return {1: tl.int8, 2: tl.int16, 4: tl.int32}.get(unit, tl.int64), max(unit // 8, 1), row // unit

@@ -1,0 +1,250 @@
+"""Windows: how long each is, what it returns, and which rows its frames lie in; the first of two launches.
+
+A program takes on blocks of windows, those that begin at neighbouring frames of an environment: what a block's frames
+hold is read once, by a lane for each. Sums over 1, 2, 4, ... frames from every lane on are made by joining each to the
+one that begins where it ends, unless a boundary lies between, and a window is joined of those that its length has as
+binary digits. So its sum depends on its frames alone, and not on where in a block or in a call they lie. Of windows of
+more than 64 frames, pieces of as many are joined, one after the other.
+
+A ring is frames in memory, ``[outer, slots, inner]`` rows of ``outer * inner`` environments, given by its first slot,
+its slots and ``inner``: the carry and the data. Rows of the carry are negative, counted from its end.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Lanes of a program: with 128 threads, 2 for each.
+TILE = 512
+# A piece has 2**6 frames at most, so that what lanes exchange stays within a warp.
+MOST_PIECE = 6
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def row_of_slot(env, slot, ring, NESTED: tl.constexpr, TURNS: tl.constexpr):
+    """The row of the slot after so many from the first one on; a ring that does not TURN begins with slot 0."""
+    first, slots, inner = ring
+    if TURNS:
+        slot += first
+        slot = tl.where(slot < slots, slot, slot - slots)
+    if NESTED:
+        return (env // inner * slots + slot) * inner + env % inner
+    else:  # environments are all inner ones or all outer ones
+        return slot * inner + env * tl.where(inner == 1, slots, 1)
+
+
+@triton.jit
+def row_of_frame(env, frame, stream, DATA: tl.constexpr):
+    """The first ``carried`` frames of an environment lie in the carry, the others in the data."""
+    carried, _, carry, carry_rows, data = stream
+    held = row_of_slot(env, frame, carry, False, True) - carry_rows
+    return tl.where(frame < carried, held, row_of_slot(env, frame - carried, data, DATA[0], DATA[1]))
+
+
+@triton.jit
+def load_row(leaf, row, carry_rows, mask, other, item=0, WIDTH: tl.constexpr = 1):
+    """An item of rows of WIDTH."""
+    data_ptr, carry_ptr = leaf
+    origin = tl.where(row < 0, carry_ptr + carry_rows.to(tl.int64) * WIDTH, data_ptr)
+    return tl.load(origin + row.to(tl.int64) * WIDTH + item, mask=mask, other=other)
+
+
+@triton.jit
+def is_boundary(env, frame, row, live, flags, stream, DATA: tl.constexpr):
+    """Whether nothing of the same trajectory follows a frame; where it is not ``live``, nothing is read."""
+    dones, masks, ids, agents = flags
+    known, carry_rows = stream[1], stream[3]
+    ends = frame + 1 >= known
+    for k in tl.static_range(len(dones)):
+        ends |= load_row(dones[k], row, carry_rows, live, 0) != 0
+    if len(masks) + len(ids) > 0:
+        # In the data, agents share masks and ids.
+        next_row = row_of_frame(env, frame + 1, stream, DATA)
+        next_row = tl.where(next_row < 0, next_row, next_row // agents)
+        row = tl.where(row < 0, row, row // agents)
+        followed = live & (frame + 1 < known)
+    for k in tl.static_range(len(masks)):
+        valid = load_row(masks[k], row, carry_rows, live, 1) != 0
+        ends |= ~(valid & (load_row(masks[k], next_row, carry_rows, followed, 1) != 0))
+    for k in tl.static_range(len(ids)):
+        traj = load_row(ids[k], row, carry_rows, followed, 0)
+        ends |= traj != load_row(ids[k], next_row, carry_rows, followed, 0)
+    return ends
+
+
+@triton.jit
+def ahead(value, lane, by):
+    """What the lane ``by`` further on has, or the last one of the block."""
+    lanes: tl.constexpr = value.shape[1]
+    return tl.gather(value, tl.broadcast_to(tl.minimum(lane + by, lanes - 1), value.shape), 1)
+
+
+@triton.jit
+def find_ends(env, frame, step, live, limit, flags, stream, LEVELS: tl.constexpr, DATA: tl.constexpr):
+    """Rows of frames, the first lane from each one on where windows end, all lanes if none does, and boundaries."""
+    row = row_of_frame(env, frame, stream, DATA)
+    boundary = is_boundary(env, frame, row, live & (frame < stream[1]), flags, stream, DATA)
+    lane = tl.arange(0, 1 << LEVELS)[None, :]
+    # Of picked frames, only the windows of lane 0 are asked for, and may have an n of their own.
+    end = tl.where((boundary | (step + 1 >= limit)) if DATA[1] else boundary, lane, 1 << LEVELS)
+    for level in tl.static_range(LEVELS):
+        end = tl.minimum(end, ahead(end, lane, 1 << level))
+    return row, end, boundary
+
+
+@triton.jit
+def sum_piece(value, end, lane, count, powers_ptr, PIECE: tl.constexpr):
+    """Discounted sums from every lane on, over ``count <= 2 ** PIECE`` lanes or to the first end."""
+    total = value
+    summed = count * 0
+    for level in tl.static_range(PIECE + 1):
+        if (count >> level) & 1 != 0:
+            # An end selects, so that a NaN beyond it reaches nothing before it.
+            further = tl.load(powers_ptr + summed).to(value.dtype) * ahead(value, lane, summed)
+            total = tl.where(summed == 0, value, tl.where(end >= lane + summed, total + further, total))
+            summed += 1 << level
+        if level < PIECE:
+            further = tl.load(powers_ptr + (1 << level)).to(value.dtype) * ahead(value, lane, 1 << level)
+            value = tl.where(end >= lane + (1 << level), value + further, value)
+    return total
+
+
+@triton.jit
+def store_returns(
+    reward, returns_ptr, place, written, live, env, frame, row, end, steps, limit, n_steps, flags, powers_ptr, stream,
+    WIDTH: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr, LONG: tl.constexpr, DATA: tl.constexpr,
+):  # fmt: skip
+    """The n-step returns of blocks, of a reward key of WIDTH elements."""
+    SUM: tl.constexpr = tl.float64 if returns_ptr.dtype.element_ty == tl.float64 else tl.float32
+    known, carry_rows = stream[1], stream[3]
+    lane = tl.arange(0, 1 << LEVELS)[None, :]
+    for item in range(WIDTH):
+        done = tl.minimum(n_steps, 1 << PIECE)
+        value = load_row(reward, row, carry_rows, live & (frame < known), 0, item, WIDTH).to(SUM)
+        total = sum_piece(value, end, lane, done, powers_ptr, PIECE)
+        if LONG:
+            while done < n_steps:
+                count = tl.minimum(n_steps - done, 1 << PIECE)
+                later = frame + done
+                later_row, later_end, _ = find_ends(env, later, done + lane, live, limit, flags, stream, LEVELS, DATA)
+                value = load_row(reward, later_row, carry_rows, live & (later < known), 0, item, WIDTH).to(SUM)
+                further = sum_piece(value, later_end, lane, count, powers_ptr, PIECE)
+                further = total + tl.load(powers_ptr + done).to(SUM) * further
+                total = tl.where(steps > done, further, total)
+                done += count
+        if DATA[1]:
+            total = tl.where(live, total, float("nan"))
+        pointers = returns_ptr + place.to(tl.int64) * WIDTH + item
+        tl.store(pointers, total.to(returns_ptr.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def list_held(own_ptr, rows, envs, inner, stream, DATA: tl.constexpr, TILE: tl.constexpr):
+    """Lists the rows of the last frames that are known, in the order of the slots that hold them back."""
+    count = rows // envs
+    index = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    size = tl.where(inner == 1, count, envs)
+    outer, near = index // size, index % size
+    env, slot = tl.where(inner == 1, outer, near), tl.where(inner == 1, near, outer)
+    tl.store(own_ptr + index, row_of_frame(env, stream[1] - count + slot, stream, DATA), mask=index < rows)
+
+
+SIZES = ["envs", "agents", "carried", "known", "emitted", "held_rows", "n_steps", "blocks", "held_inner"]
+RINGS = ["carry_first", "carry_slots", "carry_inner", "data_first", "data_slots", "data_inner"]
+
+
+@triton.jit(do_not_specialize=SIZES + RINGS)
+def n_step_windows_kernel(
+    dones, masks, ids, rewards, returns, picked, limits, others, steps_ptr, discount_ptr, nonterminal_ptr, rows_ptr,
+    powers_ptr, envs, agents, carried, known, emitted, held_rows, n_steps, blocks, held_inner,
+    carry_first, carry_slots, carry_inner, data_first, data_slots, data_inner,
+    WIDTHS: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr, LONG: tl.constexpr, TIME_MAJOR: tl.constexpr,
+    PICKED: tl.constexpr, DATA: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Flags and rewards are pairs of data and carry; of ``picked`` frames come their indices, and ``limits`` for n."""
+    LANES: tl.constexpr = 1 << LEVELS
+    flags = dones, masks, ids, agents
+    data = data_first, data_slots, data_inner
+    stream = carried, known, (carry_first, carry_slots, carry_inner), carry_slots * envs, data
+    lane = tl.arange(0, LANES)[None, :]
+    block = tl.program_id(0) * (TILE // LANES) + tl.arange(0, TILE // LANES)[:, None]
+
+    # Where blocks begin, which of their windows are written, and where.
+    limit = n_steps
+    if PICKED:
+        exists = block < emitted
+        slot = tl.load(picked[0] + block, mask=exists, other=0)
+        live = exists & (slot >= 0) & (slot < known)  # for any other index nothing is read
+        begin = slot.to(tl.int32) - data_first
+        begin = tl.where(begin < 0, begin + known, begin)
+        outermost = envs
+        for d in tl.static_range(len(others)):
+            outermost = outermost // others[d]
+        env = block * 0
+        for d in tl.static_range(1, len(picked)):
+            size = outermost if d == 1 else others[d - 2]
+            index = tl.load(picked[d] + block, mask=exists, other=0)
+            live &= (index >= 0) & (index < size)
+            env = env * size + index.to(tl.int32)
+        if len(limits) > 0:
+            limit = tl.minimum(tl.load(limits[0] + block, mask=exists, other=1), n_steps).to(tl.int32)
+        rows = emitted
+        place = block + lane * 0
+        written = exists & (lane == 0)
+    else:
+        length = LANES + 1 - tl.minimum(n_steps, 1 << PIECE)
+        if TIME_MAJOR:
+            env, begin = block % envs, block // envs * length
+        else:
+            env, begin = block // blocks, block % blocks * length
+        live = (env < envs) & (begin < emitted)
+        rows = envs * emitted
+        place = env * emitted + begin + lane
+        written = live & (lane < length) & (begin + lane < emitted)
+
+    frame = begin + lane
+    row, end, boundary = find_ends(env, frame, lane, live, limit, flags, stream, LEVELS, DATA)
+    done = tl.minimum(n_steps, 1 << PIECE)
+    steps = tl.minimum(end - lane + 1, done)
+    if LONG:
+        goes_on = end >= lane + done
+        while done < n_steps:
+            count = tl.minimum(n_steps - done, 1 << PIECE)
+            _, later, _ = find_ends(env, frame + done, done + lane, live, limit, flags, stream, LEVELS, DATA)
+            steps += tl.where(goes_on, tl.minimum(later - lane + 1, count), 0)
+            goes_on &= later >= lane + count
+            done += count
+    end_row = row_of_frame(env, frame + steps - 1, stream, DATA)
+    if PICKED:
+        # What was picked where there is no frame comes out blank.
+        steps = tl.where(live, steps, 0)
+        boundary |= ~live
+        row = tl.where(live, row, -1)
+        end_row = tl.where(live, end_row, -1)
+    tl.store(steps_ptr + place, steps.to(tl.int64), mask=written)
+    tl.store(discount_ptr + place, tl.load(powers_ptr + steps).to(tl.float32), mask=written)
+    tl.store(nonterminal_ptr + place, ~boundary, mask=written)
+    for k in tl.static_range(len(rewards)):
+        store_returns(
+            rewards[k], returns[k], place, written, live, env, frame, row, end, steps, limit, n_steps, flags,
+            powers_ptr, stream, WIDTHS[k], LEVELS, PIECE, LONG, DATA,
+        )  # fmt: skip
+    if ROWS:
+        # Lists of rows: the frames' own, those of frames held back, and those of the windows' ends.
+        tl.store(rows_ptr + place, row, mask=written)
+        tl.store(rows_ptr + rows + held_rows + place, end_row, mask=written)
+        if tl.program_id(0) * TILE < held_rows:
+            list_held(rows_ptr + rows, held_rows, envs, held_inner, stream, DATA, TILE)
+
+
+def shape_blocks(n_steps: int, emitted: int, picked: bool) -> tuple[int, int, int]:
+    """LEVELS and PIECE of windows of so many frames, and the blocks of so many windows that begin one after the other.
+
+    A block has lanes for the frames after its last window, too: twice as many as a window, unless one has all windows.
+    """
+    piece = min((n_steps - 1).bit_length(), MOST_PIECE)
+    longest = min(n_steps, 1 << piece)
+    levels = piece if picked or emitted <= (1 << piece) - longest + 1 else piece + 1
+    return levels, piece, max(-(-emitted // ((1 << levels) - longest + 1)), 1)
