@@ -9,6 +9,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from multistep_triton.kernels import rows, windows
@@ -168,7 +169,8 @@ def _launch(
     others = tuple(lead[1:]) if picked else ()
     longest = min(n_steps, known)
     levels, piece, blocks = windows.shape_blocks(longest, emitted, picked is not None)
-    tile = windows.TILE if longest <= 1 << piece else windows.TILE // 2  # for the registers
+    # Half as many windows a program where each takes more registers.
+    tile = windows.TILE // 2 if longest > 1 << piece or masks or ids else windows.TILE
     lanes = (count if picked else envs * blocks) << levels
     lists = new((2 * count + held_rows if plan.copies else 0,), torch.int32)
     widths = tuple([features.numel() for _, features, _ in plan.returns])
@@ -239,7 +241,12 @@ def _run(plan: _Plan, kernel: Any, device: torch.device, kind: Any, programs: in
         compiled = plan.compiled.get((kernel, device, kind))
         if compiled is None:
             # Fused multiply-adds may be used in the sums; the reference's are the compiler's choice, too.
-            compiled = kernel[(programs,)](*arguments, num_warps=4, enable_fp_fusion=True)
+            options = {"num_warps": 4, "enable_fp_fusion": True}
+            if kernel is rows.n_step_rows_kernel and not windows.INTERPRETED:
+                nvidia = triton.runtime.driver.active.get_current_target().backend == "cuda"
+                # Many leaves would take more, to no use.
+                options.update({"maxnreg": rows.MOST_REGISTERS} if nvidia else {})
+            compiled = kernel[(programs,)](*arguments, **options)
             plan.compiled[kernel, device, kind] = compiled
         else:
             compiled[(programs, 1, 1)](*arguments)

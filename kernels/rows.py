@@ -11,6 +11,8 @@ import triton.language as tl
 
 # Units of a program: with 128 threads, 8 for each, all of whose loads are on their way at once.
 TILE = 1024
+# With so many of a thread, eight programs share a multiprocessor.
+MOST_REGISTERS = 64
 
 
 @triton.jit

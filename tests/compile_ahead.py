@@ -27,9 +27,9 @@ from torchrl.data import LazyTensorStorage
 from multistep_triton import MultiStepTransform, NStepReplayBuffer, gather_future, n_step_return
 from multistep_triton.kernels import launch
 
-# With 64 registers, eight programs of 128 threads share a multiprocessor, and with rows of 16 bytes 128 kB are on
+# With 64 registers, eight programs of 128 threads share a multiprocessor, and 128 kB of units of 16 bytes are on
 # their way; windows are few beside the rows.
-REGISTERS = {"n_step_rows_kernel": 64, "n_step_windows_kernel": 128, "future_rows_kernel": 64}
+REGISTERS = {"n_step_rows_kernel": 64, "n_step_windows_kernel": 168, "future_rows_kernel": 64}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
