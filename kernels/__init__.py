@@ -1,6 +1,5 @@
 """The Triton kernels; installed as ``multistep_triton.kernels``. Imports nothing from ``multistep_triton.reference``.
 
-``stream`` finds frames in memory, ``window`` computes windows and returns, ``gather`` copies rows, ``extend`` joins
-them in one kernel, ``plan`` is what a launch is made of before there is any memory, ``launch`` launches. Importing
-this package imports no Triton; importing its modules does.
+``windows`` is the kernel of a call's first launch, ``rows`` that of the second one; ``launch`` makes their arguments.
+Importing this package imports no Triton; importing its modules does.
 """

@@ -97,12 +97,13 @@ def _obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str | N
     device_type, obstacle = _triton_device_type()
     if device_type is None:
         return obstacle
-    for tensor in tensors:
-        if tensor.device.type != device_type:
-            return f"a tensor is on {tensor.device}, and {obstacle}. Move all to one {device_type} device"
-    if device_type != "cpu" and len({tensor.device for tensor in tensors}) > 1:
+    devices = {tensor.device for tensor in tensors}
+    for device in devices:
+        if device.type != device_type:
+            return f"a tensor is on {device}, and {obstacle}. Move all to one {device_type} device"
+    if device_type != "cpu" and len(devices) > 1:
         return "the tensors are on several devices. Move them to one"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
         return "a tensor requires grad, and the kernels have no backward pass. Detach it or use torch.no_grad()"
     if is_transformed():
         return (

@@ -7,6 +7,7 @@ branch that runs them, the kernels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def n_step_extend(
     extend: Callable[..., tuple[Any, ...]] = reference.n_step_extend_reference
     chosen = resolve_backend(backend, data.values(), [data[key] for key in reward_keys])
     if chosen == "triton":
-        from multistep_triton.kernels.launch import launch_n_step_extend as extend
+        extend = _launchers().launch_n_step_extend
     elif chosen == "verify":
         extend = verify.n_step_extend_verified
     return Extension(
@@ -132,7 +133,7 @@ def n_step_sample(
     chosen = resolve_backend(backend, [*data.values(), *samples.indices], [data[key] for key in reward_keys])
     _check_indices(samples, data[done_keys[0]].shape)
     if chosen == "triton":
-        from multistep_triton.kernels.launch import launch_n_step_sample as sample
+        sample = _launchers().launch_n_step_sample
     elif chosen == "verify":
         sample = verify.n_step_sample_verified
     leaves, returns, steps, discount, nonterminal = sample(
@@ -148,6 +149,14 @@ def n_step_sample(
         only_read=only_read,
     )
     return Extension(leaves, returns, steps, discount, nonterminal, None)
+
+
+@functools.cache
+def _launchers() -> Any:
+    """The kernels, which are imported where they run alone; an import statement takes its time in every call."""
+    from multistep_triton.kernels import launch
+
+    return launch
 
 
 def _check_indices(samples: Samples, sizes: torch.Size) -> None:

@@ -88,11 +88,15 @@ BLANKS = {
 def drawn(batch):
     """Indices of which those of frames are the second, the fourth and the seventh; two are of no environment."""
     slots = torch.tensor([-1, 2, 8, 5, 1 << 40, -(1 << 33), 7, 1, 6])
-    return [slots[:7]] if not batch else [slots, torch.tensor([0, 1, 1, 0, 1, 0, 1, -1, 2])]
+    envs = torch.tensor([0, 1, 1, 0, 1, 0, 1, -1, 2])
+    if len(batch) < 2:
+        return [slots, envs] if batch else [slots[:7]]
+    # The storage has the batch dimensions in reverse.
+    return [slots, torch.tensor([0, 1, 2, 0, 1, 0, 2, -1, 3]), torch.tensor([0, 1, 1, 0, 1, 0, 1, 1, 1])]
 
 
 @pytest.mark.parametrize("marks", [False, True])
-@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
 @pytest.mark.parametrize("case", BLANKS)
 def test_an_index_of_no_frame_comes_out_blank(case, batch, marks, monkeypatch):
     """As on an accelerator, by both backends: 0 steps, a return of NaN, and zeros."""

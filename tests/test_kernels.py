@@ -173,6 +173,30 @@ def test_windows_of_several_pieces(n_steps, marks):
         check(carry, data, n_steps)
 
 
+def test_more_frames_held_back_than_windows():
+    check(None, rollout((1,), 300, p=0.01), 1000)
+
+
+def test_samples_with_an_n_of_their_own_of_several_pieces():
+    done = torch.zeros(200, dtype=torch.bool)
+    own = torch.tensor([1, PIECE - 1, PIECE, PIECE + 1, PIECE + 2, PIECE + 6])
+    out = n_step_sample(
+        Samples([torch.full((6,), 10)], 199, 200, own),
+        {"done": done, "reward": torch.ones(200), "value": torch.arange(200)},
+        reward_keys=["reward"],
+        gathered_keys=["value"],
+        done_keys=("done",),
+        mask_key=None,
+        traj_key=None,
+        n_steps=PIECE + 6,
+        gamma=1.0,
+        backend="triton",
+    )
+    assert torch.equal(out.steps, own)
+    assert torch.equal(out.returns["reward"], own.float())
+    assert torch.equal(out.leaves["value"], 10 + own - 1)
+
+
 @pytest.mark.parametrize("n_steps", [3, 10, PIECE + 3])
 def test_a_return_is_the_same_to_the_bit_wherever_its_window_lies(n_steps):
     """In blocks, in calls, and where it is sampled."""
