@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 # What a program of an H100 can have of shared memory.
 MOST_SHARED_BYTES = 227 << 10
+# Generations of objects out of which a collection moves them.
+YOUNG = 0, 1
 # Kernels that stay bound to what executes them, of 1 to 3 MB each; the one unused for longest goes first.
 BOUND = 128
 
@@ -42,24 +44,31 @@ class _Utils:
 class LiveTensors:
     """The memory of all CPU tensors that are alive.
 
-    Python keeps what it allocated lately in a list of its own, which is short: tensors are looked for there first, and
-    among those seen before; among all objects, which takes a tenth of a second, only for an address that is in none of
-    them.
+    Python keeps what it allocated lately in lists of its own, which are short. There they are looked for, at a launch
+    and before a collection moves them away; among all objects, which takes a tenth of a second, only for an address
+    that is in none of those seen.
     """
 
     def __init__(self) -> None:
+        gc.callbacks.append(self._before_collection)
         self._seen: dict[int, weakref.ref[torch.Tensor]] = {}
         self._begins, self._ends = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
 
-    def look(self, everywhere: bool = False) -> None:
-        """Asks anew which memory is alive."""
-        generations = (None,) if everywhere else (0, 1)
+    def _note(self, *generations: int | None) -> None:
         types = set(_subclasses(torch.Tensor))
         for generation in generations:
             # Types first: asking an object for its class can run code of its own.
             for each in gc.get_objects(generation):
                 if type(each) in types:
                     self._seen[id(each)] = weakref.ref(each)
+
+    def _before_collection(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] > 0:
+            self._note(*YOUNG)
+
+    def look(self, everywhere: bool = False) -> None:
+        """Asks anew which memory is alive."""
+        self._note(*((None,) if everywhere else YOUNG))
         spans: dict[int, int] = {}
         # Modes and subclasses have no say in where memory is.
         with torch._C.DisableTorchFunction():
