@@ -161,7 +161,7 @@ def _launch(
     widened: dict[Hashable, Tensor] = {}
     if windows.INTERPRETED:
         # The interpreter neither converts subnormal bfloat16 nor rounds to it.
-        rewards = tuple([tuple([_widened(each) for each in pair]) for pair in rewards])
+        rewards = tuple([(_widened(leaf), _widened(old)) for leaf, old in rewards])
         widened = {key: _widened(each) for key, each in returns.items() if each.dtype == torch.bfloat16}
     masks, ids = (() if key is None else ((data[key], olds[key]),) for key in (mask_key, traj_key))
     index = tuple([_aligned(dim.contiguous()) for dim in picked.indices]) if picked else ()
@@ -209,10 +209,10 @@ def _copy_rows(
         # Triton knows no complex numbers.
         jobs = [[torch.view_as_real(each) if each.is_complex() else each for each in job] for job in jobs]
     _run(
-        *(plan, rows.n_step_rows_kernel, lists.device, carried),
+        *(plan, rows.n_step_rows_kernel, lists.device, (carried, _is_amd())),
         sum([-(-count * width // rows.TILE) - (-held * width // rows.TILE) for width in widths]),
         *zip(*jobs, strict=True),
-        *(lists, count, held, *scalars, plan.units, widths, plan.gathered, carried, rows.TILE),
+        *(lists, count, held, *scalars, plan.units, widths, plan.gathered, carried, rows.TILE, not _is_amd()),
     )
 
 
@@ -242,14 +242,18 @@ def _run(plan: _Plan, kernel: Any, device: torch.device, kind: Any, programs: in
         if compiled is None:
             # Fused multiply-adds may be used in the sums; the reference's are the compiler's choice, too.
             options = {"num_warps": 4, "enable_fp_fusion": True}
-            if kernel is rows.n_step_rows_kernel and not windows.INTERPRETED:
-                nvidia = triton.runtime.driver.active.get_current_target().backend == "cuda"
+            if kernel is rows.n_step_rows_kernel and not windows.INTERPRETED and not _is_amd():
                 # Many leaves would take more, to no use.
-                options.update({"maxnreg": rows.MOST_REGISTERS} if nvidia else {})
+                options["maxnreg"] = rows.MOST_REGISTERS
             compiled = kernel[(programs,)](*arguments, **options)
             plan.compiled[kernel, device, kind] = compiled
         else:
             compiled[(programs, 1, 1)](*arguments)
+
+
+@functools.cache
+def _is_amd() -> bool:
+    return not windows.INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "hip"
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

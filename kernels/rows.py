@@ -16,6 +16,12 @@ MOST_REGISTERS = 64
 
 
 @triton.jit
+def either_pointer(condition, one, other):
+    """As integers, since for AMD Triton does not compile a choice of pointers."""
+    return tl.where(condition, one.to(tl.int64), other.to(tl.int64)).to(one.dtype)
+
+
+@triton.jit
 def as_bytes(pointer):
     return pointer.to(tl.pointer_type(tl.int8), bitcast=True)
 
@@ -44,7 +50,7 @@ def copy_tile(
     read = inside
     if CARRIED:
         carry_end = as_bytes(carry_ptr) + carry_rows.to(tl.int64) * (WIDTH * UNIT)
-        origin = tl.where(source < 0, carry_end, origin)
+        origin = either_pointer(source < 0, carry_end, origin)
     else:
         read &= source >= 0
     # In bytes, so that a row is added to an address by one multiplication of 32 bits.
@@ -66,31 +72,38 @@ def copy_tile(
 def n_step_rows_kernel(
     data, carry, out, held, rows_ptr, rows, held_rows, carry_rows, first, slots,
     UNITS: tl.constexpr, WIDTHS: tl.constexpr, GATHERED: tl.constexpr, CARRIED: tl.constexpr, TILE: tl.constexpr,
+    RETURNS: tl.constexpr,
 ):  # fmt: skip
     """A program copies a tile of one leaf: of the rows that come out or, after those, of the rows held back.
 
+    With RETURNS it ends after that, which Triton does not compile for AMD.
     The lists of ``rows_ptr`` are the rows of the frames that come out, of those held back, and of the windows' ends.
     """
     tile = tl.program_id(0).to(tl.uint32)
     rows = rows.to(tl.uint32)
     held_rows = held_rows.to(tl.uint32)
+    first_tile = tile * 0
     for k in tl.static_range(len(UNITS)):
         tiles = tl.cdiv(rows * WIDTHS[k], TILE)
         held_tiles = tl.cdiv(held_rows * WIDTHS[k], TILE)
-        if tile < tiles:
-            source_ptr = rows_ptr + rows + held_rows if GATHERED[k] else rows_ptr
-            copy_tile(
-                tile, rows, data[k], carry[k], carry_rows, source_ptr, out[k], first, slots,
-                *UNITS[k], CARRIED, False, TILE,
-            )  # fmt: skip
-            return
-        if tile < tiles + held_tiles:
-            copy_tile(
-                tile - tiles, held_rows, data[k], carry[k], carry_rows, rows_ptr + rows, held[k], first, slots,
-                *UNITS[k], CARRIED, True, TILE,
-            )  # fmt: skip
-            return
-        tile -= tiles + held_tiles
+        mine = tile < first_tile + tiles + held_tiles
+        if not RETURNS:
+            mine &= tile >= first_tile
+        if mine:
+            if tile < first_tile + tiles:
+                source_ptr = rows_ptr + rows + held_rows if GATHERED[k] else rows_ptr
+                copy_tile(
+                    tile - first_tile, rows, data[k], carry[k], carry_rows, source_ptr, out[k], first, slots,
+                    *UNITS[k], CARRIED, False, TILE,
+                )  # fmt: skip
+            else:
+                copy_tile(
+                    tile - first_tile - tiles, held_rows, data[k], carry[k], carry_rows, rows_ptr + rows, held[k],
+                    first, slots, *UNITS[k], CARRIED, True, TILE,
+                )  # fmt: skip
+            if RETURNS:
+                return
+        first_tile += tiles + held_tiles
 
 
 @triton.jit(do_not_specialize=["rows", "frames"])

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from multistep_triton.kernels.rows import either_pointer
+
 # Lanes of a program: with 128 threads, 2 for each.
 TILE = 512
 # A piece has 2**6 frames at most, so that what lanes exchange stays within a warp.
@@ -47,7 +49,7 @@ def row_of_frame(env, frame, stream, DATA: tl.constexpr):
 def load_row(leaf, row, carry_rows, mask, other, item=0, WIDTH: tl.constexpr = 1):
     """An item of rows of WIDTH."""
     data_ptr, carry_ptr = leaf
-    origin = tl.where(row < 0, carry_ptr + carry_rows.to(tl.int64) * WIDTH, data_ptr)
+    origin = either_pointer(row < 0, carry_ptr + carry_rows.to(tl.int64) * WIDTH, data_ptr)
     return tl.load(origin + row.to(tl.int64) * WIDTH + item, mask=mask, other=other)
 
 

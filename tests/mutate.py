@@ -93,7 +93,7 @@ MUTATIONS = (
     Mutation("seam: which side", "windows", "tl.where(frame < carried, held", "tl.where(frame <= carried, held"),
     Mutation("seam: frame of the data", "windows", "frame - carried, data, DATA[0]", "frame, data, DATA[0]"),
     Mutation("seam: rows of the carry", "windows", "carry_slots * envs, data", "carry_slots, data"),
-    Mutation("seam: reward at it", "windows", "origin = tl.where(row < 0, ", "origin = tl.where(row <= 0, "),
+    Mutation("seam: reward at it", "windows", "either_pointer(row < 0, ", "either_pointer(row <= 0, "),
     # blocks of windows
     Mutation("programs of all blocks", "launch", "envs * blocks) << levels", "envs) << levels"),
     Mutation("windows of a block", "windows", "length = LANES + 1 -", "length = LANES + 2 -"),
@@ -130,7 +130,7 @@ MUTATIONS = (
     # rows that are copied
     Mutation("rows: inside", "rows", "inside = offset < tl", "inside = offset <= tl"),
     Mutation("rows: unit of the first row", "rows", "unit = begin - top * WIDTH + offset", "unit = offset"),
-    Mutation("rows: of the carry", "rows", "tl.where(source < 0, carry_end", "tl.where(source <= 0, carry_end"),
+    Mutation("rows: of the carry", "rows", "either_pointer(source < 0, carry_end", "either_pointer(source <= 0, carry_end"),
     Mutation("rows: where they come out", "rows", "begin.to(tl.int64) * PARTS", "begin.to(tl.int64)"),
     Mutation("rows: where they are held back", "rows", "first.to(tl.uint32) * WIDTH", "first.to(tl.uint32)"),
     Mutation("rows: after the last slot", "rows", "tl.where(to < slots", "tl.where(to <= slots"),

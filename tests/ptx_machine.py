@@ -19,7 +19,7 @@ import ptx_memory
 import ptx_warps
 from ptx_costs import WARP, Counter, Counts, machine_instructions
 from ptx_instructions import resolve
-from ptx_numbers import Array, Fault
+from ptx_numbers import UNSIGNED, Array, Fault
 from ptx_state import State, reader, writer
 from ptx_text import Group, Instruction, Kernel, Name
 
@@ -27,6 +27,8 @@ from ptx_text import Group, Instruction, Kernel, Name
 AT_ONCE = 512
 SHARED_BYTES = 64 << 10
 NOTHING = ("bar", "barrier", "fence", "membar")
+# Where to go to be through.
+END = -1
 
 
 class Check(Protocol):
@@ -42,9 +44,9 @@ class Program:
         self.kernel, self.shared_bytes = kernel, shared_bytes
         self.weights = [machine_instructions(each.opcode) for each in kernel.instructions]
         self.steps: list[Callable[[State], int | None]] = []
-        for at, instruction in enumerate(kernel.instructions):
+        for instruction in kernel.instructions:
             try:
-                self.steps.append(_bind(kernel, at, instruction))
+                self.steps.append(_bind(kernel, instruction))
             except Fault as fault:
                 # It counts when it is reached: no kernel is refused for what it does not do.
                 self.steps.append(partial(_raise, str(fault)))
@@ -97,10 +99,7 @@ class Program:
                 raise Fault(f"{self.kernel.name} ends without ret") from None
 
 
-END = -1
-
-
-def _bind(kernel: Kernel, at: int, instruction: Instruction) -> Callable[[State], int | None]:
+def _bind(kernel: Kernel, instruction: Instruction) -> Callable[[State], int | None]:
     """What executes an instruction: it changes the state, and returns where to go unless that is to the next one."""
     name = instruction.opcode.split(".")[0]
     if name == "bra":
@@ -162,7 +161,9 @@ def _bind_parts(kernel: Kernel, instruction: Instruction) -> Callable[[State], N
     total = resolve(instruction.opcode).result
     parts = (to if isinstance(to, Group) else of).operands
     bits = total.bits // len(parts)
-    narrow, wide = {16: np.uint16, 32: np.uint32, 8: np.uint8}[bits], total.register
+    if bits not in UNSIGNED:
+        raise Fault("unknown instruction")
+    narrow, wide = UNSIGNED[bits], total.register
     if isinstance(to, Group):
         read = reader(kernel, of, total.bits)
         writes = [writer(each, bits, instruction) for each in parts]

@@ -350,7 +350,10 @@ def reverse(leaf):
     return leaf.permute(*reversed(range(leaf.ndim)))
 
 
-def test_many_leaves():
+@pytest.mark.parametrize("amd", [False, True])
+def test_many_leaves(amd, monkeypatch):
+    """As compiled for NVIDIA, where a program ends with its tile, and for AMD, where it looks at all leaves."""
+    monkeypatch.setattr(launch, "_is_amd", lambda: amd)
     data, carry = rollout((3,), 9), rollout((3,), 2, seed=1)
     for leaves, frames in ((data, 9), (carry, 2)):
         for i in range(12):
