@@ -130,7 +130,7 @@ MUTATIONS = (
     # rows that are copied
     Mutation("rows: inside", "rows", "inside = offset < tl", "inside = offset <= tl"),
     Mutation("rows: unit of the first row", "rows", "unit = begin - top * WIDTH + offset", "unit = offset"),
-    Mutation("rows: of the carry", "rows", "either_pointer(source < 0, carry_end", "either_pointer(source <= 0, carry_end"),
+    Mutation("rows: of the carry", "rows", "_pointer(source < 0, carry_end", "_pointer(source <= 0, carry_end"),
     Mutation("rows: where they come out", "rows", "begin.to(tl.int64) * PARTS", "begin.to(tl.int64)"),
     Mutation("rows: where they are held back", "rows", "first.to(tl.uint32) * WIDTH", "first.to(tl.uint32)"),
     Mutation("rows: after the last slot", "rows", "tl.where(to < slots", "tl.where(to <= slots"),
