@@ -5,8 +5,7 @@ Owns what is written where; no maths. May import ``arguments``, ``roles``, ``fra
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from typing import Any
+from collections.abc import Container, Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,7 +14,7 @@ from torch import Tensor
 from multistep_triton.arguments import Arguments
 from multistep_triton.checks import check_not_captured
 from multistep_triton.dispatch import Extension
-from multistep_triton.frames import Frames, Held, KeyPath
+from multistep_triton.frames import Frames, Held, KeyPath, Layout
 from multistep_triton.groups import Group, Windows, find_groups, n_step_extend_groups
 from multistep_triton.roles import (
     AUTO,
@@ -30,6 +29,9 @@ from multistep_triton.roles import (
     original,
     with_saved,
 )
+
+Place = tuple[int, KeyPath, list[KeyPath]]
+"""Where windows are written: of which group, under which name, and with which rewards."""
 
 
 class MultiStepBase(Arguments):
@@ -64,48 +66,53 @@ class MultiStepBase(Arguments):
             frames = Frames.read(data, without=self._roles_in(()).written)
         roles = self._roles_in(frames.leaves)
         groups = find_groups(frames, roles)
+        places = self._places(groups, roles, frames.layout)
         if carry is not None:
             frames.follow(carry.structure)
             carry.follow()
         time_dim, leaves, before = len(frames.batch_size) - 1, frames.leaves, None if carry is None else carry.ring
-        arguments = {**self._arguments(roles, leaves), "time_dim": time_dim, "n_steps": self._n_steps, "hold": hold}
         saved = roles.saved_in(leaves)
         if saved:
             leaves = with_saved(leaves, saved)
             if before is not None:
-                before = before.with_leaves(with_saved(before.leaves, saved))
-        extension, windows = n_step_extend_groups(before, leaves, groups, **arguments)
+                before = before.with_leaves(with_saved(before.leaves, saved), spare=before.spare)
+        extension, windows = n_step_extend_groups(
+            before,
+            leaves,
+            groups,
+            time_dim=time_dim,
+            n_steps=self._n_steps,
+            gamma=float(self._gamma),
+            hold=hold,
+            backend=self._backend,
+        )
         shape = torch.Size((*frames.batch_size[:-1], extension.steps.shape[time_dim]))
-        emitted = frames.build(self._output_leaves(extension, roles, groups, windows), shape)
+        emitted = frames.build(self._output_leaves(extension, roles, groups, places, windows), shape)
         held = extension.carry
         if held is None or not held.count:
             return emitted, None
         for kept in saved:
             del held.leaves[kept]
+            held.spare.pop(kept, None)
         return emitted, frames.hold(held)
 
-    def _arguments(self, roles: Roles, leaves: Mapping[KeyPath, Tensor]) -> dict[str, Any]:
-        """What to compute with these leaves, in the words of the seam."""
-        return {
-            "reward_keys": roles.rewards,
-            "gathered_keys": frozenset([path for path in leaves if roles.is_gathered(path)]),
-            "mask_key": roles.mask if roles.mask in leaves else None,
-            "traj_key": roles.traj,
-            "gamma": float(self._gamma),
-            "backend": self._backend,
-        }
+    def _places(self, groups: Sequence[Group], roles: Roles, layout: Layout) -> list[Place]:
+        """Where windows are written."""
+        key = roles, "places", self._match_reward_shape
+        places: list[Place] | None = layout.found.get(key)
+        if places is None:
+            places = layout.found[key] = self._find_places(groups, roles, layout.kinds)
+        return places
 
-    def _places(
-        self, groups: Sequence[Group], roles: Roles, leaves: Container[KeyPath]
-    ) -> list[tuple[int, KeyPath, list[KeyPath]]]:
-        """Where windows are written: of which group, under which name, and with which rewards.
+    def _find_places(self, groups: Sequence[Group], roles: Roles, leaves: Container[KeyPath]) -> list[Place]:
+        """Where windows are written.
 
         Those of the done key's group are at the root; those of another, ``("next", *name)``, under its name if it has
         flags of its own and rewards, of agents or, if there are none, those that agents share. If they are to be in the
         shape of the first reward, its are at the root.
         """
         root = groups[0]
-        places: list[tuple[int, KeyPath, list[KeyPath]]] = []
+        places: list[Place] = []
         if self._match_reward_shape:
             # What agents share with the done key at theirs is of another shape than its windows, which is told.
             of_first = next(group for group in groups if roles.rewards[0] in group.paths)
@@ -124,11 +131,16 @@ class MultiStepBase(Arguments):
         return places
 
     def _output_leaves(
-        self, extension: Extension, roles: Roles, groups: Sequence[Group], windows: Sequence[Windows]
+        self,
+        extension: Extension,
+        roles: Roles,
+        groups: Sequence[Group],
+        places: Sequence[Place],
+        windows: Sequence[Windows],
     ) -> dict[KeyPath, Tensor]:
         """What comes out, by path."""
         leaves = extension.leaves
-        for at, place, rewards in self._places(groups, roles, leaves):
+        for at, place, rewards in places:
             written: Sequence[Tensor] = windows[at]
             if (groups[at].agents and not groups[at].shared) or self._match_reward_shape:
                 like = extension.returns[rewards[0]] if self._match_reward_shape else leaves[groups[at].flags[0]]

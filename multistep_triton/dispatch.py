@@ -1,14 +1,14 @@
 """The seam between the transform or the buffer and what computes: leaves in, leaves out, by whichever backend.
 
 ``n_step_extend`` takes the leaves of carry and data, and gives back those that come out and the new carry;
-``n_step_sample`` those of a storage. May import ``backends``, ``reference``, ``sampling``, ``verify`` and, inside the
-branch that runs them, the kernels.
+``n_step_sample`` those of a storage. May import ``task``, ``ring``, ``backends``, ``reference``, ``sampling``,
+``verify`` and, inside the branch that runs them, the kernels.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from multistep_triton import reference, sampling, verify
 from multistep_triton.backends import resolve_backend
 from multistep_triton.ring import Ring, Samples
+from multistep_triton.task import Task
 
 
 class Extension(NamedTuple):
@@ -39,17 +40,12 @@ class Extension(NamedTuple):
 def n_step_extend(
     carry: Ring | None,
     data: Mapping[Any, Tensor],
+    task: Task,
     *,
     time_dim: int,
-    reward_keys: Collection[Hashable],
-    gathered_keys: Collection[Hashable],
-    done_keys: Sequence[Hashable],
-    mask_key: Hashable | None,
-    traj_key: Hashable | None = None,
     n_steps: int,
     gamma: float,
     hold: bool = True,
-    only_read: Collection[Hashable] = (),
     backend: str = "auto",
 ) -> Extension:
     """One step of the stream: ``c`` carried frames and ``T`` new ones in, the ``c + T - n_steps`` oldest out.
@@ -57,58 +53,33 @@ def n_step_extend(
     Args:
         carry: the ``c`` frames held back by the call before, or None. Its free slots may be written into.
         data: leaves ``[*B, T, ...]``, the same keys, dtypes, devices and trailing shapes.
+        task: which leaf is what; one done key at least.
 
     Keyword Args:
         time_dim: the position of the time dimension, ``len(B)``.
-        reward_keys: leaves whose n-step return is wanted.
-        gathered_keys: leaves that are read at the end of the window.
-        done_keys: the leaves, bool ``[*B, T]`` or ``[*B, T, 1]``, any of which ends a trajectory; one at least.
-        mask_key: the leaf, shaped likewise, that is False where a frame is padding; None if there is none.
-        traj_key: the leaf, shaped likewise, of integers that tell trajectories apart; None if there is none.
         n_steps, gamma, backend: as for :func:`multistep_triton.n_step_return`.
         hold: whether to hold back the last ``n_steps`` frames. If not, there must be none of a call before, all ``T``
             come out, with windows cut at the last one, and a leaf that is not gathered is the data's own.
-        only_read: leaves that neither come out nor are held back; a mask or ids that agents share may be expanded.
 
     Returns:
         :class:`Extension`, in new memory but for that case; neither the frames of ``carry`` nor ``data`` are modified.
     """
     extend: Callable[..., tuple[Any, ...]] = reference.n_step_extend_reference
-    chosen = resolve_backend(backend, data.values(), [data[key] for key in reward_keys])
+    chosen = resolve_backend(backend, data.values(), [data[key] for key in task.reward_keys])
     if chosen == "triton":
         extend = _launchers().launch_n_step_extend
     elif chosen == "verify":
         extend = verify.n_step_extend_verified
-    return Extension(
-        *extend(
-            carry,
-            data,
-            time_dim=time_dim,
-            reward_keys=reward_keys,
-            gathered_keys=gathered_keys,
-            done_keys=done_keys,
-            mask_key=mask_key,
-            traj_key=traj_key,
-            n_steps=n_steps,
-            gamma=gamma,
-            hold=hold,
-            only_read=only_read,
-        )
-    )
+    return Extension(*extend(carry, data, task, time_dim=time_dim, n_steps=n_steps, gamma=gamma, hold=hold))
 
 
 def n_step_sample(
     samples: Samples,
     data: Mapping[Any, Tensor],
+    task: Task,
     *,
-    reward_keys: Collection[Hashable],
-    gathered_keys: Collection[Hashable],
-    done_keys: Sequence[Hashable],
-    mask_key: Hashable | None,
-    traj_key: Hashable | None,
     n_steps: int,
     gamma: float,
-    only_read: Collection[Hashable] = (),
     backend: str = "auto",
 ) -> Extension:
     """n-step transitions of sampled frames; no window goes beyond the newest frame.
@@ -116,11 +87,11 @@ def n_step_sample(
     Args:
         samples: the frames.
         data: leaves of the storage, ``[C, *R, ...]``; only slots that hold frames are read.
+        task: which leaf is what, with ``[C, *R]`` in place of ``[*B, T]``.
 
     Keyword Args:
         n_steps: frames in a full window, or if ``samples`` has numbers of its own, the largest of them.
-        reward_keys, gathered_keys, done_keys, mask_key, traj_key, gamma, only_read, backend: as for
-            :func:`n_step_extend`, with ``[C, *R]`` in place of ``[*B, T]``.
+        gamma, backend: as for :func:`n_step_extend`.
 
     Returns:
         :class:`Extension` with ``[N]`` in place of ``[*B, E]``, in new memory, and no carry.
@@ -130,24 +101,13 @@ def n_step_sample(
             sample has 0 steps, NaN as its return, discount 1, and zeros for all else.
     """
     sample: Callable[..., tuple[Any, ...]] = sampling.n_step_sample_reference
-    chosen = resolve_backend(backend, [*data.values(), *samples.indices], [data[key] for key in reward_keys])
-    _check_indices(samples, data[done_keys[0]].shape)
+    chosen = resolve_backend(backend, [*data.values(), *samples.indices], [data[key] for key in task.reward_keys])
+    _check_indices(samples, next(iter(data.values())).shape)
     if chosen == "triton":
         sample = _launchers().launch_n_step_sample
     elif chosen == "verify":
         sample = verify.n_step_sample_verified
-    leaves, returns, steps, discount, nonterminal = sample(
-        samples,
-        data,
-        reward_keys=reward_keys,
-        gathered_keys=gathered_keys,
-        done_keys=done_keys,
-        mask_key=mask_key,
-        traj_key=traj_key,
-        n_steps=n_steps,
-        gamma=gamma,
-        only_read=only_read,
-    )
+    leaves, returns, steps, discount, nonterminal = sample(samples, data, task, n_steps=n_steps, gamma=gamma)
     return Extension(leaves, returns, steps, discount, nonterminal, None)
 
 

@@ -7,7 +7,8 @@ tensorclasses, non-tensor entries) and no maths. May import tensordict, torch an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -39,6 +40,25 @@ class Node(NamedTuple):
     device: torch.device | None
 
 
+class Layout:
+    """What leaves have but their frames. Frames of equal kinds can be joined; equal layouts are mostly one object."""
+
+    def __init__(self, kinds: tuple[tuple[KeyPath, tuple[Any, ...]], ...]) -> None:
+        self.kinds = dict(kinds)
+        """dtype, trailing shape and device of every leaf."""
+        self.found: dict[Hashable, Any] = {}
+        """What has been found out about such leaves, to be found out once."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is the same object where the kinds are known, and holds nothing that was found out elsewhere."""
+        return _layout, (tuple(self.kinds.items()),)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(kinds: tuple[tuple[KeyPath, tuple[Any, ...]], ...]) -> Layout:
+    return Layout(kinds)
+
+
 @dataclass(slots=True)
 class Frames:
     """The leaves of a rollout by path, and what it takes to build the tensordict again."""
@@ -50,8 +70,7 @@ class Frames:
     """Parents come before their children."""
     objects: dict[KeyPath, list[Any]] = field(default_factory=dict)
     """The objects that the leaf of a non-tensor entry, int64 ``[*B, T]``, counts into."""
-    kinds: dict[KeyPath, tuple[Any, ...]] = field(default_factory=dict)
-    """What every leaf has but its frames: dtype, trailing shape, device. Frames of equal kinds can be joined."""
+    layout: Layout = field(default_factory=lambda: Layout(()))
 
     @classmethod
     def read(cls, data: TensorDictBase, without: Collection[KeyPath] = ()) -> Frames:
@@ -66,7 +85,7 @@ class Frames:
         frames._read(data, (), len(data.batch_size), without, non_tensors)
         for path, value in non_tensors.items():
             frames._read_objects(value, path)
-        return frames.find_kinds()
+        return frames.find_layout()
 
     @classmethod
     def read_storage(
@@ -78,17 +97,21 @@ class Frames:
         frames._read(data, (), ndim, without, non_tensors)
         # What is sampled has one dimension in the place of these, which has no name.
         frames.nodes = {path: node._replace(names=None) for path, node in frames.nodes.items()}
-        return frames, non_tensors
+        return frames.find_layout(), non_tensors
 
-    def find_kinds(self) -> Frames:
-        """These frames, with the kinds of their leaves."""
+    def find_layout(self) -> Frames:
+        """These frames, with the layout of their leaves."""
         ndim, objects = len(self.batch_size), self.objects
-        self.kinds = {
-            path: ("non-tensor", leaf.shape[ndim:], None)
-            if path in objects
-            else (leaf.dtype, leaf.shape[ndim:], leaf.device)
-            for path, leaf in self.leaves.items()
-        }
+        self.layout = _layout(
+            tuple(
+                [
+                    (path, ("non-tensor", leaf.shape[ndim:], None))
+                    if path in objects
+                    else (path, (leaf.dtype, leaf.shape[ndim:], leaf.device))
+                    for path, leaf in self.leaves.items()
+                ]
+            )
+        )
         return self
 
     def _read(
@@ -130,7 +153,8 @@ class Frames:
         Raises:
             ValueError: they cannot be joined to the carry's.
         """
-        if self.kinds != carry.kinds or self.batch_size[:-1] != carry.batch_size[:-1]:
+        kinds, carried_kinds = self.layout.kinds, carry.layout.kinds
+        if (kinds is not carried_kinds and kinds != carried_kinds) or self.batch_size[:-1] != carry.batch_size[:-1]:
             raise ValueError(
                 "data must continue the frames held back from the last call (clear() drops them and starts anew): "
                 + "; ".join(self._differences(carry))
@@ -144,8 +168,9 @@ class Frames:
     def _differences(self, carry: Frames) -> Iterator[str]:
         if self.batch_size[:-1] != carry.batch_size[:-1]:
             yield f"*B must be {list(carry.batch_size[:-1])}, got {list(self.batch_size[:-1])}"
-        for path in {**carry.kinds, **self.kinds}:
-            expected, got = carry.kinds.get(path), self.kinds.get(path)
+        carried, new = carry.layout.kinds, self.layout.kinds
+        for path in {**carried, **new}:
+            expected, got = carried.get(path), new.get(path)
             if expected != got:
                 yield f"{path} must be {_describe(expected)}, got {_describe(got)}"
 
@@ -155,7 +180,7 @@ class Frames:
         The leaves of the ring are replaced where that takes it.
         """
         time_dim, leaves = len(self.batch_size) - 1, ring.leaves
-        structure = Frames(torch.Size((*self.batch_size[:-1], ring.count)), nodes=self.nodes, kinds=self.kinds)
+        structure = Frames(torch.Size((*self.batch_size[:-1], ring.count)), nodes=self.nodes, layout=self.layout)
         for path, leaf in leaves.items():
             if leaf.requires_grad:
                 leaves[path] = leaf.detach()
@@ -170,24 +195,19 @@ class Frames:
 
     def build(self, leaves: Mapping[KeyPath, Tensor], batch_size: torch.Size) -> TensorDict:
         """A tensordict ``[*B, E]`` of this structure; ``leaves`` may hold more entries than were read."""
-        nodes = dict(self.nodes)
-        for path in leaves:
-            if path[:-1] not in nodes:
-                # A group that nothing was read of has been written to.
-                new = Node(None, (), None, nodes[()].device)
-                nodes.update((path[:names], new) for names in range(1, len(path)) if path[:names] not in nodes)
-        entries: dict[KeyPath, dict[str, Any]] = {path: {} for path in nodes}
-        for path, leaf in leaves.items():
-            entries[path[:-1]][path[-1]] = self._stack_objects(path, leaf) if path in self.objects else leaf
-        for path, node in reversed(nodes.items()):
+        # A group that nothing was read of may have been written to.
+        new = Node(None, (), None, self.nodes[()].device)
+        built: dict[KeyPath, Any] = dict(leaves)
+        for path in self.objects:
+            built[path] = self._stack_objects(path, built[path])
+        for path, entries in _arrange(tuple(self.nodes), tuple(leaves)):
+            node = self.nodes.get(path, new)
             # The constructor would check every entry once more, a tenth of a small extend.
-            shape = torch.Size((*batch_size, *node.tail))
-            built: Any = TensorDict._new_unsafe(entries[path], shape, names=node.names, device=node.device)
-            if node.kind is not None:
-                built = cast(Any, node.kind).from_tensordict(built)
-            if path:
-                entries[path[:-1]][path[-1]] = built
-        return cast(TensorDict, built)
+            shape = torch.Size((*batch_size, *node.tail)) if node.tail else batch_size
+            held = {name: built[entry] for name, entry in entries}
+            each: Any = TensorDict._new_unsafe(held, shape, names=node.names, device=node.device)
+            built[path] = each if node.kind is None else cast(Any, node.kind).from_tensordict(each)
+        return cast(TensorDict, built[()])
 
     def _stack_objects(self, path: KeyPath, indices: Tensor) -> NonTensorData | NonTensorStack:
         objects = self.objects[path]
@@ -195,6 +215,20 @@ class Frames:
             return NonTensorData(objects[0] if objects else None, batch_size=indices.shape)
         stacked = NonTensorStack(*(NonTensorData(objects[index]) for index in indices.reshape(-1).tolist()))
         return stacked.view(indices.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _arrange(
+    nodes: tuple[KeyPath, ...], leaves: tuple[KeyPath, ...]
+) -> list[tuple[KeyPath, list[tuple[str, KeyPath]]]]:
+    """Names and paths of the entries of every node, those that leaves lie in besides; children before their parents."""
+    paths = dict.fromkeys(nodes)
+    paths.update((leaf[:names], None) for leaf in leaves for names in range(1, len(leaf)))
+    entries: dict[KeyPath, list[tuple[str, KeyPath]]] = {path: [] for path in paths}
+    for path in (*leaves, *reversed(paths)):
+        if path:
+            entries[path[:-1]].append((path[-1], path))
+    return [*reversed(entries.items())]
 
 
 @dataclass(slots=True)
@@ -218,13 +252,13 @@ class Held:
         stream = current_stream(self.ring.leaves.values())
         if stream is not None and stream != self.stream:
             stream.wait_stream(self.stream)
-            for leaf in self.ring.leaves.values():
+            for leaf in (*self.ring.leaves.values(), *self.ring.spare.values()):
                 leaf.record_stream(stream)
 
     @classmethod
     def of(cls, frames: Frames) -> Held:
         """Holds back a copy of frames."""
-        structure = Frames(frames.batch_size, nodes=frames.nodes, objects=frames.objects, kinds=frames.kinds)
+        structure = Frames(frames.batch_size, nodes=frames.nodes, objects=frames.objects, layout=frames.layout)
         return cls(structure, Ring.of(frames.leaves, frames.batch_size[-1]))
 
     def clone(self) -> Held:
@@ -239,7 +273,7 @@ class Held:
         leaves = {
             path: ring.frames(path, time_dim).clone(memory_format=torch.contiguous_format) for path in ring.leaves
         }
-        return Frames(structure.batch_size, leaves, structure.nodes, structure.objects, structure.kinds)
+        return Frames(structure.batch_size, leaves, structure.nodes, structure.objects, structure.layout)
 
     def to(self, device_of: Callable[[Tensor], torch.device]) -> Held:
         """The frames, each leaf on another device."""
@@ -248,7 +282,7 @@ class Held:
         device = next((leaf.device for leaf in leaves.values()), None)
         old = self.structure
         nodes = {path: node._replace(device=node.device and device) for path, node in old.nodes.items()}
-        frames = Frames(old.batch_size, leaves, nodes, old.objects).find_kinds()
+        frames = Frames(old.batch_size, leaves, nodes, old.objects).find_layout()
         return Held(replace(frames, leaves={}), self.ring.with_leaves(leaves))
 
 

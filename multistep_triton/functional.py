@@ -1,11 +1,12 @@
 """Functions on tensors: validate the arguments, dispatch to the backend.
 
 What is compiled calls the operators instead, which ``operators`` registers. May import ``checks``, ``backends``,
-``dispatch``, ``reference``, ``verify`` and, inside the branch that runs them, the kernels.
+``dispatch``, ``task``, ``reference``, ``verify`` and, inside the branch that runs them, the kernels.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from multistep_triton.checks import (
     is_transformed,
 )
 from multistep_triton.dispatch import n_step_extend
+from multistep_triton.task import Task
 
 
 class NStepReturn(NamedTuple):
@@ -92,20 +94,21 @@ def n_step_return(
     if _is_traced():
         return NStepReturn(*torch.ops.multistep_triton.n_step_return(reward, done, mask, gamma, n_steps, backend))
     lead = check_n_step_return(reward, done, mask)
+    data = {"reward": reward, "done": done} if mask is None else {"reward": reward, "done": done, "mask": mask}
+    # The compiler does not look into caches.
+    task_of = _task.__wrapped__ if torch.compiler.is_compiling() else _task
+    task = task_of(tuple([(key, leaf.dtype, tuple(leaf.shape[len(lead) :])) for key, leaf in data.items()]))
     extension = n_step_extend(
-        None,
-        {"reward": reward, "done": done} if mask is None else {"reward": reward, "done": done, "mask": mask},
-        time_dim=len(lead) - 1,
-        reward_keys=("reward",),
-        gathered_keys=(),
-        done_keys=("done",),
-        mask_key=None if mask is None else "mask",
-        n_steps=n_steps,
-        gamma=gamma,
-        hold=False,
-        backend=backend,
+        None, data, task, time_dim=len(lead) - 1, n_steps=n_steps, gamma=gamma, hold=False, backend=backend
     )
     return NStepReturn(extension.returns["reward"], extension.steps, extension.discount)
+
+
+@functools.lru_cache(maxsize=256)
+def _task(kinds: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> Task:
+    """The task of leaves named reward, done and, if there is one, mask."""
+    mask = "mask" if len(kinds) > 2 else None
+    return Task(kinds, ("done",), reward_keys=("reward",), mask_key=mask)
 
 
 def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Tensor:

@@ -3,12 +3,14 @@
 A group under "next" that has a done flag of its own is governed by it, and by the other done keys of its shape beside
 it; any other entry by the flags of the nearest group above. Where the flags are one per agent, each agent is a row of
 its own: leaves ``[*B, T, *A, ...]`` are read as ``[*B, *A, T, ...]``, views in another order, so that what computes
-windows knows rows and neither groups nor agents. May import ``roles``, ``frames``, ``checks`` and ``dispatch``.
+windows knows rows and neither groups nor agents. May import ``roles``, ``frames``, ``task``, ``checks`` and
+``dispatch``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from multistep_triton.dispatch import Extension, n_step_extend, n_step_sample
 from multistep_triton.frames import Frames, KeyPath
 from multistep_triton.ring import Ring, Samples
 from multistep_triton.roles import Roles, with_saved
+from multistep_triton.task import Task
 
 
 class Group(NamedTuple):
@@ -31,15 +34,16 @@ class Group(NamedTuple):
     paths: list[KeyPath]
     shared: bool = False
     """Whether the entries are those that agents share: their windows end where that of any agent ends."""
+    marks: tuple[KeyPath, ...] = ()
+    """What is read beside the entries: the mask and the ids, which hold for all groups, and the flags of agents."""
+    task: Task = Task((), ())
+    """What is to be computed of entries and marks."""
+    sampled: Task = Task((), ())
+    """What is to be computed where they are sampled."""
 
 
 Windows = tuple[Tensor, Tensor, Tensor]
 """Steps, discount and nonterminal, ``[*B, E, *A]``."""
-
-
-# What was found in entries of one layout.
-_found: dict[Any, list[Group]] = {}
-_MOST_FOUND = 256
 
 
 def find_groups(frames: Frames, roles: Roles) -> list[Group]:
@@ -50,15 +54,10 @@ def find_groups(frames: Frames, roles: Roles) -> list[Group]:
         TypeError: one is of the wrong kind.
         ValueError: one has the wrong shape.
     """
-    ndim = len(frames.batch_size)
-    layout = [(path, leaf.dtype, leaf.shape[ndim:]) for path, leaf in frames.leaves.items()]
-    key = roles, *layout, *frames.objects
-    if (groups := _found.get(key)) is None:
+    groups: list[Group] | None = frames.layout.found.get(roles)
+    if groups is None:
         _check_entries(frames, roles)
-        groups = _find_groups(frames, roles)
-        if len(_found) >= _MOST_FOUND:
-            _found.clear()
-        _found[key] = groups
+        groups = frames.layout.found[roles] = _find_groups(frames, roles)
     return groups
 
 
@@ -75,12 +74,14 @@ def _find_groups(frames: Frames, roles: Roles) -> list[Group]:
         own[parent] = Group(tuple(alike), _find_agents(frames, roles, beside[0]), [])
     shared = {parent: group._replace(paths=[], shared=True) for parent, group in own.items() if group.agents}
     top = ("next",) if ("next",) in own else roles.done[:-1]
-    for path, leaf in with_saved(leaves, roles.saved_in(leaves)).items():
+    leaves = with_saved(leaves, roles.saved_in(leaves))
+    for path, leaf in leaves.items():
         parent = next((path[:k] for k in range(len(path) - 1, 0, -1) if path[:k] in own), top)
         sizes = (*lead, *own[parent].agents)
         of_agent = path[: len(parent)] == parent and leaf.shape[: len(sizes)] == sizes
         (own if of_agent or parent not in shared else shared)[parent].paths.append(path)
-    return [group for parent in own for group in (own[parent], shared.get(parent)) if group and group.paths]
+    groups = [group for parent in own for group in (own[parent], shared.get(parent)) if group and group.paths]
+    return [_with_tasks(group, leaves, len(lead), roles) for group in groups]
 
 
 def _check_entries(frames: Frames, roles: Roles) -> None:
@@ -126,7 +127,7 @@ def n_step_extend_groups(
         groups: to which the leaves belong.
 
     Keyword Args:
-        time_dim, **arguments: as there, but for ``done_keys``.
+        time_dim, **arguments: as there.
 
     Returns:
         Extension: of all leaves; steps, discount and nonterminal are those of the first group. Leaves of agents are
@@ -134,7 +135,7 @@ def n_step_extend_groups(
         list: the same three of every group.
     """
     if len(groups) == 1 and not groups[0].agents:
-        extension = n_step_extend(carry, data, time_dim=time_dim, done_keys=groups[0].flags, **arguments)
+        extension = n_step_extend(carry, data, groups[0].task, time_dim=time_dim, **arguments)
         return extension, [(extension.steps, extension.discount, extension.nonterminal)]
 
     def move(leaf: Tensor, source: int, to: int) -> Tensor:
@@ -151,18 +152,14 @@ def n_step_extend_groups(
         after = time_dim + (0 if group.shared else len(group.agents))
 
         def view(leaves: Mapping[Any, Tensor], group: Group = group, after: int = after) -> dict[Any, Tensor]:
-            viewed = _of_group(group, leaves, time_dim + 1, arguments)
-            if group.shared:
-                viewed.update((path, leaves[path].flatten(time_dim + 1).any(-1)) for path in group.flags)
+            viewed = _view(group, group.marks, leaves, time_dim + 1)
             return {key: move(leaf, time_dim, after) for key, leaf in viewed.items()}
 
         before = None
         if carry is not None:
             olds = {key: carry.arrange(leaf, after) for key, leaf in view(carry.leaves).items()}
             before = carry.with_leaves(olds, free)
-        own, leaves_of = _of_paths(arguments, group.paths), view(data)
-        own["only_read"] = leaves_of.keys() - {*group.paths}
-        each = n_step_extend(before, leaves_of, time_dim=after, done_keys=group.flags, **own)
+        each = n_step_extend(before, view(data), group.task, time_dim=after, **arguments)
         returns.update((key, move(value, after, time_dim)) for key, value in each.returns.items())
         leaves.update((key, move(each.leaves[key], after, time_dim)) for key in group.paths)
         windows.append(
@@ -183,7 +180,7 @@ def n_step_sample_groups(
 ) -> tuple[Extension, list[Windows]]:
     """:func:`multistep_triton.dispatch.n_step_sample` for every group; arguments and results as those of extend."""
     if len(groups) == 1 and not groups[0].agents:
-        extension = n_step_sample(samples, data, done_keys=groups[0].flags, **arguments)
+        extension = n_step_sample(samples, data, groups[0].task, **arguments)
         return extension, [(extension.steps, extension.discount, extension.nonterminal)]
     dims, count = len(samples.indices), samples.indices[0].shape[0]
     leaves: dict[Any, Tensor] = {}
@@ -191,22 +188,15 @@ def n_step_sample_groups(
     windows: list[Windows] = []
     shortest: dict[tuple[KeyPath, ...], Tensor] = {}
     for group in groups:
-        own, picked, shape = _of_paths(arguments, group.paths), samples, torch.Size([count])
+        picked, shape = samples, torch.Size([count])
         if group.shared:
             # The shortest window of an agent is that of the frame, whatever ended it.
             picked = samples._replace(n_steps=shortest[group.flags])
-            never = torch.zeros((), dtype=torch.bool, device=samples.indices[0].device)
-            of_group: dict[Any, Tensor] = {path: data[path] for path in group.paths}
-            of_group["never"] = never.expand(data[group.flags[0]].shape[:dims])
-            own.update(done_keys=("never",), mask_key=None, traj_key=None)
-        else:
-            of_group = _of_group(group, data, dims, arguments)
-            own["done_keys"] = group.flags
-        if group.agents and not group.shared:
+        elif group.agents:
             shape = torch.Size([count, *group.agents])
             picked = _every_agent(samples, shape)
-        own["only_read"] = of_group.keys() - {*group.paths}
-        each = n_step_sample(picked, of_group, **own)
+        of_group = _view(group, () if group.shared else group.marks, data, dims)
+        each = n_step_sample(picked, of_group, group.sampled, **arguments)
         returns.update((key, value.view(*shape, *value.shape[1:])) for key, value in each.returns.items())
         leaves.update((key, each.leaves[key].view(*shape, *each.leaves[key].shape[1:])) for key in group.paths)
         windows.append((each.steps.view(shape), each.discount.view(shape), each.nonterminal.view(shape)))
@@ -222,27 +212,36 @@ def steps_at(path: KeyPath, groups: Sequence[Group], windows: Sequence[Windows])
     return windows[nearest][0].flatten(1).amin(1) if windows[nearest][0].ndim > 1 else windows[nearest][0]
 
 
-def _of_group(group: Group, data: Mapping[Any, Tensor], dims: int, arguments: Mapping[str, Any]) -> dict[Any, Tensor]:
-    """The leaves of a group, and beside them the mask and the ids, which hold for all, for every agent if it has some.
-
-    The first ``dims`` dimensions of leaves are those of frames.
-    """
+def _view(group: Group, marks: Iterable[KeyPath], data: Mapping[Any, Tensor], dims: int) -> dict[Any, Tensor]:
+    """The leaves of a group, whose first ``dims`` dimensions are those of frames, and beside them its marks."""
     leaves = {path: data[path] for path in group.paths}
-    for key in (arguments["mask_key"], arguments["traj_key"]):
-        if key is not None and group.agents and not group.shared:
+    for key in marks:
+        leaves[key] = data[key]
+        if key in group.flags:
+            # What agents share ends where any of them does.
+            leaves[key] = data[key].flatten(dims).any(-1)
+        elif group.agents and not group.shared:
             mark = data[key].flatten(dims - 1)[(..., *[None] * len(group.agents))]
             leaves[key] = mark.expand(*mark.shape[:dims], *group.agents)
-        elif key is not None:
-            leaves[key] = data[key]
     return leaves
 
 
-def _of_paths(arguments: Mapping[str, Any], paths: Collection[Hashable]) -> dict[str, Any]:
-    """The arguments of a call, whose rewards and gathered entries are those of these paths."""
-    own = dict(arguments)
-    for name in ("reward_keys", "gathered_keys"):
-        own[name] = [key for key in paths if key in arguments[name]]
-    return own
+def _with_tasks(group: Group, leaves: Mapping[Any, Tensor], dims: int, roles: Roles) -> Group:
+    """A group that has its entries, with what is to be computed of them."""
+    mask, traj = (key if key in leaves else None for key in (roles.mask, roles.traj))
+    flags = group.flags if group.shared else ()
+    group = group._replace(marks=tuple(key for key in (mask, traj, *flags) if key is not None))
+    task = partial(
+        Task.of,
+        dims=dims + (0 if group.shared else len(group.agents)),
+        reward_keys=[path for path in roles.rewards if path in group.paths],
+        gathered_keys=[path for path in group.paths if roles.is_gathered(path)],
+    )
+    viewed = _view(group, group.marks, leaves, dims)
+    extend = task(viewed, done_keys=group.flags, mask_key=mask, traj_key=traj, only_read=viewed.keys() - {*group.paths})
+    # Of samples, windows of what agents share have an n of their own, and need no flags.
+    sample = task(_view(group, (), leaves, dims), done_keys=()) if group.shared else extend
+    return group._replace(task=extend, sampled=sample)
 
 
 def _every_agent(samples: Samples, shape: torch.Size) -> Samples:

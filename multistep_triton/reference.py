@@ -1,7 +1,7 @@
 """The reference: n-step windows in eager PyTorch, on any device.
 
 It defines what is correct, verifies the kernels, and is the fast path on CPU. Owns the maths and nothing
-else: arguments arrive validated (by ``functional`` and ``base``), keys are opaque. May import torch and ``ring``.
+else: arguments arrive validated (by ``functional`` and ``base``), keys are opaque. May import ``task`` and ``ring``.
 
 Terms: a *boundary* is a frame after which nothing of its trajectory follows; the *window* of frame ``t`` is
 ``t .. e(t)``, ``e(t)`` the smallest of ``t + n - 1``, the first boundary at or after ``t``, and the last frame.
@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor
 
 from multistep_triton.ring import Place, Ring, find_place
+from multistep_triton.task import Task
 
 Leaves = dict[Hashable, Tensor]
 
@@ -41,20 +42,15 @@ def gather_future_reference(value: Tensor, steps: Tensor) -> Tensor:
 def n_step_extend_reference(
     carry: Ring | None,
     data: Mapping[Hashable, Tensor],
+    task: Task,
     *,
     time_dim: int,
-    reward_keys: Collection[Hashable],
-    gathered_keys: Collection[Hashable],
-    done_keys: Sequence[Hashable],
-    mask_key: Hashable | None,
-    traj_key: Hashable | None,
     n_steps: int,
     gamma: float,
     hold: bool,
-    only_read: Collection[Hashable] = (),
 ) -> tuple[Leaves, Leaves, Tensor, Tensor, Tensor, Ring | None]:
     """Computes :func:`multistep_triton.dispatch.n_step_extend`."""
-    *lead, new = data[done_keys[0]].shape[: time_dim + 1]
+    *lead, new = data[task.done_keys[0]].shape[: time_dim + 1]
     carried = carry.count if carry else 0
     known = carried + new
     emitted = max(known - n_steps, 0) if hold else known
@@ -86,15 +82,15 @@ def n_step_extend_reference(
         strides = [step * math.prod(tail) for step in apart]
         return value.as_strided((*lead, emitted, *tail), (*strides, *value.stride()[1:]))
 
-    mask, traj = (None if key is None else stream(key).flatten() for key in (mask_key, traj_key))
-    inside = ~find_boundaries(stream(*done_keys).flatten(), mask, traj, stride)
+    mask, traj = (None if key is None else stream(key).flatten() for key in (task.mask_key, task.traj_key))
+    inside = ~find_boundaries(stream(*task.done_keys).flatten(), mask, traj, stride)
     if not hold:
         inside[max(known - 1, 0) :: max(known, 1)] = False
-    lengths, totals = sum_windows(inside, [stream(key) for key in reward_keys], n_steps, stride, gamma)
+    lengths, totals = sum_windows(inside, [stream(key) for key in task.reward_keys], n_steps, stride, gamma)
     steps = _compact(cut(lengths), torch.int64)
     nonterminal = _compact(cut(inside), torch.bool)
     returns = {
-        key: _compact(cut(total), return_dtype(data[key])) for key, total in zip(reward_keys, totals, strict=True)
+        key: _compact(cut(total), return_dtype(data[key])) for key, total in zip(task.reward_keys, totals, strict=True)
     }
 
     # A window that starts in the carry ends in the carry or in the first n - 1 new frames; every other one lies in the
@@ -125,7 +121,7 @@ def n_step_extend_reference(
             future.narrow(time_dim, 0, seam).copy_(_take(joined, seam_rows, (*lead, seam)))
         return future
 
-    leaves, held = {key: leaf for key, leaf in data.items() if key not in only_read}, {}
+    leaves, held = {key: leaf for key, leaf in data.items() if key not in task.only_read}, {}
     for key, leaf in list(leaves.items()) if hold else ():
         if ring:
             older, held[key] = old(key, 0, emitted), ring.leaves[key]
@@ -137,9 +133,9 @@ def n_step_extend_reference(
                 head, tail = leaf.split_with_sizes((emitted - carried, known - emitted), time_dim)
                 older, newer = [*old(key), head], [tail]
             held[key] = _lay_out(newer, place, time_dim)
-        if key not in gathered_keys:
+        if key not in task.gathered_keys:
             leaves[key] = torch.cat(older, time_dim) if older else leaf.narrow(time_dim, 0, 0).clone()
-    for key in gathered_keys:
+    for key in task.gathered_keys:
         leaves[key] = gather(key)
     after = place.ring(held, emitted, known) if hold else None
     return leaves, returns, steps, discounts(steps, n_steps, gamma), nonterminal, after

@@ -247,7 +247,7 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         self._check_neighbours()
         if self._checked != self._changes or not is_filled:
             frames = Frames.read(data, roles.written)
-            self._places(find_groups(frames, roles), roles, frames.leaves)
+            self._places(find_groups(frames, roles), roles, frames.layout)
             self._checked = self._changes
         self._check_room(data.numel() // (1 if time_dim is None else data.shape[time_dim]))
 
@@ -272,9 +272,10 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         shape = indices[0].shape
         samples, high = self._samples([dim.reshape(-1) for dim in indices], position)
         extension, windows = n_step_sample_groups(
-            samples, leaves, groups, n_steps=high, **self._arguments(roles, leaves)
+            samples, leaves, groups, n_steps=high, gamma=float(self._gamma), backend=self._backend
         )
-        entries: dict[KeyPath, Any] = self._output_leaves(extension, roles, groups, windows)
+        places = self._places(groups, roles, frames.layout)
+        entries: dict[KeyPath, Any] = self._output_leaves(extension, roles, groups, places, windows)
         if indexed:
             entries[_INDEX] = samples.indices[0]
         for path, value in objects.items():

@@ -1,4 +1,4 @@
-"""Rings: where frames lie that are held back or stored. Owns which slot is whose, and no maths; imports torch only."""
+"""Rings: where frames lie that are held back or stored. Owns which slot is whose, and no maths. May import ``task``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from multistep_triton.task import Task
 
 
 @functools.lru_cache(maxsize=1024)
@@ -27,8 +29,8 @@ class Ring:
 
     A leaf ``[*B, C, ...]`` has ``C`` slots. The oldest of ``count`` frames lies in slot ``first``, every other one in
     the slot after that of the frame before it, and after the last slot comes the first. A call that goes on from a
-    ring writes into slots that are free, and returns another ring: if it fails, the frames of the one before are there.
-    After the next call they may not be.
+    ring writes into slots that are free, or into the memory of the ring before it, and returns another ring: if it
+    fails, the frames of the one before are there. After the next call they may not be.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Ring:
         capacity: int,
         time_first: bool,
         free: bool = True,
+        spare: Mapping[Any, Tensor] | None = None,
     ) -> None:
         self.leaves = dict(leaves)
         self.first = first
@@ -48,6 +51,8 @@ class Ring:
         """Whether the frames of a slot lie side by side in memory, ``[C, *B, ...]``, and not those of a row."""
         self.free = free
         """Whether the slots that hold no frame may be written into."""
+        self.spare = dict(spare or {})
+        """Leaves of a ring before it, laid out alike, whose frames nobody asks for any more."""
 
     @classmethod
     def of(cls, leaves: Mapping[Any, Tensor], count: int) -> Ring:
@@ -57,14 +62,17 @@ class Ring:
 
     def may_write(self, frames: Iterable[Tensor]) -> bool:
         """Whether leaves of these frames may be written into the free slots."""
-        if not self.free or any(frame.requires_grad for frame in frames):
+        if not self.free or any([frame.requires_grad for frame in frames]):
             return False
         # What was made in inference mode cannot be written into outside of it.
-        return torch.is_inference_mode_enabled() or not any(leaf.is_inference() for leaf in self.leaves.values())
+        mine = *self.leaves.values(), *self.spare.values()
+        return torch.is_inference_mode_enabled() or not any([leaf.is_inference() for leaf in mine])
 
-    def with_leaves(self, leaves: Mapping[Any, Tensor], free: bool = True) -> Ring:
+    def with_leaves(
+        self, leaves: Mapping[Any, Tensor], free: bool = True, spare: Mapping[Any, Tensor] | None = None
+    ) -> Ring:
         """The same slots of other leaves."""
-        return Ring(leaves, self.first, self.count, self.capacity, self.time_first, free)
+        return Ring(leaves, self.first, self.count, self.capacity, self.time_first, free, spare)
 
     def clone(self) -> Ring:
         """A copy, free slots and all."""
@@ -94,30 +102,31 @@ class Ring:
 
 
 def lie_alike(
-    data: Mapping[Hashable, Tensor], dims: int, time_dim: int, marks: Collection[Hashable]
+    data: Mapping[Hashable, Tensor], dims: int, time_dim: int, task: Task
 ) -> tuple[Mapping[Hashable, Tensor], int, int]:
     """Leaves that lie alike, in memory ``[outer, T, inner, *F]``: those that do not are copied.
 
     Returns:
         The leaves, ``inner``, and how many inner environments, agents, share a mark or an id where these are expanded.
     """
-    *sizes, at, agents = *next(iter(data.values())).shape[:dims], time_dim, 1
-    if not all([leaf.is_contiguous() and not leaf.is_neg() and not leaf.is_conj() for leaf in data.values()]):
-        data = {key: leaf.resolve_neg().resolve_conj() for key, leaf in data.items()}
-        most = max(data.values(), key=Tensor.numel)
-        at = next((dim for dim in range(dims) if most.movedim(time_dim, dim).is_contiguous()), time_dim)
-        for key, leaf in data.items():
-            shared = [dim for dim in range(dims) if not leaf.stride(dim) and sizes[dim] > 1 and dim != time_dim]
-            if key in marks and shared and at <= shared[0]:
-                each = leaf[tuple([0 if dim in shared else slice(None) for dim in range(dims)])]
-                if each.movedim(time_dim and -1, at).is_contiguous():
-                    agents = math.prod(sizes[dim] for dim in shared)
-                    continue
-            if not leaf.movedim(time_dim, at).is_contiguous():
-                leaf = leaf.movedim(time_dim, at).clone(memory_format=torch.contiguous_format)
-                data[key] = leaf.movedim(at, time_dim)
-    del sizes[time_dim]
-    return data, math.prod(sizes[at:]), agents
+    sizes, agents = next(iter(data.values())).shape[:dims], 1
+    if all([leaf.is_contiguous() and not leaf.is_neg() and not leaf.is_conj() for leaf in data.values()]):
+        return data, math.prod(sizes[time_dim + 1 :]), agents
+    data = {key: leaf.resolve_neg().resolve_conj() for key, leaf in data.items()}
+    most = max(data.values(), key=Tensor.numel)
+    at = next((dim for dim in range(dims) if most.movedim(time_dim, dim).is_contiguous()), time_dim)
+    for key, leaf in data.items():
+        shared = [dim for dim in range(dims) if not leaf.stride(dim) and sizes[dim] > 1 and dim != time_dim]
+        if key in (task.mask_key, task.traj_key) and key in task.only_read and shared and at <= shared[0]:
+            each = leaf[tuple([0 if dim in shared else slice(None) for dim in range(dims)])]
+            if each.movedim(time_dim and -1, at).is_contiguous():
+                agents = math.prod(sizes[dim] for dim in shared)
+                continue
+        if not leaf.movedim(time_dim, at).is_contiguous():
+            leaf = leaf.movedim(time_dim, at).clone(memory_format=torch.contiguous_format)
+            data[key] = leaf.movedim(at, time_dim)
+    rows = [size for dim, size in enumerate(sizes) if dim != time_dim]
+    return data, math.prod(rows[at:]), agents
 
 
 class Place(NamedTuple):
@@ -137,10 +146,16 @@ class Place(NamedTuple):
         strides = strides_in_order(sizes, time_dim if self.time_first else 0)
         return torch.empty_strided(sizes, strides, dtype=leaf.dtype, device=leaf.device)
 
-    def ring(self, leaves: Mapping[Any, Tensor], emitted: int, known: int) -> Ring:
+    def ring(
+        self, leaves: Mapping[Any, Tensor], emitted: int, known: int, spare: Mapping[Any, Tensor] | None = None
+    ) -> Ring:
         """The frames held back, from frame ``emitted`` on."""
         first = (self.first + emitted) % self.capacity
-        return Ring(leaves, first, known - emitted, self.capacity, self.time_first)
+        return Ring(leaves, first, known - emitted, self.capacity, self.time_first, spare=spare)
+
+    def is_like(self, ring: Ring) -> bool:
+        """Whether the slots of a ring are laid out as these."""
+        return (self.capacity, self.time_first) == (ring.capacity, ring.time_first)
 
 
 def find_place(carry: Ring | None, frames: Collection[Tensor], new: int, n_steps: int) -> Place:

@@ -1,6 +1,7 @@
 """The reference for frames that are sampled from a storage: their windows are walked where they lie.
 
-Owns how a window goes round the ring; the sums are those of ``reference``. May import ``reference`` and ``ring``.
+Owns how a window goes round the ring; the sums are those of ``reference``, which it may import, and ``task`` and
+``ring``.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,32 +17,25 @@ from torch import Tensor
 
 from multistep_triton import reference
 from multistep_triton.ring import Samples
+from multistep_triton.task import Task
 
 Sampled = tuple[dict[Any, Tensor], dict[Any, Tensor], Tensor, Tensor, Tensor]
 """Leaves, returns, steps, discount and nonterminal of frames ``[N]``."""
 
 
-def n_step_sample_reference(samples: Samples, data: Mapping[Hashable, Tensor], **arguments: Any) -> Sampled:
+def n_step_sample_reference(
+    samples: Samples, data: Mapping[Hashable, Tensor], task: Task, *, n_steps: int, gamma: float
+) -> Sampled:
     """Computes :func:`multistep_triton.dispatch.n_step_sample`."""
     if samples.indices[0].is_cpu:
         # Whoever drew an index of no frame has been told.
-        return _sample_frames(samples, data, **arguments)
-    samples, inside = frames_of(samples, data[arguments["done_keys"][0]].shape)
-    return blanked(_sample_frames(samples, data, **arguments), inside)
+        return _sample_frames(samples, data, task, n_steps, gamma)
+    samples, inside = frames_of(samples, next(iter(data.values())).shape)
+    return blanked(_sample_frames(samples, data, task, n_steps, gamma), inside)
 
 
 def _sample_frames(
-    samples: Samples,
-    data: Mapping[Hashable, Tensor],
-    *,
-    reward_keys: Collection[Hashable],
-    gathered_keys: Collection[Hashable],
-    done_keys: Sequence[Hashable],
-    mask_key: Hashable | None,
-    traj_key: Hashable | None,
-    n_steps: int,
-    gamma: float,
-    only_read: Collection[Hashable] = (),
+    samples: Samples, data: Mapping[Hashable, Tensor], task: Task, n_steps: int, gamma: float
 ) -> Sampled:
     """Samples of frames that are all there.
 
@@ -49,7 +43,7 @@ def _sample_frames(
     that windows may have, ``[K, N]``.
     """
     time, *others = samples.indices
-    sizes = data[done_keys[0]].shape[: len(samples.indices)]
+    sizes = next(iter(data.values())).shape[: len(samples.indices)]
     rows, count, live = math.prod(sizes[1:]), time.shape[0], samples.live
     n_steps = min(n_steps, live)
     # One frame ahead, even if n is 1, tells where a trajectory goes on.
@@ -80,9 +74,13 @@ def _sample_frames(
         def of_samples(value: Tensor) -> Tensor:
             return value[:count].clone()
 
-    mask, traj = (None if key is None else stream(key).flatten() for key in (mask_key, traj_key))
-    done = functools.reduce(torch.bitwise_or, [stream(key).flatten() for key in done_keys])
-    inside = ~reference.find_boundaries(done, mask, traj, stride)
+    mask, traj = (None if key is None else stream(key).flatten() for key in (task.mask_key, task.traj_key))
+    flags = [stream(key).flatten() for key in task.done_keys]
+    if not flags:
+        # Nothing but its n and the newest frame ends a window.
+        frames = (live + ahead - 1) * rows if whole else ahead * count
+        flags = [torch.zeros(frames, dtype=torch.bool, device=time.device)]
+    inside = ~reference.find_boundaries(functools.reduce(torch.bitwise_or, flags), mask, traj, stride)
     if whole:
         for newest in (samples.newest, live + samples.newest):
             inside[newest * rows : (newest + 1) * rows] = False
@@ -91,20 +89,20 @@ def _sample_frames(
     nonterminal = of_samples(inside)
     if samples.n_steps is not None:
         inside &= (offsets + 1 < samples.n_steps).flatten()
-    rewards = [stream(key) for key in reward_keys]
+    rewards = [stream(key) for key in task.reward_keys]
     lengths, totals = reference.sum_windows(inside, rewards, n_steps, stride, gamma)
     lengths = of_samples(lengths)
     steps = lengths.to(torch.int64)
     returns = {
         key: of_samples(total).to(reference.return_dtype(data[key]))
-        for key, total in zip(reward_keys, totals, strict=True)
+        for key, total in zip(task.reward_keys, totals, strict=True)
     }
     end = _turned(torch.add(place - rows, lengths, alpha=rows), live * rows)
     leaves = {}
     for key, leaf in data.items():
-        if key in only_read:
+        if key in task.only_read:
             continue
-        if key in gathered_keys:
+        if key in task.gathered_keys:
             leaves[key] = take_places(leaf, end, sizes)
         elif id(leaf) in walked:
             leaves[key] = of_samples(walked[id(leaf)])

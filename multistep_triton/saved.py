@@ -60,7 +60,7 @@ def from_state(state: dict[str, Any]) -> Held:
         raise ValueError(f"the state of frames held back must be one that was saved, got {state!r:.200}") from error
     if not whole or not leaves.keys() >= objects.keys() or not leaves:
         raise ValueError(f"the state of frames held back must be whole, got {state!r:.200}")
-    return Held.of(Frames(batch_size, leaves, nodes, objects).find_kinds())
+    return Held.of(Frames(batch_size, leaves, nodes, objects).find_layout())
 
 
 def _check_loadable(path: KeyPath, objects: list[Any]) -> None:

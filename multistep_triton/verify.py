@@ -1,11 +1,12 @@
 """The backend ``verify``: the kernels and the reference on every call, and what is said where they differ.
 
-Owns the comparison. May import ``reference``, ``sampling``, ``rounding``, ``windows`` and, where they run, the kernels.
+Owns the comparison. May import ``task``, ``ring``, ``reference``, ``sampling``, ``rounding``, ``windows`` and, where
+they run, the kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 from multistep_triton import reference, sampling
 from multistep_triton.ring import Ring, Samples
 from multistep_triton.rounding import float64_returns
+from multistep_triton.task import Task
 from multistep_triton.windows import Row, number
 
 COPIED = "what is copied is equal, bit for bit"
@@ -71,7 +73,9 @@ class _Output(NamedTuple):
     """Where its first frame lies in the stream of carry and data."""
 
 
-def n_step_extend_verified(carry: Ring | None, data: Mapping[Any, Tensor], **arguments: Any) -> tuple[Any, ...]:
+def n_step_extend_verified(
+    carry: Ring | None, data: Mapping[Any, Tensor], task: Task, *, time_dim: int, **arguments: Any
+) -> tuple[Any, ...]:
     """Computes :func:`multistep_triton.dispatch.n_step_extend` twice.
 
     Returns:
@@ -82,36 +86,38 @@ def n_step_extend_verified(carry: Ring | None, data: Mapping[Any, Tensor], **arg
     """
     from multistep_triton.kernels import launch
 
-    expected = reference.n_step_extend_reference(carry and carry.clone(), data, **arguments)
-    held = {key: carry.pieces(key, arguments["time_dim"]) for key in data} if carry else {}
+    arguments["time_dim"] = time_dim
+    expected = reference.n_step_extend_reference(carry and carry.clone(), data, task, **arguments)
+    held = {key: carry.pieces(key, time_dim) for key in data} if carry else {}
     read = {"frames held back": held, "data": {key: [leaf] for key, leaf in data.items()}}
     before = {what: {key: [each.clone() for each in views] for key, views in of.items()} for what, of in read.items()}
-    got = launch.launch_n_step_extend(carry, data, **arguments)
+    got = launch.launch_n_step_extend(carry, data, task, **arguments)
     for what, leaves in read.items():
         _check_unchanged(leaves, before[what], what)
-    call = _Call(carry, data, got[2], expected[2], **arguments)
+    call = _Call(carry, data, task, got[2], expected[2], time_dim, arguments["n_steps"], arguments["gamma"])
     _check(call.outputs(got, expected), expected[2].ndim, call.window)
     return got
 
 
-def n_step_sample_verified(samples: Samples, data: Mapping[Any, Tensor], **arguments: Any) -> tuple[Any, ...]:
+def n_step_sample_verified(
+    samples: Samples, data: Mapping[Any, Tensor], task: Task, *, n_steps: int, gamma: float
+) -> tuple[Any, ...]:
     """Computes :func:`multistep_triton.dispatch.n_step_sample` twice; returns and raises as for extend."""
     from multistep_triton.kernels import launch
 
-    expected = sampling.n_step_sample_reference(samples, data, **arguments)
-    got = launch.launch_n_step_sample(samples, data, **arguments)
+    expected = sampling.n_step_sample_reference(samples, data, task, n_steps=n_steps, gamma=gamma)
+    got = launch.launch_n_step_sample(samples, data, task, n_steps=n_steps, gamma=gamma)
     # What the frames of a window are to those of a row in which it is the first one.
-    read = {*arguments["done_keys"], arguments["mask_key"], arguments["traj_key"]} - {None}
-    ahead = min(arguments["n_steps"] + 1, samples.live)
-    rows, known = sampling.windows_of(samples, {key: data[key] for key in [*read, *arguments["reward_keys"]]}, ahead)
-    arguments.update(time_dim=1, hold=False)
+    read = dict.fromkeys((*task.done_keys, task.mask_key, task.traj_key, *task.reward_keys, next(iter(data))))
+    ahead = min(n_steps + 1, samples.live)
+    rows, known = sampling.windows_of(samples, {key: data[key] for key in read if key is not None}, ahead)
     computed = [[_one_frame(each) for each in (*results, None)] for results in (got, expected)]
-    call = _Call(None, rows, computed[0][2], computed[1][2], **arguments)
+    call = _Call(None, rows, task, computed[0][2], computed[1][2], 1, n_steps, gamma)
 
     def window(output: _Output, frame: tuple[int, ...], item: int) -> str:
         (j,) = frame
         row = {key: leaf[j : j + 1, : int(known[j])] for key, leaf in rows.items()}
-        own = arguments["n_steps"] if samples.n_steps is None else int(samples.n_steps[j])
+        own = n_steps if samples.n_steps is None else int(samples.n_steps[j])
         one = replace(call, data=row, got_steps=call.got_steps[j : j + 1], steps=call.steps[j : j + 1], n_steps=own)
         index = tuple(int(dim[j]) for dim in samples.indices)
         return f"  sampled    at index {index} of the storage\n{one.window(output, (0, 0), item)}"
@@ -153,18 +159,12 @@ class _Call:
 
     carry: Ring | None
     data: Mapping[Any, Tensor]
+    task: Task
     got_steps: Tensor
     steps: Tensor
     time_dim: int
-    reward_keys: Collection[Hashable]
-    gathered_keys: Collection[Hashable]
-    done_keys: Sequence[Hashable]
-    mask_key: Hashable | None
-    traj_key: Hashable | None
     n_steps: int
     gamma: float
-    hold: bool
-    only_read: Collection[Hashable] = ()
 
     def stream(self, key: Hashable) -> Tensor:
         leaf = self.data[key]
@@ -185,7 +185,7 @@ class _Call:
             source = "twice the error against float64 that a sum of these rewards may have"
             yield _Output(key, f"the n-step return of {key}", *sums, source, 2 * bound, exact)
         for key, leaves in _pairs(got[0], expected[0]):
-            end = " at the end of the window" if key in self.gathered_keys else ""
+            end = " at the end of the window" if key in self.task.gathered_keys else ""
             yield _Output(key, f"{key}{end}", *leaves, COPIED)
         rings = [
             {} if each is None else {key: each.frames(key, self.time_dim) for key in each.leaves}
@@ -197,9 +197,10 @@ class _Call:
     def window(self, output: _Output, frame: tuple[int, ...], item: int) -> str:
         """The window of a frame ``(*b, t)`` of an output, and the frame after it, as a table."""
         at, begin = frame[:-1], frame[-1] + output.first
-        mask, traj = (None if key is None else self.stream(key)[at] for key in (self.mask_key, self.traj_key))
-        dones = {str(key[-1] if isinstance(key, tuple) else key): self.stream(key)[at] for key in self.done_keys}
-        row = Row.read(dones, mask, traj)
+        mask, traj = (None if key is None else self.stream(key)[at] for key in (self.task.mask_key, self.task.traj_key))
+        dones = {str(key[-1] if isinstance(key, tuple) else key): self.stream(key)[at] for key in self.task.done_keys}
+        # Where no flag ends windows, none is set.
+        row = Row.read(dones or {"done": torch.zeros(self.stream(next(iter(self.data))).shape[len(at)])}, mask, traj)
         steps, got_steps = self.steps[at].tolist(), self.got_steps[at].tolist()
         notes: dict[int, list[str]] = {begin: ["this frame"]}
         last = begin
@@ -215,7 +216,7 @@ class _Call:
         if self.carry:
             carried = self.carry.count
             columns["frame"] = lambda t: f"held back [{t}]" if t < carried else f"data [{t - carried}]"
-        for key in self.reward_keys:
+        for key in self.task.reward_keys:
             rewards = _items(self.stream(key)[at], 1)
             of = item if key == output.key and item < rewards.shape[1] else 0
             columns[f"{key}" if rewards.shape[1] == 1 else f"{key} [{of}]"] = partial(_cell, rewards, of)

@@ -146,8 +146,8 @@ def test_an_unchanged_script_is_verified_where_the_environment_asks_for_it():
     fault = """
 from multistep_triton.kernels import launch as launchers
 launch = launchers.launch_n_step_extend
-def fault(carry, data, **options):
-    out = launch(carry, data, **options)
+def fault(carry, data, task, **options):
+    out = launch(carry, data, task, **options)
     out[2][1, 3] += 1
     return out
 launchers.launch_n_step_extend = fault

@@ -11,6 +11,7 @@ from rings import Drawn, Ring, assert_sampled, make_buffer, make_stream
 from multistep_triton import dispatch, sampling
 from multistep_triton.dispatch import n_step_sample
 from multistep_triton.ring import Samples
+from multistep_triton.task import Task
 from multistep_triton.verify import different_bits
 
 where = pytest.mark.parametrize("where", [nullcontext, kernels], ids=["reference", "kernels"])
@@ -108,15 +109,16 @@ def test_an_index_of_no_frame_comes_out_blank(case, batch, marks, monkeypatch):
     stored = buffer.storage[:]
     data = {key if isinstance(key, tuple) else (key,): stored[key] for key in stored.keys(True, True) if key != "index"}
     rewards = [("next", key) for key in ("reward", "cost", "half")]
-    arguments = {
-        "reward_keys": rewards,
-        "gathered_keys": frozenset(key for key in data if key[0] == "next" and key not in rewards),
-        "done_keys": [("next", key) for key in ("done", "terminated", "truncated")],
-        "mask_key": ("mask",) if marks else None,
-        "traj_key": ("collector", "traj_ids") if marks else None,
-        "n_steps": high,
-        "gamma": 0.9,
-    }
+    task = Task.of(
+        data,
+        1 + len(batch),
+        [("next", key) for key in ("done", "terminated", "truncated")],
+        reward_keys=rewards,
+        gathered_keys=[key for key in data if key[0] == "next" and key not in rewards],
+        mask_key=("mask",) if marks else None,
+        traj_key=("collector", "traj_ids") if marks else None,
+    )
+    arguments = {"n_steps": high, "gamma": 0.9}
     slots = stored.shape[0]
     indices = drawn(batch)
     own = None if own is None else own[: len(indices[0])]
@@ -128,13 +130,13 @@ def test_an_index_of_no_frame_comes_out_blank(case, batch, marks, monkeypatch):
     picked = samples._replace(
         indices=[index[inside] for index in samples.indices], n_steps=None if own is None else own[inside]
     )
-    expected = n_step_sample(picked, data, backend="reference", **arguments)
+    expected = n_step_sample(picked, data, task, backend="reference", **arguments)
     monkeypatch.setattr(dispatch, "_check_indices", lambda *arguments: None)
     guarded, valid = sampling.frames_of(samples, next(iter(data.values())).shape)
     assert valid.nonzero().flatten().tolist() == inside
-    outs = [sampling.blanked(sampling._sample_frames(guarded, data, **arguments), valid)]
+    outs = [sampling.blanked(sampling._sample_frames(guarded, data, task, **arguments), valid)]
     with kernels():
-        out = n_step_sample(samples, data, backend="triton", **arguments)
+        out = n_step_sample(samples, data, task, backend="triton", **arguments)
         outs.append((out.leaves, out.returns, out.steps, out.discount, out.nonterminal))
     for leaves, returns, steps, discount, nonterminal in outs:
         assert steps[isolated].tolist() == [0] * len(isolated)

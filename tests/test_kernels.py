@@ -21,6 +21,7 @@ from multistep_triton.kernels.launch import launch_gather_future
 from multistep_triton.kernels.windows import INTERPRETED, MOST_PIECE, TILE
 from multistep_triton.ring import Ring, Samples
 from multistep_triton.streams import KINDS, run_kernels
+from multistep_triton.task import Task
 
 GAMMA = 0.97
 DTYPES = [
@@ -50,6 +51,19 @@ def flags(shape, p, seed=0):
     return torch.rand(shape, generator=generator) < p
 
 
+def make_task(data, dims, done_keys=("done",)):
+    """Of leaves whose names say what they are."""
+    return Task.of(
+        data,
+        dims,
+        done_keys,
+        reward_keys=[key for key in data if key.startswith("reward")],
+        gathered_keys=[key for key in data if key.startswith("value")],
+        mask_key="mask" if "mask" in data else None,
+        traj_key="traj" if "traj" in data else None,
+    )
+
+
 def emitted_and_held(data, carry, n_steps, **arguments):
     """What ``n_step_extend`` makes of leaves named done, reward, value and copied, by the kernels."""
     time_dim = data["done"].ndim - 1
@@ -58,19 +72,9 @@ def emitted_and_held(data, carry, n_steps, **arguments):
         # Not a copy, which would begin at an address of its own.
         count = carry["done"].shape[time_dim]
         ring = Ring({key: leaf.contiguous() for key, leaf in carry.items()}, 0, count, count, False)
-    return n_step_extend(
-        ring,
-        data,
-        time_dim=time_dim,
-        reward_keys=[key for key in data if key.startswith("reward")],
-        gathered_keys=[key for key in data if key.startswith("value")],
-        done_keys=arguments.pop("done_keys", ("done",)),
-        mask_key="mask" if "mask" in data else None,
-        traj_key="traj" if "traj" in data else None,
-        n_steps=n_steps,
-        gamma=GAMMA,
-        **{"backend": "triton", **arguments},
-    )
+    task = make_task(data, time_dim + 1, arguments.pop("done_keys", ("done",)))
+    arguments = {"backend": "triton", **arguments}
+    return n_step_extend(ring, data, task, time_dim=time_dim, n_steps=n_steps, gamma=GAMMA, **arguments)
 
 
 def check(carry, data, n_steps, hold=True):
@@ -180,18 +184,9 @@ def test_more_frames_held_back_than_windows():
 def test_samples_with_an_n_of_their_own_of_several_pieces():
     done = torch.zeros(200, dtype=torch.bool)
     own = torch.tensor([1, PIECE - 1, PIECE, PIECE + 1, PIECE + 2, PIECE + 6])
-    out = n_step_sample(
-        Samples([torch.full((6,), 10)], 199, 200, own),
-        {"done": done, "reward": torch.ones(200), "value": torch.arange(200)},
-        reward_keys=["reward"],
-        gathered_keys=["value"],
-        done_keys=("done",),
-        mask_key=None,
-        traj_key=None,
-        n_steps=PIECE + 6,
-        gamma=1.0,
-        backend="triton",
-    )
+    samples = Samples([torch.full((6,), 10)], 199, 200, own)
+    data = {"done": done, "reward": torch.ones(200), "value": torch.arange(200)}
+    out = n_step_sample(samples, data, make_task(data, 1), n_steps=PIECE + 6, gamma=1.0, backend="triton")
     assert torch.equal(out.steps, own)
     assert torch.equal(out.returns["reward"], own.float())
     assert torch.equal(out.leaves["value"], 10 + own - 1)
@@ -206,34 +201,15 @@ def test_a_return_is_the_same_to_the_bit_wherever_its_window_lies(n_steps):
         parts = [{key: leaf[:, :cut] for key, leaf in data.items()}, {key: leaf[:, cut:] for key, leaf in data.items()}]
         first = emitted_and_held(parts[0], None, n_steps)
         second = n_step_extend(
-            first.carry,
-            parts[1],
-            time_dim=1,
-            reward_keys=["reward"],
-            gathered_keys=["value"],
-            done_keys=("done",),
-            mask_key=None,
-            n_steps=n_steps,
-            gamma=GAMMA,
-            backend="triton",
+            first.carry, parts[1], make_task(data, 2), time_dim=1, n_steps=n_steps, gamma=GAMMA, backend="triton"
         )
         returns = torch.cat((first.returns["reward"], second.returns["reward"]), 1)
         assert torch.equal(returns, whole.returns["reward"])
     slots = {key: leaf.transpose(0, 1).contiguous() for key, leaf in data.items()}
     frames = whole.steps.shape[1]
     index = [torch.arange(frames).repeat(2), torch.arange(2).repeat_interleave(frames)]
-    sampled = n_step_sample(
-        Samples(index, 3 * PIECE - 1, 3 * PIECE),
-        slots,
-        reward_keys=["reward"],
-        gathered_keys=["value"],
-        done_keys=("done",),
-        mask_key=None,
-        traj_key=None,
-        n_steps=n_steps,
-        gamma=GAMMA,
-        backend="triton",
-    )
+    samples = Samples(index, 3 * PIECE - 1, 3 * PIECE)
+    sampled = n_step_sample(samples, slots, make_task(slots, 2), n_steps=n_steps, gamma=GAMMA, backend="triton")
     assert torch.equal(sampled.returns["reward"].view(2, frames), whole.returns["reward"])
     assert torch.equal(frame_bytes(sampled.leaves["value"]), frame_bytes(whole.leaves["value"].flatten(0, 1)))
 

@@ -164,8 +164,8 @@ def test_a_missed_boundary_is_reported_at_the_first_window_that_crosses_it(misse
     launch = launchers.launch_n_step_extend
     blind = torch.ones if missed == "mask" else torch.zeros
 
-    def launch_blindly(carry, data, **options):
-        return launch(carry, {**data, key: blind(data[key].shape, dtype=data[key].dtype)}, **options)
+    def launch_blindly(carry, data, task, **options):
+        return launch(carry, {**data, key: blind(data[key].shape, dtype=data[key].dtype)}, task, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launchers, "launch_n_step_extend", launch_blindly)
@@ -303,8 +303,8 @@ def test_a_window_that_is_long_shows_where_it_should_have_ended():
     rollout["next", "done"][20] = True
     launch = launchers.launch_n_step_extend
 
-    def launch_blindly(carry, data, **options):
-        return launch(carry, {**data, ("next", "done"): torch.zeros(120, 1, dtype=torch.bool)}, **options)
+    def launch_blindly(carry, data, task, **options):
+        return launch(carry, {**data, ("next", "done"): torch.zeros(120, 1, dtype=torch.bool)}, task, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launchers, "launch_n_step_extend", launch_blindly)
