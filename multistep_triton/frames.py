@@ -117,13 +117,9 @@ class Frames:
     def _read(
         self, data: Any, path: KeyPath, ndim: int, without: Collection[KeyPath], non_tensors: dict[KeyPath, Any]
     ) -> None:
-        names = data.names
-        self.nodes[path] = Node(
-            kind=type(data) if is_tensorclass(data) else None,
-            tail=data.batch_size[ndim:],
-            names=names if any(names) else None,
-            device=data.device,
-        )
+        names, sizes, kind = data.names, data.batch_size, type(data) if is_tensorclass(data) else None
+        tail = () if len(sizes) == ndim else sizes[ndim:]
+        self.nodes[path] = Node(kind, tail, names if any(names) else None, data.device)
         for key, value in _lazy_items(data, path) if isinstance(data, LazyStackedTensorDict) else data.items():
             entry = (*path, key)
             if entry in without:
@@ -181,9 +177,8 @@ class Frames:
         """
         time_dim, leaves = len(self.batch_size) - 1, ring.leaves
         structure = Frames(torch.Size((*self.batch_size[:-1], ring.count)), nodes=self.nodes, layout=self.layout)
-        for path, leaf in leaves.items():
-            if leaf.requires_grad:
-                leaves[path] = leaf.detach()
+        if any([leaf.requires_grad for leaf in leaves.values()]):
+            leaves.update([(path, leaf.detach()) for path, leaf in leaves.items()])
         for path, objects in self.objects.items():
             structure.objects[path] = objects
             if len(objects) > 1:

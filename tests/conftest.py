@@ -36,7 +36,7 @@ def poisoned(allocate):
 
     def empty(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
-        if tensor.numel():
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
             torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0).view(
                 torch.uint8
             ).fill_(POISON)
@@ -71,7 +71,7 @@ def kernels():
 
             patch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, debug=True))
         patch.setenv(BACKEND_VARIABLE, "triton")
-        for name in ("empty", "empty_strided"):
+        for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, poisoned(getattr(torch, name)))
         torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
         try:

@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("tests/test_indices.py", "tests/test_kernels.py", "tests/test_hand_computed.py", "tests/test_replay_buffer.py")
+TESTS = (
+    "tests/test_indices.py",
+    "tests/test_kernels.py",
+    "tests/test_hand_computed.py",
+    "tests/test_ring.py",
+    "tests/test_replay_buffer.py",
+)
 SECONDS = 600
 
 
@@ -153,10 +159,20 @@ MUTATIONS = (
              "(*range(len(sizes)),)"),
     Mutation("layout: leaf that lies otherwise", "ring", "if not leaf.movedim(time_dim, at).is_contiguous()",
              "if not leaf.is_contiguous()"),
-    Mutation("layout: inner environments", "ring", "math.prod(sizes[at:])", "math.prod(sizes[at + 1 :])"),
+    Mutation("layout: inner environments", "ring", "math.prod(rows[at:])", "math.prod(rows[at + 1 :])"),
     Mutation("layout: bytes of a view", "ring", "leaf.resolve_neg().resolve_conj()", "leaf.resolve_neg()"),
     Mutation("layout: agents that share a mark", "ring", "agents = math.prod(sizes[dim] for dim in shared)",
              "agents = 1"),
+    Mutation("layout: inner environments, in order", "ring", "math.prod(sizes[time_dim + 1 :])", "1"),
+    Mutation("rings: of other slots", "ring",
+             "(self.capacity, self.time_first) == (ring.capacity, ring.time_first)", "True"),
+    Mutation("rings: which is read", "launch", "memory, spare = carry.spare, carry.leaves",
+             "memory, spare = carry.leaves, carry.leaves"),
+    Mutation("rings: taken twice", "launch", "memory, spare = carry.spare, carry.leaves",
+             "memory, spare = carry.spare, carry.spare"),
+    Mutation("plan: addresses", "launch", "leaf.data_ptr() % ALIGNMENT for leaf in data.values()])\n    plan",
+             "0 for leaf in data.values()])\n    plan"),
+    Mutation("outputs like the data", "launch", "emitted == slots and inner == 1", "inner == 1"),
     Mutation("layout: slots that are free", "ring", "known <= carry.capacity <=", "known <= carry.capacity + 1 <="),
 )  # fmt: skip
 

@@ -547,17 +547,19 @@ class Bounds(TorchDispatchMode):
             for each in arguments:
                 if isinstance(each, Ring):
                     time_dim, free = options["time_dim"], each.capacity - each.count
+                    self.add(self.made, *each.spare.values())
                     for key in each.leaves:
                         self.add(self.given, *each.pieces(key, time_dim))
                         self.add(self.made, *(each.pieces(key, time_dim, each.count, free) if each.time_first else ()))
                 elif isinstance(each, Samples):
                     # Of the storage, slots that hold frames.
-                    samples, data = arguments
+                    samples, data, _ = arguments
                     own = [] if samples.n_steps is None else [samples.n_steps]
                     self.add(self.given, *samples.indices, *own, *(leaf[: samples.live] for leaf in data.values()))
                     break
-                elif each is not None:
-                    self.add(self.given, *tree_leaves(each))
+                else:
+                    tensors = [leaf for leaf in tree_leaves(each) if isinstance(leaf, torch.Tensor)]
+                    self.add(self.given, *tensors)
             with self:
                 return launch(*arguments, **options)
 

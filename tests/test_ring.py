@@ -8,6 +8,8 @@ import time
 import pytest
 import torch
 from conftest import kernels, reference_reading
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rollouts import make_rollout
 from tensordict import NonTensorData, NonTensorStack
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,6 +76,70 @@ def test_the_ring_stays_where_it_is_and_holds_no_more_than_it_must(frames):
         assert ring.count == N_STEPS
         assert ring.capacity <= N_STEPS + frames + 1
         assert all(ring.leaves[key] is before.leaves[key] for key in before.leaves)
+
+
+def places(leaves):
+    return {key: leaf.data_ptr() for key, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize("done_at", ["start", "end"])
+def test_long_calls_on_the_kernels_write_into_two_rings_in_turn(done_at):
+    rollout, seen, outs = stream(90), [], []
+    transform = MultiStepTransform(N_STEPS, GAMMA, backend="triton", done_at=done_at)
+    with kernels():
+        for part in rollout.split([10, 10, 6, 5, 16, 13, 10, 20], 1):
+            outs.append(transform.inv(part))
+            seen.append(places(transform._carry.ring.leaves))
+    assert seen[2:] == [seen[0], seen[1]] * 3
+    assert not {*seen[0].values()} & {*seen[1].values()}
+    out, expected = torch.cat(outs, 1), MultiStepTransform(N_STEPS, GAMMA, done_at=done_at).inv(rollout)
+    torch.testing.assert_close(out.pop("next"), expected.pop("next"))
+    assert equal(out, expected)
+
+
+@settings(max_examples=8)
+@given(
+    calls=st.lists(
+        st.tuples(
+            st.sampled_from([1, 4, 5, 9]),
+            st.sampled_from([2, N_STEPS]),
+            st.sampled_from(["", "fails", "inference", "copy", "state", "another backend", "clear"]),
+        ),
+        min_size=4,
+        max_size=12,
+    )
+)
+def test_whatever_becomes_of_the_two_rings(calls):
+    """Calls that fail after they wrote, that are copied, saved, of another n or another backend, on the kernels."""
+    frames = sum(count for count, _, _ in calls)
+    rollout = stream(frames)
+    rollout["next", "reward"] = torch.randint(9, (2, frames, 1)).float()
+    transform, model = (MultiStepTransform(N_STEPS, 0.5, backend=each) for each in ("triton", "reference"))
+    parts = rollout.split([count for count, _, _ in calls], 1)
+    with kernels(), pytest.MonkeyPatch.context() as patch:
+        for part, (_, n_steps, event) in zip(parts, calls, strict=True):
+            transform.n_steps = model.n_steps = n_steps
+            transform.backend = "reference" if event == "another backend" else "triton"
+            if event == "fails":
+                patch.setattr(transform, "_output_leaves", lambda *arguments: 1 / 0)
+                for _ in range(2):
+                    with pytest.raises(ZeroDivisionError):
+                        transform.inv(part.clone().zero_())
+                patch.undo()
+            elif event == "copy":
+                transform, other = copy.deepcopy(transform), transform
+                other.inv(part.clone().zero_())
+            elif event == "state":
+                state = copy.deepcopy(transform.state_dict())
+                transform = MultiStepTransform(N_STEPS, 0.5, backend="triton")
+                transform.load_state_dict(state)
+            elif event == "clear":
+                transform.clear(), model.clear()
+            with torch.inference_mode(event == "inference"):
+                out, expected = transform.inv(part), model.inv(part)
+            assert (out is None) == (expected is None)
+            assert out is None or equal(out, expected)
+            assert equal(transform._buffer, model._buffer)
 
 
 @pytest.mark.parametrize(
