@@ -170,8 +170,6 @@ MUTATIONS = (
              "memory, spare = carry.leaves, carry.leaves"),
     Mutation("rings: taken twice", "launch", "memory, spare = carry.spare, carry.leaves",
              "memory, spare = carry.spare, carry.spare"),
-    Mutation("plan: addresses", "launch", "leaf.data_ptr() % ALIGNMENT for leaf in data.values()])\n    plan",
-             "0 for leaf in data.values()])\n    plan"),
     Mutation("outputs like the data", "launch", "emitted == slots and inner == 1", "inner == 1"),
     Mutation("layout: slots that are free", "ring", "known <= carry.capacity <=", "known <= carry.capacity + 1 <="),
 )  # fmt: skip
