@@ -591,8 +591,12 @@ def bounds(monkeypatch):
     return bounds
 
 
-@pytest.mark.parametrize("seed", range(len(KINDS)))
-def test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory(bounds, seed):
+@pytest.mark.parametrize(
+    ("seed", "amd"),
+    [*((seed, False) for seed in range(len(KINDS))), *((seed, True) for seed in range(0, len(KINDS), 4))],
+)
+def test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory(bounds, seed, amd, monkeypatch):
+    monkeypatch.setattr(launch, "_is_amd", lambda: amd)
     result = run_kernels(seed, torch.empty(0).device)
     assert result.difference is None
     assert result.frames > 0
