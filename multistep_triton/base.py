@@ -92,8 +92,8 @@ class MultiStepBase(Arguments):
         if held is None or not held.count:
             return emitted, None
         for kept in saved:
+            # In a ring that is written once more it is the memory of the done flag, into which the same goes.
             del held.leaves[kept]
-            held.spare.pop(kept, None)
         return emitted, frames.hold(held)
 
     def _places(self, groups: Sequence[Group], roles: Roles, layout: Layout) -> list[Place]:

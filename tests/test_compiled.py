@@ -145,11 +145,12 @@ print(json.dumps({
     }
 
 
+@pytest.mark.parametrize("done_at", ["start", "end"])
 @pytest.mark.parametrize("n_steps", [1, 8, 9, 100])
-def test_launches_and_operators_of_an_extend(n_steps):
+def test_launches_and_operators_of_an_extend(n_steps, done_at):
     """Two launches, and besides them the allocation of what is returned and of the lists of rows."""
     operators, launched, tensors = run(f"""
-transform = MultiStepTransform({n_steps}, 0.9, backend="triton")
+transform = MultiStepTransform({n_steps}, 0.9, backend="triton", done_at={done_at!r})
 rollout = make_rollout((3,), 40)
 for _ in range(4):
     transform._inv_call(rollout)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -114,7 +115,8 @@ def test_whatever_becomes_of_the_two_rings(calls):
     frames = sum(count for count, _, _ in calls)
     rollout = stream(frames)
     rollout["next", "reward"] = torch.randint(9, (2, frames, 1)).float()
-    transform, model = (MultiStepTransform(N_STEPS, 0.5, backend=each) for each in ("triton", "reference"))
+    make = partial(MultiStepTransform, N_STEPS, 0.5, done_at="end")
+    transform, model = (make(backend=each) for each in ("triton", "reference"))
     parts = rollout.split([count for count, _, _ in calls], 1)
     with kernels(), pytest.MonkeyPatch.context() as patch:
         for part, (_, n_steps, event) in zip(parts, calls, strict=True):
@@ -131,7 +133,7 @@ def test_whatever_becomes_of_the_two_rings(calls):
                 other.inv(part.clone().zero_())
             elif event == "state":
                 state = copy.deepcopy(transform.state_dict())
-                transform = MultiStepTransform(N_STEPS, 0.5, backend="triton")
+                transform = make()
                 transform.load_state_dict(state)
             elif event == "clear":
                 transform.clear(), model.clear()
