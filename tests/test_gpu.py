@@ -12,10 +12,17 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 N_STEPS = [3, 20]
+KERNELS = ["n_step_windows_kernel", "n_step_rows_kernel"]
 
 
 def rollout_on(device, frames=40):
     return make_rollout((16,), frames).to(device)
+
+
+def ran_on_gpu(profile):
+    """The names of kernels and copies, in the order in which they began."""
+    ran = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [event.name for event in sorted(ran, key=lambda event: event.time_range.start)]
 
 
 def same(ours, expected):
@@ -59,8 +66,8 @@ def test_nothing_waits_for_the_gpu(n_steps):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("n_steps", "launches"), [(3, 1), (20, 2)])
-def test_launches_as_the_profiler_counts_them(n_steps, launches):
+@pytest.mark.parametrize("n_steps", [3, 20])
+def test_launches_as_the_profiler_counts_them(n_steps):
     transform, rollout = MultiStepTransform(n_steps, 0.97), rollout_on("cuda")
     for _ in range(3):
         transform._inv_call(rollout)
@@ -68,8 +75,8 @@ def test_launches_as_the_profiler_counts_them(n_steps, launches):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         transform._inv_call(rollout)
         torch.cuda.synchronize()
-    ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert ran == ["n_step_extend_kernel"] * launches
+    ran = ran_on_gpu(profile)
+    assert ran == KERNELS
 
 
 def test_a_cuda_graph_would_repeat_what_it_captured():
@@ -95,9 +102,10 @@ def test_a_cuda_graph_would_repeat_what_it_captured():
 
 def test_a_window_that_goes_on_on_another_stream():
     rollout, transform, expected = rollout_on("cuda"), MultiStepTransform(3, 0.97), MultiStepTransform(3, 0.97)
-    streams, outs = [torch.cuda.Stream() for _ in range(2)], []
+    # Long calls, that write what they hold back into two rings in turn, and short ones, that write into free slots.
+    cuts, streams, outs = [5, 6, 7, 2, 1, 9, 10], [torch.cuda.Stream() for _ in range(2)], []
     torch.cuda.synchronize()
-    for i, part in enumerate(rollout.split([10, 2, 1, 12, 15], -1)):
+    for i, part in enumerate(rollout.split(cuts, -1)):
         with torch.cuda.stream(streams[i % 2]):
             torch.cuda._sleep(10**6)  # so that the frames held back are late
             outs.append(transform.inv(part))
@@ -105,7 +113,7 @@ def test_a_window_that_goes_on_on_another_stream():
             junk = [torch.full_like(part["observation"], 7.0) for _ in range(8)]
     torch.cuda.synchronize()
     del junk
-    for part, out in zip(rollout.split([10, 2, 1, 12, 15], -1), outs, strict=True):
+    for part, out in zip(rollout.split(cuts, -1), outs, strict=True):
         same(out, expected.inv(part))
 
 
@@ -157,18 +165,18 @@ def test_a_sample_waits_for_nothing(n_steps):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("n_steps", "launches"), [(3, 1), ((1, 3), 1), (20, 2)])
-def test_launches_of_a_sample_as_the_profiler_counts_them(n_steps, launches):
+@pytest.mark.parametrize("n_steps", [3, (1, 3), 20])
+def test_launches_of_a_sample_as_the_profiler_counts_them(n_steps):
     buffer = buffer_on("cuda", n_steps)
     buffer.sample(64)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         buffer.sample(64)
         torch.cuda.synchronize()
-    ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert ran.count("n_step_extend_kernel") == launches
+    ran = ran_on_gpu(profile)
+    assert [name for name in ran if name in KERNELS] == KERNELS
     # Besides, the sampler and n draw, and the indices are stacked.
-    assert len(ran) - launches <= 4
+    assert len(ran) - len(KERNELS) <= 4
 
 
 def test_samples_of_a_storage_on_the_cpu_are_pinned():
