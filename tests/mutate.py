@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
+# What most of them are noticed by, in seconds.
+STREAMS = "tests/test_kernels.py::test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory"
+FIRST = ("tests/test_hand_computed.py", *(f"{STREAMS}[{seed}-False]" for seed in (0, 4, 8, 9, 11, 14, 16, 17, 18)))
 TESTS = (
     "tests/test_indices.py",
     "tests/test_kernels.py",
@@ -223,7 +226,11 @@ def run_python(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def run_tests(copy: Path) -> str:
     """What fails first; empty if nothing does."""
-    done = run_python(copy, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS)
+    return fails_of(copy, FIRST) or fails_of(copy, TESTS)
+
+
+def fails_of(copy: Path, tests: tuple[str, ...]) -> str:
+    done = run_python(copy, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests)
     if done.returncode == 0:
         return ""
     if failed := re.search(r"^FAILED \S+?::(.+?)(?: - |$)", done.stdout, re.MULTILINE):
