@@ -25,19 +25,26 @@ class _Plan(NamedTuple):
 
     returns: list[tuple[Hashable, tuple[int, ...], torch.dtype]]
     """Key, features and dtype of each n-step return."""
+    elements: tuple[int, ...]
+    """Those of each."""
     copies: list[tuple[Hashable, tuple[int, ...], torch.dtype]]
-    """The same of each leaf that is copied."""
+    """Key, features and dtype of each leaf that is copied."""
     order: list[Hashable]
     """Those that have rows, the widest first."""
     units: tuple[tuple[Any, ...], ...]
     """How these are copied; see ``rows.units_of``."""
+    widths: tuple[int, ...]
+    """Units of a row of each."""
     gathered: tuple[bool, ...]
+    has_complex: bool
     compiled: dict[Any, Any]
     """Kernels, by what else they are compiled for."""
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(task: Task, addresses: tuple[int, ...], every: bool, default_dtype: torch.dtype) -> _Plan:
+def _plan(
+    task: Task, addresses: tuple[int, ...], every: bool, default_dtype: torch.dtype, device: torch.device
+) -> _Plan:
     """The plan for leaves at such addresses; ``every`` one is copied, or those gathered."""
     kind = {key: (features, dtype) for key, dtype, features in task.kinds}
     units = {
@@ -49,10 +56,13 @@ def _plan(task: Task, addresses: tuple[int, ...], every: bool, default_dtype: to
     returns = [(key, *kind[key]) for key in task.reward_keys]
     return _Plan(
         [(key, features, dtype if dtype.is_floating_point else default_dtype) for key, features, dtype in returns],
+        tuple([math.prod(features) for _, features, _ in returns]),
         [(key, *kind[key]) for key in units],
         order,
         tuple([units[key] for key in order]),
+        tuple([units[key][2] for key in order]),
         tuple([key in task.gathered_keys for key in order]),
+        any(kind[key][1].is_complex for key in order),
         {},
     )
 
@@ -71,7 +81,7 @@ def launch_n_step_extend(
     *lead, new = data[task.done_keys[0]].shape[: time_dim + 1]
     carried = carry.count if carry else 0
     known = carried + new
-    if carry and any([leaf.data_ptr() % ALIGNMENT for leaf in carry.leaves.values()]):
+    if carry and any([address % ALIGNMENT for address in map(Tensor.data_ptr, carry.leaves.values())]):
         carry = carry.with_leaves({key: leaf.clone() for key, leaf in carry.leaves.items()}, carry.free)
     held, emitted, count_held = None, known, 0
     if hold:
@@ -81,11 +91,14 @@ def launch_n_step_extend(
         spare = None
         if carry and place.stay:
             memory = carry.leaves
-        elif carry and place.is_like(carry) and carry.may_write(data.values()):
+        elif carry and carry.free and place.is_like(carry):
             # Two rings take turns.
             memory, spare = carry.spare, carry.leaves
-        kept = [key for key in data if key not in task.only_read]
-        own = {key: memory[key] if key in memory else place.empty(data[key], time_dim) for key in kept}
+        own = {
+            key: memory[key] if key in memory else place.empty(leaf, time_dim)
+            for key, leaf in data.items()
+            if key not in task.only_read
+        }
         held = place.ring(own, emitted, known, spare)
     counts = carried, known, emitted, count_held, 0, max(new, 1)
     return *_launch(data, task, (*lead,), time_dim, carry, held, None, n_steps, gamma, counts), held
@@ -102,8 +115,8 @@ def launch_n_step_sample(
 
 
 @functools.lru_cache(maxsize=64)
-def _gather_plan(dtype: torch.dtype, features: tuple[int, ...]) -> _Plan:
-    return _plan(Task(((0, dtype, features),), ()), (0,), True, dtype)
+def _gather_plan(dtype: torch.dtype, features: tuple[int, ...], device: torch.device) -> _Plan:
+    return _plan(Task(((0, dtype, features),), ()), (0,), True, dtype, device)
 
 
 def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
@@ -111,12 +124,13 @@ def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
     value, steps = (_aligned(each.resolve_neg().resolve_conj().contiguous()) for each in (value, steps))
     gathered, count = torch.empty_like(value), steps.numel()
     ends = torch.empty(count, dtype=torch.int32, device=value.device)
-    plan = _gather_plan(value.dtype, tuple(value.shape[steps.ndim :]))
+    plan = _gather_plan(value.dtype, tuple(value.shape[steps.ndim :]), value.device)
     if count:
+        jobs = [[each] for each in (value, value, gathered, gathered)]
         arguments = steps, ends, count, steps.shape[-1], rows.TILE
         with _current(value.device):
-            _run(plan, rows.future_rows_kernel, value.device, (), -(-count // rows.TILE), *arguments)
-            _copy_rows(plan, [(value, value, gathered, gathered)], True, ends, count, 0, 0, 0, 0)
+            _run(plan.compiled, rows.future_rows_kernel, (), -(-count // rows.TILE), *arguments)
+            _copy_rows(plan, jobs, True, ends, count, 0, 0, 0, 0)
     return gathered
 
 
@@ -140,26 +154,28 @@ def _launch(
     if (most := max(count, envs * max(known, slots, carry.capacity if carry else 0))) > MOST_ROWS:
         raise RuntimeError(f"the kernels take at most {MOST_ROWS} frames in a call, got {most}")
     data, inner, agents = lie_alike(data, dims, time_dim, task)
-    every = picked is not None or held is not None
-    addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in data.values()])
-    plan = _plan(task, addresses, every, torch.get_default_dtype())
+    every, addresses = picked is not None or held is not None, [leaf.data_ptr() % ALIGNMENT for leaf in data.values()]
+    plan = _plan(task, tuple(addresses), every, torch.get_default_dtype(), device)
 
-    def new(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device=device)
-
-    # In a stream as many frames come out as go in, which are the cheapest to make like those.
+    # In a stream as many frames come out as go in, and what is like these is the cheapest to make.
     alike = emitted == slots and inner == 1 and not picked
+
+    def new(key: Hashable, features: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if alike and dtype == data[key].dtype:
+            return torch.empty_like(data[key])
+        return torch.empty(shape + features, dtype=dtype, device=device)
+
     leaves = {} if every else {key: leaf for key, leaf in data.items() if key not in task.only_read}
-    for key, features, dtype in plan.copies:
-        leaves[key] = torch.empty_like(data[key]) if alike else new(shape + features, dtype)
-    returns = {key: new(shape + features, dtype) for key, features, dtype in plan.returns}
-    steps, discount, nonterminal = new(shape, torch.int64), new(shape, torch.float32), new(shape, torch.bool)
+    leaves.update([(copy[0], new(*copy)) for copy in plan.copies])
+    returns = {each[0]: new(*each) for each in plan.returns}
+    steps = torch.empty(shape, dtype=torch.int64, device=device)
+    discount, nonterminal = (torch.empty_like(steps, dtype=dtype) for dtype in (torch.float32, torch.bool))
     if not count and not held_rows:
         return leaves, returns, steps, discount, nonterminal
 
     olds = carry.leaves if carry else data
-    dones, rewards = (tuple([(data[key], olds[key]) for key in keys]) for keys in (task.done_keys, task.reward_keys))
-    masks, ids = (() if key is None else ((data[key], olds[key]),) for key in (task.mask_key, task.traj_key))
+    dones, rewards = [tuple([(data[key], olds[key]) for key in keys]) for keys in (task.done_keys, task.reward_keys)]
+    masks, ids = [() if key is None else ((data[key], olds[key]),) for key in (task.mask_key, task.traj_key)]
     widened: dict[Hashable, Tensor] = {}
     if windows.INTERPRETED:
         # The interpreter neither converts subnormal bfloat16 nor rounds to it.
@@ -173,26 +189,25 @@ def _launch(
     # Half as many windows a program where each takes more registers.
     tile = windows.TILE // 2 if longest > 1 << piece or masks or ids else windows.TILE
     lanes = (count if picked else envs * blocks) << levels
-    lists = new((2 * count + held_rows if plan.copies else 0,), torch.int32)
-    widths = tuple([math.prod(features) for _, features, _ in plan.returns])
+    lists = torch.empty((2 * count + held_rows if plan.copies else 0,), dtype=torch.int32, device=device)
     where = 1 < inner < envs, picked is not None
     kind = levels, piece, longest > 1 << piece, inner > 1 and not picked, picked is not None, where, bool(plan.copies)
     carry_ring, (held_first, held_slots, held_inner) = _ring(carry, envs), _ring(held, envs)
     with _current(device):
         _run(
-            *(plan, windows.n_step_windows_kernel, device, (kind, len(limits), others)),
+            *(plan.compiled, windows.n_step_windows_kernel, (kind, len(limits), others)),
             -(-max(lanes, held_rows) // tile),
             *(dones, masks, ids, rewards, tuple({**returns, **widened}.values()), index, limits, others),
             *(steps, discount, nonterminal, lists, _powers(gamma, min(n_steps, 1 << longest.bit_length()), device)),
             *(envs, agents, carried, known, emitted, held_rows, longest, blocks, held_inner),
             *(*carry_ring, first, slots, inner),
-            *(widths, *kind, tile),
+            *(plan.elements, *kind, tile),
         )
         if plan.order:
-            outs = held.leaves if held else leaves
-            jobs = [(data[key], olds[key], leaves[key], outs[key]) for key in plan.order]
             # Of the frames held back, those that do not lie there already.
             slot = (held_first + (held.count - count_held if held else 0)) % held_slots
+            held_leaves = held.leaves if held else leaves
+            jobs = [[each[key] for key in plan.order] for each in (data, olds, leaves, held_leaves)]
             ring = slot * held_inner, held_slots * envs
             _copy_rows(plan, jobs, picked is None, lists, count, held_rows, carry_ring[1] * envs, *ring)
     for key, wide in widened.items():
@@ -201,20 +216,20 @@ def _launch(
 
 
 def _copy_rows(
-    plan: _Plan, jobs: Sequence[Sequence[Tensor]], carried: bool, lists: Tensor, count: int, held: int, *scalars: int
+    plan: _Plan, jobs: Sequence[list[Tensor]], carried: bool, lists: Tensor, count: int, held: int, *scalars: int
 ) -> None:
-    """Copies rows, of each leaf those of its data and its carry to where they come out and are held back."""
-    widths = tuple([width for _, _, width in plan.units])
-    if (most := max(count, held) * widths[0]) > MOST_UNITS:
+    """Copies rows of leaves of the data and of the carry to where they come out and where they are held back."""
+    if (most := max(count, held) * plan.widths[0]) > MOST_UNITS:
         raise RuntimeError(f"the kernels take at most {MOST_UNITS} units of a leaf in a call, got {most}")
-    if any([each[0].is_complex() for each in jobs]):
+    if plan.has_complex:
         # Triton knows no complex numbers.
-        jobs = [[torch.view_as_real(each) if each.is_complex() else each for each in job] for job in jobs]
+        jobs = [[torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in leaves] for leaves in jobs]
+    amd, tile = _is_amd(), rows.TILE
     _run(
-        *(plan, rows.n_step_rows_kernel, lists.device, (carried, _is_amd())),
-        sum([-(-count * width // rows.TILE) - (-held * width // rows.TILE) for width in widths]),
-        *zip(*jobs, strict=True),
-        *(lists, count, held, *scalars, plan.units, widths, plan.gathered, carried, rows.TILE, not _is_amd()),
+        *(plan.compiled, rows.n_step_rows_kernel, (carried, amd)),
+        sum([-(-count * width // tile) - (-held * width // tile) for width in plan.widths]),
+        *(*map(tuple, jobs), lists, count, held, *scalars),
+        *(plan.units, plan.widths, plan.gathered, carried, tile, not amd),
     )
 
 
@@ -237,10 +252,9 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
-def _run(plan: _Plan, kernel: Any, device: torch.device, kind: Any, programs: int, *arguments: Any) -> None:
+def _run(known: dict[Any, Any], kernel: Any, kind: tuple[Any, ...], programs: int, *arguments: Any) -> None:
     """Launches a kernel, which is not looked for among all that were compiled."""
-    compiled = plan.compiled.get((kernel, device, kind))
-    if compiled is not None:
+    if (compiled := known.get((kernel.__name__, *kind))) is not None:
         compiled[(programs, 1, 1)](*arguments)
         return
     # Fused multiply-adds may be used in the sums; the reference's are the compiler's choice, too.
@@ -248,7 +262,7 @@ def _run(plan: _Plan, kernel: Any, device: torch.device, kind: Any, programs: in
     if kernel is rows.n_step_rows_kernel and not windows.INTERPRETED and not _is_amd():
         # Many leaves would take more, to no use.
         options["maxnreg"] = rows.MOST_REGISTERS
-    plan.compiled[kernel, device, kind] = kernel[(programs,)](*arguments, **options)
+    known[(kernel.__name__, *kind)] = kernel[(programs,)](*arguments, **options)
 
 
 @functools.cache

@@ -26,12 +26,11 @@ from multistep_triton.roles import (
     Roles,
     check_single_steps,
     find_roles,
-    original,
     with_saved,
 )
 
-Place = tuple[int, KeyPath, list[KeyPath]]
-"""Where windows are written: of which group, under which name, and with which rewards."""
+Place = tuple[int, KeyPath, Sequence[KeyPath], list[KeyPath]]
+"""Where windows are written: of which group, under which name, as which entries, and with which rewards."""
 
 
 class MultiStepBase(Arguments):
@@ -62,8 +61,8 @@ class MultiStepBase(Arguments):
         if isinstance(data, Frames):
             frames = data
         else:
-            check_single_steps(data)
             frames = Frames.read(data, without=self._roles_in(()).written)
+            check_single_steps(frames.left_out)
         roles = self._roles_in(frames.leaves)
         groups = find_groups(frames, roles)
         places = self._places(groups, roles, frames.layout)
@@ -86,7 +85,7 @@ class MultiStepBase(Arguments):
             hold=hold,
             backend=self._backend,
         )
-        shape = torch.Size((*frames.batch_size[:-1], extension.steps.shape[time_dim]))
+        shape = extension.steps.shape[: time_dim + 1]
         emitted = frames.build(self._output_leaves(extension, roles, groups, places, windows), shape)
         held = extension.carry
         if held is None or not held.count:
@@ -120,10 +119,10 @@ class MultiStepBase(Arguments):
         for at, group in enumerate(groups):
             name, own = group.flags[0][1:-1], [path for path in roles.rewards if path in group.paths]
             if group is root:
-                places.append((at, (), [*roles.rewards]))
-            taken = group.flags == groups[0].flags or any(place == name for _, place, _ in places)
+                places.append((at, (), WINDOW_PATHS, [*roles.rewards]))
+            taken = group.flags == groups[0].flags or any(place[1] == name for place in places)
             if name and own and not (taken if group.shared else group is root and not at):
-                places.append((at, name, own))
+                places.append((at, name, [(*name, *path) for path in WINDOW_PATHS], own))
                 if name in leaves:
                     raise ValueError(
                         f"data must not hold a tensor at {name}, where the windows of that group are written"
@@ -140,17 +139,17 @@ class MultiStepBase(Arguments):
     ) -> dict[KeyPath, Tensor]:
         """What comes out, by path."""
         leaves = extension.leaves
-        for at, place, rewards in places:
+        for at, _, paths, rewards in places:
             written: Sequence[Tensor] = windows[at]
             if (groups[at].agents and not groups[at].shared) or self._match_reward_shape:
                 like = extension.returns[rewards[0]] if self._match_reward_shape else leaves[groups[at].flags[0]]
                 written = [_expand(window, like.shape) for window in written]
-            leaves.update(((*place, *path), window) for path, window in zip(WINDOW_PATHS, written, strict=True))
+            leaves.update(zip(paths, written, strict=True))
         for path, returns in extension.returns.items():
-            leaves[original(path)] = leaves[path]
+            leaves[roles.originals[path]] = leaves[path]
             leaves[path] = returns
         if len(roles.rewards) == 1:
-            leaves[ORIGINAL_REWARD_PATH] = leaves[original(roles.rewards[0])]
+            leaves[ORIGINAL_REWARD_PATH] = leaves[roles.originals[roles.rewards[0]]]
         return leaves
 
 

@@ -71,6 +71,8 @@ class Frames:
     objects: dict[KeyPath, list[Any]] = field(default_factory=dict)
     """The objects that the leaf of a non-tensor entry, int64 ``[*B, T]``, counts into."""
     layout: Layout = field(default_factory=lambda: Layout(()))
+    left_out: list[KeyPath] = field(default_factory=list)
+    """Entries that are there and were not to be read."""
 
     @classmethod
     def read(cls, data: TensorDictBase, without: Collection[KeyPath] = ()) -> Frames:
@@ -101,17 +103,15 @@ class Frames:
 
     def find_layout(self) -> Frames:
         """These frames, with the layout of their leaves."""
-        ndim, objects = len(self.batch_size), self.objects
-        self.layout = _layout(
-            tuple(
-                [
-                    (path, ("non-tensor", leaf.shape[ndim:], None))
-                    if path in objects
-                    else (path, (leaf.dtype, leaf.shape[ndim:], leaf.device))
-                    for path, leaf in self.leaves.items()
-                ]
-            )
-        )
+        ndim = len(self.batch_size)
+        kinds: list[tuple[KeyPath, tuple[Any, ...]]]
+        kinds = [(path, (leaf.dtype, leaf.shape[ndim:], leaf.device)) for path, leaf in self.leaves.items()]
+        if self.objects:
+            kinds = [
+                (path, ("non-tensor", shape, None) if path in self.objects else (dtype, shape, device))
+                for path, (dtype, shape, device) in kinds
+            ]
+        self.layout = _layout(tuple(kinds))
         return self
 
     def _read(
@@ -123,8 +123,8 @@ class Frames:
         for key, value in _lazy_items(data, path) if isinstance(data, LazyStackedTensorDict) else data.items():
             entry = (*path, key)
             if entry in without:
-                continue
-            if isinstance(value, Tensor):
+                self.left_out.append(entry)
+            elif isinstance(value, Tensor):
                 self.leaves[entry] = value
             elif is_non_tensor(value):
                 non_tensors[entry] = value

@@ -110,7 +110,8 @@ def lie_alike(
         The leaves, ``inner``, and how many inner environments, agents, share a mark or an id where these are expanded.
     """
     sizes, agents = next(iter(data.values())).shape[:dims], 1
-    if all([leaf.is_contiguous() and not leaf.is_neg() and not leaf.is_conj() for leaf in data.values()]):
+    plain = all(map(Tensor.is_contiguous, data.values()))
+    if plain and not any(map(Tensor.is_neg, data.values())) and not any(map(Tensor.is_conj, data.values())):
         return data, math.prod(sizes[time_dim + 1 :]), agents
     data = {key: leaf.resolve_neg().resolve_conj() for key, leaf in data.items()}
     most = max(data.values(), key=Tensor.numel)

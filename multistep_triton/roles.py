@@ -6,12 +6,12 @@ Owns the keys; no maths. May import ``frames``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase, unravel_key
+from tensordict import NestedKey, unravel_key
 from torch import Tensor
 
 from multistep_triton.frames import KeyPath
@@ -43,6 +43,8 @@ class Roles:
     """The done keys, ``done`` first."""
     flags: tuple[str, ...]
     """The names of done flags, that of ``done`` first: an entry of such a name in any group under "next" is one."""
+    originals: dict[KeyPath, KeyPath]
+    """Where rewards are kept as they came, by their paths."""
     saved: dict[KeyPath, KeyPath]
     """Where done keys are gathered: the entry that keeps the flag as it came, by the done key."""
     kept: frozenset[KeyPath]
@@ -90,7 +92,8 @@ def find_roles(
     rewards = tuple(dict.fromkeys(as_path("next", key) for key in reward_keys))
     dones = dict.fromkeys((done, *(as_path("next", key) for key in done_keys)))
     saved = {path: original(path) for path in dones if path not in rewards} if done_at == "end" else {}
-    written = {*WINDOW_PATHS, *map(original, rewards), *saved.values()}
+    originals = {path: original(path) for path in rewards}
+    written = {*WINDOW_PATHS, *originals.values(), *saved.values()}
     if len(rewards) == 1:
         written.add(ORIGINAL_REWARD_PATH)
     if taken := sorted(written & {mask, traj, *rewards, *dones} - {None}):
@@ -98,7 +101,7 @@ def find_roles(
     kept = frozenset((*rewards, *(saved.values() if done_at == "end" else dones)))
     needed = (done, *rewards) if traj is None else (done, *rewards, traj)
     flags = tuple(dict.fromkeys(path[-1] for path in dones))
-    return Roles(done, mask, traj, rewards, needed, tuple(dones), flags, saved, kept, frozenset(written))
+    return Roles(done, mask, traj, rewards, needed, tuple(dones), flags, originals, saved, kept, frozenset(written))
 
 
 def with_saved(leaves: Mapping[KeyPath, Tensor], saved: Mapping[KeyPath, KeyPath]) -> dict[KeyPath, Tensor]:
@@ -111,9 +114,9 @@ def original(path: KeyPath) -> KeyPath:
     return (*path[:-1], f"{path[-1]}_orig")
 
 
-def check_single_steps(data: TensorDictBase) -> None:
+def check_single_steps(entries: Container[KeyPath]) -> None:
     """Checks that what is to be made n-step transitions of is none already."""
-    if data.get(STEPS_KEY, None) is not None:
+    if (STEPS_KEY,) in entries:
         raise ValueError(
             f"data must hold single steps, got n-step transitions, which hold {STEPS_KEY!r}: an n-step transform or "
             f"postproc made them before. Leave one of the two out, or delete the entry if it is something else"

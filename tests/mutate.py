@@ -146,7 +146,7 @@ MUTATIONS = (
     Mutation("rows: tiles that come out", "rows", "        tiles = tl.cdiv(rows * WIDTHS[k], TILE)",
              "        tiles = rows * WIDTHS[k] // TILE"),
     Mutation("rows: leaf that is gathered", "rows", "held_rows if GATHERED[k]", "held_rows if GATHERED[0]"),
-    Mutation("rows: programs, held back", "launch", "- (-held * width // rows.TILE)", "+ held * width // rows.TILE"),
+    Mutation("rows: programs, held back", "launch", "- (-held * width // tile)", "+ held * width // tile"),
     Mutation("rows: slot of a frame that came", "launch", "held_first + (held.count - count_held if held else 0)",
              "held_first"),
     Mutation("rows: first row of a slot", "launch", "ring = slot * held_inner", "ring = slot"),
