@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from multistep_triton.kernels import rows, windows
-from multistep_triton.ring import Ring, Samples, find_place, lie_alike
+from multistep_triton.ring import Ring, Samples, lie_alike, next_ring
 from multistep_triton.task import Task
 
 # Which addresses are multiples of 16 is compiled into a kernel. Rows are counted in 31 bits, units of a leaf in 32.
@@ -83,24 +83,9 @@ def launch_n_step_extend(
     known = carried + new
     if carry and any([address % ALIGNMENT for address in map(Tensor.data_ptr, carry.leaves.values())]):
         carry = carry.with_leaves({key: leaf.clone() for key, leaf in carry.leaves.items()}, carry.free)
-    held, emitted, count_held = None, known, 0
-    if hold:
-        place, emitted = find_place(carry, data.values(), new, n_steps), max(known - n_steps, 0)
-        count_held = known - emitted - place.stay
-        memory: Mapping[Hashable, Tensor] = {}
-        spare = None
-        if carry and place.stay:
-            memory = carry.leaves
-        elif carry and carry.free and place.is_like(carry):
-            # Two rings take turns.
-            memory, spare = carry.spare, carry.leaves
-        own = {
-            key: memory[key] if key in memory else place.empty(leaf, time_dim)
-            for key, leaf in data.items()
-            if key not in task.only_read
-        }
-        held = place.ring(own, emitted, known, spare)
-    counts = carried, known, emitted, count_held, 0, max(new, 1)
+    held, stay = next_ring(carry, data, task, new, n_steps, time_dim) if hold else (None, 0)
+    emitted = known - (held.count if held else 0)
+    counts = carried, known, emitted, known - emitted - stay, 0, max(new, 1)
     return *_launch(data, task, (*lead,), time_dim, carry, held, None, n_steps, gamma, counts), held
 
 

@@ -176,6 +176,28 @@ def find_place(carry: Ring | None, frames: Collection[Tensor], new: int, n_steps
     return Place(-emitted % capacity, capacity, 0, True)
 
 
+def next_ring(
+    carry: Ring | None, data: Mapping[Hashable, Tensor], task: Task, new: int, n_steps: int, time_dim: int
+) -> tuple[Ring, int]:
+    """The ring that is to hold back the last frames after ``new`` ones, ``data``, came; how many lie there already.
+
+    Longer calls, after which all that is held back is new, write it into two rings in turn.
+    """
+    place, known = find_place(carry, data.values(), new, n_steps), new + (carry.count if carry else 0)
+    memory: Mapping[Hashable, Tensor] = {}
+    spare = None
+    if carry and place.stay:
+        memory = carry.leaves
+    elif carry and carry.free and place.is_like(carry):
+        memory, spare = carry.spare, carry.leaves
+    leaves = {
+        key: memory[key] if key in memory else place.empty(leaf, time_dim)
+        for key, leaf in data.items()
+        if key not in task.only_read
+    }
+    return place.ring(leaves, max(known - n_steps, 0), known, spare), place.stay
+
+
 class Samples(NamedTuple):
     """Frames that were sampled from a storage ``[C, *R]``, a ring of ``C`` slots."""
 
