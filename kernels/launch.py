@@ -110,7 +110,7 @@ def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
     gathered, count = torch.empty_like(value), steps.numel()
     ends = torch.empty(count, dtype=torch.int32, device=value.device)
     plan = _gather_plan(value.dtype, tuple(value.shape[steps.ndim :]), value.device)
-    if count:
+    if count and plan.order:
         jobs = [[each] for each in (value, value, gathered, gathered)]
         arguments = steps, ends, count, steps.shape[-1], rows.TILE
         with _current(value.device):
@@ -136,14 +136,14 @@ def _launch(
     dims, device, envs = len(lead) + 1, next(iter(data.values())).device, math.prod(lead)
     shape = (emitted,) if picked else (*lead, emitted)
     count, held_rows = (emitted, 0) if picked else (envs * emitted, envs * count_held)
-    if (most := max(count, envs * max(known, slots, carry.capacity if carry else 0))) > MOST_ROWS:
+    if (most := max(count, envs * max(known, slots, *[ring.capacity for ring in (carry, held) if ring]))) > MOST_ROWS:
         raise RuntimeError(f"the kernels take at most {MOST_ROWS} frames in a call, got {most}")
     data, inner, agents = lie_alike(data, dims, time_dim, task)
     every, addresses = picked is not None or held is not None, [leaf.data_ptr() % ALIGNMENT for leaf in data.values()]
     plan = _plan(task, tuple(addresses), every, torch.get_default_dtype(), device)
 
     # In a stream as many frames come out as go in, and what is like these is the cheapest to make.
-    alike = emitted == slots and inner == 1 and not picked
+    alike = not picked and emitted == known - carried and inner == 1
 
     def new(key: Hashable, features: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if alike and dtype == data[key].dtype:
@@ -169,7 +169,8 @@ def _launch(
     index = tuple([_aligned(dim.contiguous()) for dim in picked.indices]) if picked else ()
     limits = (_aligned(picked.n_steps.contiguous()),) if picked and picked.n_steps is not None else ()
     others = lead[1:] if picked else ()
-    longest = min(n_steps, known)
+    # Before windows come out, rows are listed alone.
+    longest = min(n_steps, known) if emitted else 1
     levels, piece, blocks = windows.shape_blocks(longest, emitted, picked is not None)
     # Half as many windows a program where each takes more registers.
     tile = windows.TILE // 2 if longest > 1 << piece or masks or ids else windows.TILE
@@ -201,10 +202,19 @@ def _launch(
 
 
 def _copy_rows(
-    plan: _Plan, jobs: Sequence[list[Tensor]], carried: bool, lists: Tensor, count: int, held: int, *scalars: int
+    plan: _Plan,
+    jobs: Sequence[list[Tensor]],
+    carried: bool,
+    lists: Tensor,
+    count: int,
+    held: int,
+    carry_rows: int,
+    first: int,
+    slots: int,
 ) -> None:
     """Copies rows of leaves of the data and of the carry to where they come out and where they are held back."""
-    if (most := max(count, held) * plan.widths[0]) > MOST_UNITS:
+    # A place in the ring is counted from its first slot on, and up to once round.
+    if (most := max(count, first + held, slots if held else 0) * plan.widths[0]) > MOST_UNITS:
         raise RuntimeError(f"the kernels take at most {MOST_UNITS} units of a leaf in a call, got {most}")
     if plan.has_complex:
         # Triton knows no complex numbers.
@@ -213,7 +223,7 @@ def _copy_rows(
     _run(
         *(plan.compiled, rows.n_step_rows_kernel, (carried, amd)),
         sum([-(-count * width // tile) - (-held * width // tile) for width in plan.widths]),
-        *(*map(tuple, jobs), lists, count, held, *scalars),
+        *(*map(tuple, jobs), lists, count, held, carry_rows, first, slots),
         *(plan.units, plan.widths, plan.gathered, carried, tile, not amd),
     )
 

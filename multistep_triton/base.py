@@ -1,6 +1,7 @@
 """What MultiStepTransform and MultiStep share: one call from frames to n-step transitions.
 
-Owns what is written where; no maths. May import ``arguments``, ``roles``, ``frames`` and ``groups``.
+Owns what is written where; no maths. May import ``arguments``, ``checks``, ``roles``, ``frames``, ``groups`` and, of
+``dispatch``, what it returns.
 """
 
 from __future__ import annotations
@@ -97,10 +98,8 @@ class MultiStepBase(Arguments):
 
     def _places(self, groups: Sequence[Group], roles: Roles, layout: Layout) -> list[Place]:
         """Where windows are written."""
-        key = roles, "places", self._match_reward_shape
-        places: list[Place] | None = layout.found.get(key)
-        if places is None:
-            places = layout.found[key] = self._find_places(groups, roles, layout.kinds)
+        key = roles, self._match_reward_shape
+        places: list[Place] = layout.find(key, lambda: self._find_places(groups, roles, layout.kinds))
         return places
 
     def _find_places(self, groups: Sequence[Group], roles: Roles, leaves: Container[KeyPath]) -> list[Place]:

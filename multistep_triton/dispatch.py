@@ -51,7 +51,8 @@ def n_step_extend(
     """One step of the stream: ``c`` carried frames and ``T`` new ones in, the ``c + T - n_steps`` oldest out.
 
     Args:
-        carry: the ``c`` frames held back by the call before, or None. Its free slots may be written into.
+        carry: the ``c`` frames held back by the call before, or None. Its free slots and its spare leaves may be
+            written into.
         data: leaves ``[*B, T, ...]``, the same keys, dtypes, devices and trailing shapes.
         task: which leaf is what; one done key at least.
 

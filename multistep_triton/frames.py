@@ -40,14 +40,25 @@ class Node(NamedTuple):
     device: torch.device | None
 
 
+_MOST_FOUND = 256
+
+
 class Layout:
     """What leaves have but their frames. Frames of equal kinds can be joined; equal layouts are mostly one object."""
 
     def __init__(self, kinds: tuple[tuple[KeyPath, tuple[Any, ...]], ...]) -> None:
         self.kinds = dict(kinds)
         """dtype, trailing shape and device of every leaf."""
-        self.found: dict[Hashable, Any] = {}
-        """What has been found out about such leaves, to be found out once."""
+        self._found: dict[Hashable, Any] = {}
+
+    def find(self, key: Hashable, find_out: Callable[[], Any]) -> Any:
+        """What is to be found out about such leaves once."""
+        if (found := self._found.get(key)) is None:
+            found = find_out()
+            if len(self._found) >= _MOST_FOUND:
+                self._found.clear()
+            self._found[key] = found
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is the same object where the kinds are known, and holds nothing that was found out elsewhere."""

@@ -54,14 +54,12 @@ def find_groups(frames: Frames, roles: Roles) -> list[Group]:
         TypeError: one is of the wrong kind.
         ValueError: one has the wrong shape.
     """
-    groups: list[Group] | None = frames.layout.found.get(roles)
-    if groups is None:
-        _check_entries(frames, roles)
-        groups = frames.layout.found[roles] = _find_groups(frames, roles)
+    groups: list[Group] = frames.layout.find(roles, lambda: _find_groups(frames, roles))
     return groups
 
 
 def _find_groups(frames: Frames, roles: Roles) -> list[Group]:
+    _check_entries(frames, roles)
     lead, leaves = frames.batch_size, frames.leaves
     flags: dict[KeyPath, list[KeyPath]] = {roles.done[:-1]: []}
     for path, leaf in leaves.items():
@@ -186,12 +184,12 @@ def n_step_sample_groups(
     leaves: dict[Any, Tensor] = {}
     returns: dict[Any, Tensor] = {}
     windows: list[Windows] = []
-    shortest: dict[tuple[KeyPath, ...], Tensor] = {}
+    shortest: dict[tuple[KeyPath, ...], tuple[Tensor, Tensor]] = {}
     for group in groups:
         picked, shape = samples, torch.Size([count])
         if group.shared:
             # The shortest window of an agent is that of the frame, whatever ended it.
-            picked = samples._replace(n_steps=shortest[group.flags])
+            picked = samples._replace(n_steps=shortest[group.flags][0])
         elif group.agents:
             shape = torch.Size([count, *group.agents])
             picked = _every_agent(samples, shape)
@@ -199,9 +197,10 @@ def n_step_sample_groups(
         each = n_step_sample(picked, of_group, group.sampled, **arguments)
         returns.update((key, value.view(*shape, *value.shape[1:])) for key, value in each.returns.items())
         leaves.update((key, each.leaves[key].view(*shape, *each.leaves[key].shape[1:])) for key in group.paths)
-        windows.append((each.steps.view(shape), each.discount.view(shape), each.nonterminal.view(shape)))
+        nonterminal = shortest[group.flags][1] if group.shared else each.nonterminal.view(shape)
+        windows.append((each.steps.view(shape), each.discount.view(shape), nonterminal))
         if len(shape) > 1:
-            shortest[group.flags] = windows[-1][0].flatten(1).amin(1)
+            shortest[group.flags] = each.steps.view(shape).flatten(1).amin(1), nonterminal.flatten(1).all(1)
     return Extension(leaves, returns, *windows[0], None), windows
 
 
@@ -239,7 +238,7 @@ def _with_tasks(group: Group, leaves: Mapping[Any, Tensor], dims: int, roles: Ro
     )
     viewed = _view(group, group.marks, leaves, dims)
     extend = task(viewed, done_keys=group.flags, mask_key=mask, traj_key=traj, only_read=viewed.keys() - {*group.paths})
-    # Of samples, windows of what agents share have an n of their own, and need no flags.
+    # Of samples, windows of what agents share are as long as the shortest of an agent, and need no flags.
     sample = task(_view(group, (), leaves, dims), done_keys=()) if group.shared else extend
     return group._replace(task=extend, sampled=sample)
 

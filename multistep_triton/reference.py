@@ -233,7 +233,7 @@ def take(value: Tensor, rows: Tensor) -> Tensor:
     """Rows of ``value`` ``[N, *F]``, bit for bit, in new memory."""
     if signed := SIGNED.get(value.dtype):
         return take(value.view(signed), rows).view(value.dtype)
-    if value.ndim > 1 and value.numel() == value.shape[0]:
+    if value.ndim > 1 and value.numel() == value.shape[0] > 0:
         # torch selects elements in a fraction of the time that it takes for rows of one element.
         return value.flatten().index_select(0, rows).view(-1, *value.shape[1:])
     return value.index_select(0, rows)

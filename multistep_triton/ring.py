@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -109,25 +110,31 @@ def lie_alike(
     Returns:
         The leaves, ``inner``, and how many inner environments, agents, share a mark or an id where these are expanded.
     """
-    sizes, agents = next(iter(data.values())).shape[:dims], 1
+    sizes = next(iter(data.values())).shape[:dims]
     plain = all(map(Tensor.is_contiguous, data.values()))
     if plain and not any(map(Tensor.is_neg, data.values())) and not any(map(Tensor.is_conj, data.values())):
-        return data, math.prod(sizes[time_dim + 1 :]), agents
+        return data, math.prod(sizes[time_dim + 1 :]), 1
     data = {key: leaf.resolve_neg().resolve_conj() for key, leaf in data.items()}
     most = max(data.values(), key=Tensor.numel)
     at = next((dim for dim in range(dims) if most.movedim(time_dim, dim).is_contiguous()), time_dim)
+    inner = [dim for dim in range(dims) if dim != time_dim][at:]
+    marks = [key for key in (task.mask_key, task.traj_key) if key is not None]
+    # Either all of them have a row for so many, or each has one for every environment.
+    sharing = {_count_sharing(data[key], inner, time_dim, at) if key in task.only_read else 1 for key in marks}
+    agents = sharing.pop() if len(sharing) == 1 else 1
     for key, leaf in data.items():
-        shared = [dim for dim in range(dims) if not leaf.stride(dim) and sizes[dim] > 1 and dim != time_dim]
-        if key in (task.mask_key, task.traj_key) and key in task.only_read and shared and at <= shared[0]:
-            each = leaf[tuple([0 if dim in shared else slice(None) for dim in range(dims)])]
-            if each.movedim(time_dim and -1, at).is_contiguous():
-                agents = math.prod(sizes[dim] for dim in shared)
-                continue
-        if not leaf.movedim(time_dim, at).is_contiguous():
+        if not leaf.movedim(time_dim, at).is_contiguous() and (agents == 1 or key not in marks):
             leaf = leaf.movedim(time_dim, at).clone(memory_format=torch.contiguous_format)
             data[key] = leaf.movedim(at, time_dim)
-    rows = [size for dim, size in enumerate(sizes) if dim != time_dim]
-    return data, math.prod(rows[at:]), agents
+    return data, math.prod([sizes[dim] for dim in inner]), agents
+
+
+def _count_sharing(mark: Tensor, inner: Sequence[int], time_dim: int, at: int) -> int:
+    """How many of the innermost environments a mark is expanded over, if it lies in order but for that; else 1."""
+    shared = list(itertools.takewhile(lambda dim: mark.shape[dim] == 1 or not mark.stride(dim), reversed(inner)))
+    each = mark[tuple([0 if dim in shared else slice(None) for dim in range(mark.ndim)])]
+    alone = each.movedim(time_dim and -1, at).is_contiguous()
+    return math.prod([mark.shape[dim] for dim in shared]) if alone else 1
 
 
 class Place(NamedTuple):

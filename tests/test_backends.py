@@ -74,7 +74,7 @@ from tensordict import TensorDict
 from multistep_triton import MultiStepTransform
 data = TensorDict({"next": {"reward": torch.ones(4, 1), "done": torch.zeros(4, 1, dtype=torch.bool)}}, [4])
 MultiStepTransform(2, 1.0).inv(data)
-print("multistep_triton.kernels.extend" in sys.modules, not before and "triton" in sys.modules)
+print("multistep_triton.kernels.launch" in sys.modules, not before and "triton" in sys.modules)
 """
     assert last_line(code) == "False False"
 

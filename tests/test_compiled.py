@@ -120,7 +120,7 @@ print(json.dumps({
         # Windows and rows.
         "the first call": 2,
         # Blocks of calls that emit one or two frames have half the lanes.
-        "frames": [1, 1] + [0] * 9,
+        "frames": [1] + [0] * 10,
         "environments": [0] * 5,
         "batch dimensions that make one": 0,
         # Rows at other addresses.
@@ -139,7 +139,8 @@ print(json.dumps({
         "mask and trajectory ids": 2,
         "their frames": [1, 0, 0],
         "their dtype, no mask": [2, 2],
-        "n with ids": [1, 0, 0, 1],
+        # The largest n emits nothing yet.
+        "n with ids": [1, 0, 0, 0],
         "done per agent": 4,
         "nothing held back": 1,
     }

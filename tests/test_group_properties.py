@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from rings import everything, in_order, make_buffer
 from rollouts import make_rollout
 from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
 
-from multistep_triton import MultiStep, MultiStepTransform
+from multistep_triton import MultiStep, MultiStepTransform, NStepReplayBuffer
 
 GROUPS = {"red": (), "blue": (3,), "green": (2, 2)}
 
@@ -161,3 +162,74 @@ def test_groups_that_draw_their_own_n():
     assert set(steps.tolist()) == {1, 2, 3, 4}
     # a frame draws one n for all of its groups and agents
     assert torch.equal(own, steps.view(-1, 1, 1).expand_as(own))
+
+
+BACKENDS = "triton", "reference"
+MARKS = {
+    "ids in a column": lambda mask, ids: (mask, torch.stack([ids, ids * 0], -1)[..., 0]),
+    "every other mask": lambda mask, ids: (mask.repeat_interleave(2, -1)[..., ::2], ids),
+    "a mask for all environments": lambda mask, ids: (mask[:1].expand_as(mask), ids),
+    "a mask and ids for all of the outer ones": lambda mask, ids: tuple(
+        each[:1].expand_as(each) for each in (mask, ids)
+    ),
+    "a mask and ids for all of the inner ones": lambda mask, ids: tuple(
+        each[:, :1].expand_as(each) for each in (mask, ids)
+    ),
+}
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize("lie", MARKS.values(), ids=MARKS)
+def test_masks_and_ids_of_agents_that_lie_in_other_ways(lie, time_major):
+    """Than each other, and than what they are beside: on the kernels, which read one for all agents where it lies."""
+    generator = torch.Generator().manual_seed(3)
+    batch, agents, frames = (2, 3), 2, 8
+
+    def lay(leaf):
+        return leaf.movedim(2, 0).contiguous().movedim(0, 2) if time_major else leaf
+
+    mask, ids = lie(torch.rand(*batch, frames, generator=generator) < 0.7, torch.arange(frames).expand(*batch, -1) // 3)
+    group = {
+        "reward": lay(torch.randint(9, (*batch, frames, agents, 1), generator=generator).float()),
+        "done": lay(torch.rand(*batch, frames, agents, 1, generator=generator) < 0.1),
+        "observation": lay(torch.rand(*batch, frames, agents, 5, generator=generator)),
+    }
+    data = {"mask": lay(mask) if time_major else mask, "next": {"agents": group}}
+    data = TensorDict({**data, "collector": {"traj_ids": lay(ids) if time_major else ids}}, [*batch, frames])
+    keys = {"reward_keys": [("agents", "reward")], "done_key": ("agents", "done"), "done_keys": [("agents", "done")]}
+    with kernels():
+        out, expected = (MultiStep(0.5, 3, backend=each, mask_key="mask", **keys)(data) for each in BACKENDS)
+        assert (out == expected).all()
+        ours, others = (MultiStepTransform(3, 0.5, backend=each, **keys) for each in BACKENDS)
+        for part in data.split([4, 1, 3], -1):
+            out, expected = ours.inv(part), others.inv(part)
+            assert (out is None) == (expected is None)
+            assert out is None or (out == expected).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_agents_share_ends_where_any_does_when_it_is_sampled(backend):
+    frames, done = 8, torch.zeros(8, 2, 1, dtype=torch.bool)
+    done[3, 1] = True
+    team = {"reward": torch.arange(8.0), "done": done, "observation": torch.arange(8)}
+    mask = torch.ones(frames, dtype=torch.bool)
+    mask[6] = False
+    root = {"reward": torch.arange(8.0), "done": torch.zeros(8, dtype=torch.bool)}
+    data = TensorDict({"mask": mask, "next": {**root, "team": team}}, [frames])
+    keys = {"reward_keys": ["reward", ("team", "reward")], "done_keys": ["done", ("team", "done")]}
+    buffer = NStepReplayBuffer(
+        n_steps=3,
+        gamma=0.5,
+        storage=LazyTensorStorage(frames),
+        sampler=SamplerWithoutReplacement(shuffle=False),
+        backend=backend,
+        **keys,
+    )
+    buffer.extend(data)
+    out = buffer.sample(frames)["team"]
+    # Frame 3 is done for an agent, frame 6 is padding, which follows frame 5, and frame 7 is the newest.
+    assert out["nonterminal"].tolist() == [True, True, True, False, True, False, False, False]
+    assert out["steps_to_next_obs"].tolist() == [3, 3, 2, 1, 2, 1, 1, 1]
+    expected = MultiStep(0.5, 3, mask_key="mask", **keys)(data)["team"]
+    assert torch.equal(out["nonterminal"], expected["nonterminal"])
+    assert torch.equal(out["steps_to_next_obs"], expected["steps_to_next_obs"])

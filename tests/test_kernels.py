@@ -9,12 +9,13 @@ from conftest import kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollouts import assert_returns, boundaries, window_ends, window_sums
+from tensordict import TensorDict
 from test_properties import check_functions, check_transform, frame_bytes, streams, take
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.errors import InterpreterError
 
-from multistep_triton import gather_future, n_step_return
+from multistep_triton import MultiStepTransform, gather_future, n_step_return
 from multistep_triton.dispatch import n_step_extend, n_step_sample
 from multistep_triton.kernels import launch, rows
 from multistep_triton.kernels.launch import launch_gather_future
@@ -175,6 +176,34 @@ def test_windows_of_several_pieces(n_steps, marks):
             leaves["mask"] |= flags(leaves["mask"].shape, 0.98)
             leaves["traj"] = (torch.arange(leaves["traj"].shape[-1]) // 150).expand_as(leaves["traj"]).int()
         check(carry, data, n_steps)
+
+
+@pytest.mark.parametrize("fewer", [2, 5])
+def test_an_empty_call_emits_what_a_smaller_n_no_longer_holds_back(fewer):
+    frames = rollout((2,), 9)
+    data = TensorDict({"value": frames["value"], "next": {key: frames[key] for key in ("reward", "done")}}, [2, 9])
+    transform, expected = (MultiStepTransform(6, GAMMA, backend=each) for each in ("triton", "reference"))
+    for each in (transform, expected):
+        each.inv(data), setattr(each, "n_steps", fewer)
+    out, other = transform.inv(data[:, :0]), expected.inv(data[:, :0])
+    assert out.shape == other.shape == (2, 6 - fewer)
+    torch.testing.assert_close(out["next"], other["next"])
+    assert torch.equal(frame_bytes(out["value"]), frame_bytes(other["value"]))
+
+
+def test_units_of_a_ring_are_counted_in_32_bits(monkeypatch):
+    """Of all its slots, as a place in it is counted from the first one on."""
+    data = rollout((2,), 3)
+    data["value"] = torch.zeros(2, 3, 7, dtype=torch.uint8)
+    carry = emitted_and_held(data, None, 8).carry
+    monkeypatch.setattr(launch, "MOST_UNITS", 2 * carry.capacity * 7 - 1)
+    with pytest.raises(RuntimeError, match=rf"at most {launch.MOST_UNITS} units of a leaf in a call, got"):
+        emitted_and_held(data, None, 8)
+
+
+def test_rows_without_elements_of_what_lies_ahead():
+    steps = torch.ones(2, 3, dtype=torch.int64)
+    assert launch.launch_gather_future(torch.zeros(2, 3, 0), steps).shape == (2, 3, 0)
 
 
 def test_more_frames_held_back_than_windows():
