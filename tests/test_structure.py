@@ -7,7 +7,8 @@ from rollouts import extend, make_rollout, window_ends
 from tensordict import NonTensorData, NonTensorStack, TensorDict, lazy_stack, tensorclass
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
 
-from multistep_triton import MultiStepTransform
+from multistep_triton import MultiStep, MultiStepTransform
+from multistep_triton.frames import Frames
 
 pytestmark = pytest.mark.usefixtures("path")
 
@@ -323,3 +324,26 @@ def test_gradients_flow_through_the_reference():
     transform.inv(data)["next", "reward"].sum().backward()
     assert not any(leaf.requires_grad for leaf in transform._carry.ring.leaves.values())
     assert reward.grad.tolist() == [[1.0, 1.5, 0.5, 0.0]]
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)])
+def test_no_rows_and_a_leaf_without_elements(shape):
+    next_ = {
+        "nothing": torch.zeros(*shape, 0),
+        "reward": torch.zeros(shape),
+        "done": torch.zeros(shape, dtype=torch.bool),
+    }
+    data = TensorDict({"next": next_}, shape)
+    out = MultiStepTransform(2, 0.9).inv(data)
+    assert out is None if shape[1] <= 2 else out.shape == (shape[0], shape[1] - 2)
+    assert MultiStep(0.9, 2)(data).shape == shape
+
+
+def test_what_is_found_out_about_a_layout_has_a_bound():
+    data = TensorDict({"next": {"reward": torch.zeros(4), "done": torch.zeros(4, dtype=torch.bool)}}, [4])
+    multi_step, layout = MultiStep(0.9, 2), Frames.read(data).layout
+    for i in range(300):
+        multi_step.mask_key = f"mask {i}"
+        multi_step(data)
+        assert len(layout._found) <= 256
+    assert Frames.read(data).layout is layout
