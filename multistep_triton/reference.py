@@ -1,7 +1,7 @@
 """The reference: n-step windows in eager PyTorch, on any device.
 
 It defines what is correct, verifies the kernels, and is the fast path on CPU. Owns the maths and nothing
-else: arguments arrive validated (by ``functional`` and ``base``), keys are opaque. May import ``task`` and ``ring``.
+else: arguments arrive validated (by ``functional`` and ``base``), keys are opaque. May import torch and ``ring``.
 
 Terms: a *boundary* is a frame after which nothing of its trajectory follows; the *window* of frame ``t`` is
 ``t .. e(t)``, ``e(t)`` the smallest of ``t + n - 1``, the first boundary at or after ``t``, and the last frame.
@@ -16,12 +16,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from multistep_triton.ring import Place, Ring, find_place
-from multistep_triton.task import Task
+
+if TYPE_CHECKING:
+    from multistep_triton.task import Task
 
 Leaves = dict[Hashable, Tensor]
 

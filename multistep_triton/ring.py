@@ -1,4 +1,4 @@
-"""Rings: where frames lie that are held back or stored. Owns which slot is whose, and no maths. May import ``task``."""
+"""Rings: where frames lie that are held back or stored. Owns which slot is whose, and no maths; imports torch only."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import functools
 import itertools
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from multistep_triton.task import Task
+if TYPE_CHECKING:
+    from multistep_triton.task import Task
 
 
 @functools.lru_cache(maxsize=1024)

@@ -608,8 +608,12 @@ class Stream:
         self.waited.append(other)
 
 
+@pytest.mark.usefixtures("path")
 def test_a_window_that_goes_on_on_another_stream(monkeypatch):
-    """The frames held back are of the one before: their memory is kept until what reads them is through."""
+    """The frames held back are of the one before: their memory is kept until what reads them is through.
+
+    And that of the ring which takes turns with theirs.
+    """
     one, other = Stream(), Stream()
     current, recorded = [one], []
     monkeypatch.setattr(frames_module, "current_stream", lambda leaves: current[0])
@@ -620,7 +624,8 @@ def test_a_window_that_goes_on_on_another_stream(monkeypatch):
     assert not recorded and not one.waited
 
     for use in (lambda: transform.inv(data[20:22]), transform.clone, transform.get_extra_state, transform.flush):
-        held, stream = transform._carry.ring.leaves.values(), transform._carry.stream
+        ring, stream = transform._carry.ring, transform._carry.stream
+        held = [*ring.leaves.values(), *ring.spare.values()]
         current[0] = other if stream is one else one
         use()
         assert {*current[0].waited} == {stream}
