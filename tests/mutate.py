@@ -25,7 +25,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 # What most of them are noticed by, in seconds.
 STREAMS = "tests/test_kernels.py::test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory"
-FIRST = ("tests/test_hand_computed.py", *(f"{STREAMS}[{seed}-False]" for seed in (0, 4, 8, 9, 11, 14, 16, 17, 18)))
+FIRST = (
+    "tests/test_hand_computed.py",
+    "tests/test_group_properties.py",
+    *(f"{STREAMS}[{seed}-False]" for seed in (0, 4, 8, 9, 11, 14, 16, 17, 18)),
+)
 TESTS = (
     "tests/test_indices.py",
     "tests/test_kernels.py",
