@@ -207,7 +207,7 @@ def test_rows_without_elements_of_what_lies_ahead():
 
 
 def test_more_frames_held_back_than_windows():
-    check(None, rollout((1,), 300, p=0.01), 1000)
+    check(None, rollout((1,), 2 * TILE + 1, p=0.01), 4 * TILE)
 
 
 def test_samples_with_an_n_of_their_own_of_several_pieces():
