@@ -74,7 +74,7 @@ class _Output(NamedTuple):
 
 
 def n_step_extend_verified(
-    carry: Ring | None, data: Mapping[Any, Tensor], task: Task, *, time_dim: int, **arguments: Any
+    carry: Ring | None, data: Mapping[Any, Tensor], task: Task, *, time_dim: int, n_steps: int, gamma: float, hold: bool
 ) -> tuple[Any, ...]:
     """Computes :func:`multistep_triton.dispatch.n_step_extend` twice.
 
@@ -86,7 +86,7 @@ def n_step_extend_verified(
     """
     from multistep_triton.kernels import launch
 
-    arguments["time_dim"] = time_dim
+    arguments: dict[str, Any] = {"time_dim": time_dim, "n_steps": n_steps, "gamma": gamma, "hold": hold}
     expected = reference.n_step_extend_reference(carry and carry.clone(), data, task, **arguments)
     held = {key: carry.pieces(key, time_dim) for key in data} if carry else {}
     read = {"frames held back": held, "data": {key: [leaf] for key, leaf in data.items()}}
@@ -94,7 +94,7 @@ def n_step_extend_verified(
     got = launch.launch_n_step_extend(carry, data, task, **arguments)
     for what, leaves in read.items():
         _check_unchanged(leaves, before[what], what)
-    call = _Call(carry, data, task, got[2], expected[2], time_dim, arguments["n_steps"], arguments["gamma"])
+    call = _Call(carry, data, task, got[2], expected[2], time_dim, n_steps, gamma)
     _check(call.outputs(got, expected), expected[2].ndim, call.window)
     return got
 
