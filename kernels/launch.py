@@ -145,14 +145,14 @@ def _launch(
     # In a stream as many frames come out as go in, and what is like these is the cheapest to make.
     alike = not picked and emitted == known - carried and inner == 1
 
-    def new(key: Hashable, features: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if alike and dtype == data[key].dtype:
-            return torch.empty_like(data[key])
-        return torch.empty(shape + features, dtype=dtype, device=device)
+    def new(wanted: list[tuple[Hashable, tuple[int, ...], torch.dtype]]) -> dict[Hashable, Tensor]:
+        if alike:
+            return {key: torch.empty_like(data[key], dtype=dtype) for key, _, dtype in wanted}
+        return {key: torch.empty(shape + features, dtype=dtype, device=device) for key, features, dtype in wanted}
 
     leaves = {} if every else {key: leaf for key, leaf in data.items() if key not in task.only_read}
-    leaves.update([(copy[0], new(*copy)) for copy in plan.copies])
-    returns = {each[0]: new(*each) for each in plan.returns}
+    leaves.update(new(plan.copies))
+    returns = new(plan.returns)
     steps = torch.empty(shape, dtype=torch.int64, device=device)
     discount, nonterminal = (torch.empty_like(steps, dtype=dtype) for dtype in (torch.float32, torch.bool))
     if not count and not held_rows:

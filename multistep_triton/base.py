@@ -15,7 +15,7 @@ from torch import Tensor
 from multistep_triton.arguments import Arguments
 from multistep_triton.checks import check_not_captured
 from multistep_triton.dispatch import Extension
-from multistep_triton.frames import Frames, Held, KeyPath, Layout
+from multistep_triton.frames import Frames, Held, KeyPath
 from multistep_triton.groups import Group, Windows, find_groups, n_step_extend_groups
 from multistep_triton.roles import (
     AUTO,
@@ -65,8 +65,7 @@ class MultiStepBase(Arguments):
             frames = Frames.read(data, without=self._roles_in(()).written)
             check_single_steps(frames.left_out)
         roles = self._roles_in(frames.leaves)
-        groups = find_groups(frames, roles)
-        places = self._places(groups, roles, frames.layout)
+        groups, places = self._groups_in(frames, roles)
         if carry is not None:
             frames.follow(carry.structure)
             carry.follow()
@@ -96,11 +95,15 @@ class MultiStepBase(Arguments):
             del held.leaves[kept]
         return emitted, frames.hold(held)
 
-    def _places(self, groups: Sequence[Group], roles: Roles, layout: Layout) -> list[Place]:
-        """Where windows are written."""
-        key = roles, self._match_reward_shape
-        places: list[Place] = layout.find(key, lambda: self._find_places(groups, roles, layout.kinds))
-        return places
+    def _groups_in(self, frames: Frames, roles: Roles) -> tuple[list[Group], list[Place]]:
+        """The groups of the entries, and where their windows are written."""
+
+        def find() -> tuple[list[Group], list[Place]]:
+            groups = find_groups(frames, roles)
+            return groups, self._find_places(groups, roles, frames.layout.kinds)
+
+        found: tuple[list[Group], list[Place]] = frames.layout.find((roles, self._match_reward_shape), find)
+        return found
 
     def _find_places(self, groups: Sequence[Group], roles: Roles, leaves: Container[KeyPath]) -> list[Place]:
         """Where windows are written.

@@ -202,16 +202,16 @@ class Frames:
     def build(self, leaves: Mapping[KeyPath, Tensor], batch_size: torch.Size) -> TensorDict:
         """A tensordict ``[*B, E]`` of this structure; ``leaves`` may hold more entries than were read."""
         # A group that nothing was read of may have been written to.
-        new = Node(None, (), None, self.nodes[()].device)
+        written = Node(None, (), None, self.nodes[()].device)
         built: dict[KeyPath, Any] = dict(leaves)
         for path in self.objects:
             built[path] = self._stack_objects(path, built[path])
         for path, entries in _arrange(tuple(self.nodes), tuple(leaves)):
-            node = self.nodes.get(path, new)
+            node = self.nodes.get(path, written)
             # The constructor would check every entry once more, a tenth of a small extend.
             shape = torch.Size((*batch_size, *node.tail)) if node.tail else batch_size
             held = {name: built[entry] for name, entry in entries}
-            each: Any = TensorDict._new_unsafe(held, shape, names=node.names, device=node.device)
+            each: Any = TensorDict._new_unsafe(held, shape, node.device, node.names, nested=False)
             built[path] = each if node.kind is None else cast(Any, node.kind).from_tensordict(each)
         return cast(TensorDict, built[()])
 

@@ -54,11 +54,6 @@ def find_groups(frames: Frames, roles: Roles) -> list[Group]:
         TypeError: one is of the wrong kind.
         ValueError: one has the wrong shape.
     """
-    groups: list[Group] = frames.layout.find(roles, lambda: _find_groups(frames, roles))
-    return groups
-
-
-def _find_groups(frames: Frames, roles: Roles) -> list[Group]:
     _check_entries(frames, roles)
     lead, leaves = frames.batch_size, frames.leaves
     flags: dict[KeyPath, list[KeyPath]] = {roles.done[:-1]: []}

@@ -19,7 +19,7 @@ from multistep_triton.arguments import Arguments
 from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_not_captured, check_steps
 from multistep_triton.frames import Frames, KeyPath
-from multistep_triton.groups import find_groups, n_step_sample_groups, steps_at
+from multistep_triton.groups import n_step_sample_groups, steps_at
 from multistep_triton.neighbours import check_mixing, check_transforms, facts_of
 from multistep_triton.ring import Samples
 from multistep_triton.roles import check_single_steps, with_saved
@@ -247,7 +247,7 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         self._check_neighbours()
         if self._checked != self._changes or not is_filled:
             frames = Frames.read(data, roles.written)
-            self._places(find_groups(frames, roles), roles, frames.layout)
+            self._groups_in(frames, roles)
             self._checked = self._changes
         self._check_room(data.numel() // (1 if time_dim is None else data.shape[time_dim]))
 
@@ -266,7 +266,7 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         frames, objects = Frames.read_storage(data, ndim, {*written, _INDEX} if indexed else written)
         check_single_steps(frames.left_out)
         roles = self._roles_in(frames.leaves)
-        groups = find_groups(frames, roles)
+        groups, places = self._groups_in(frames, roles)
         leaves = with_saved(frames.leaves, roles.saved_in(frames.leaves))
         indices = check_index(index, ndim, leaves[roles.done].device)
         shape = indices[0].shape
@@ -274,7 +274,6 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         extension, windows = n_step_sample_groups(
             samples, leaves, groups, n_steps=high, gamma=float(self._gamma), backend=self._backend
         )
-        places = self._places(groups, roles, frames.layout)
         entries: dict[KeyPath, Any] = self._output_leaves(extension, roles, groups, places, windows)
         if indexed:
             entries[_INDEX] = samples.indices[0]

@@ -37,7 +37,7 @@ class Ring:
 
     def __init__(
         self,
-        leaves: Mapping[Any, Tensor],
+        leaves: dict[Any, Tensor],
         first: int,
         count: int,
         capacity: int,
@@ -45,7 +45,7 @@ class Ring:
         free: bool = True,
         spare: Mapping[Any, Tensor] | None = None,
     ) -> None:
-        self.leaves = dict(leaves)
+        self.leaves = leaves
         self.first = first
         self.count = count
         self.capacity = capacity
@@ -53,7 +53,7 @@ class Ring:
         """Whether the frames of a slot lie side by side in memory, ``[C, *B, ...]``, and not those of a row."""
         self.free = free
         """Whether the slots that hold no frame may be written into."""
-        self.spare = dict(spare or {})
+        self.spare = spare or {}
         """Leaves of a ring before it, laid out alike, whose frames nobody asks for any more."""
 
     @classmethod
@@ -71,7 +71,7 @@ class Ring:
         return torch.is_inference_mode_enabled() or not any([leaf.is_inference() for leaf in mine])
 
     def with_leaves(
-        self, leaves: Mapping[Any, Tensor], free: bool = True, spare: Mapping[Any, Tensor] | None = None
+        self, leaves: dict[Any, Tensor], free: bool = True, spare: Mapping[Any, Tensor] | None = None
     ) -> Ring:
         """The same slots of other leaves."""
         return Ring(leaves, self.first, self.count, self.capacity, self.time_first, free, spare)
@@ -112,8 +112,7 @@ def lie_alike(
         The leaves, ``inner``, and how many inner environments, agents, share a mark or an id where these are expanded.
     """
     sizes = next(iter(data.values())).shape[:dims]
-    plain = all(map(Tensor.is_contiguous, data.values()))
-    if plain and not any(map(Tensor.is_neg, data.values())) and not any(map(Tensor.is_conj, data.values())):
+    if all([leaf.is_contiguous() and not leaf.is_neg() and not leaf.is_conj() for leaf in data.values()]):
         return data, math.prod(sizes[time_dim + 1 :]), 1
     data = {key: leaf.resolve_neg().resolve_conj() for key, leaf in data.items()}
     most = max(data.values(), key=Tensor.numel)
@@ -156,7 +155,7 @@ class Place(NamedTuple):
         return torch.empty_strided(sizes, strides, dtype=leaf.dtype, device=leaf.device)
 
     def ring(
-        self, leaves: Mapping[Any, Tensor], emitted: int, known: int, spare: Mapping[Any, Tensor] | None = None
+        self, leaves: dict[Any, Tensor], emitted: int, known: int, spare: Mapping[Any, Tensor] | None = None
     ) -> Ring:
         """The frames held back, from frame ``emitted`` on."""
         first = (self.first + emitted) % self.capacity

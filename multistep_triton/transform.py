@@ -181,6 +181,22 @@ class MultiStepTransform(MultiStepBase, Transform):
         self._checked: tuple[Any, ...] | None = None
         """What shared it with this transform when that was checked last."""
 
+    def inv(self, tensordict: TensorDictBase) -> TensorDict | None:
+        """The n-step transitions whose windows are known by now; ``[*B, T]`` frames in, which stay as they are.
+
+        Returns:
+            TensorDict: ``[*B, E]``, or None where all frames are held back.
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
+            >>> MultiStepTransform(n_steps=2, gamma=1.0).inv(frames)["next", "reward"]
+            tensor([2.])
+        """
+        # The frames are not modified, so they need not be copied before, as torchrl's does.
+        return self._inv_call(tensordict)
+
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDict | None:
         if self.parent is not None:
             raise ValueError(self.ENV_ERR)
@@ -200,7 +216,8 @@ class MultiStepTransform(MultiStepBase, Transform):
                     f"{self._n_steps + count - 1}: after n_steps was made smaller, extend with a batch of frames "
                     f"first, an empty one will do"
                 )
-            self._carry = held
+            # Without the search of torch.nn.Module for parameters of that name.
+            vars(self)["_carry"] = held
         if not count:
             return None
         return emitted.squeeze(-1) if single else emitted
