@@ -182,14 +182,12 @@ class Frames:
                 yield f"{path} must be {_describe(expected)}, got {_describe(got)}"
 
     def hold(self, ring: Ring) -> Held:
-        """Frames in a ring that are of this structure, with no more objects than they count into and no autograd graph.
+        """Frames in a ring that are of this structure, with no more objects than they count into.
 
         The leaves of the ring are replaced where that takes it.
         """
         time_dim, leaves = len(self.batch_size) - 1, ring.leaves
         structure = Frames(torch.Size((*self.batch_size[:-1], ring.count)), nodes=self.nodes, layout=self.layout)
-        if any([leaf.requires_grad for leaf in leaves.values()]):
-            leaves.update([(path, leaf.detach()) for path, leaf in leaves.items()])
         for path, objects in self.objects.items():
             structure.objects[path] = objects
             if len(objects) > 1:
@@ -255,8 +253,7 @@ class Held:
 
         The user sees neither their memory nor when it is freed.
         """
-        stream = current_stream(self.ring.leaves.values())
-        if stream is not None and stream != self.stream:
+        if self.stream is not None and (stream := current_stream(self.ring.leaves.values())) != self.stream:
             stream.wait_stream(self.stream)
             for leaf in (*self.ring.leaves.values(), *self.ring.spare.values()):
                 leaf.record_stream(stream)

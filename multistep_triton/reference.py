@@ -252,7 +252,8 @@ def _pad(value: Tensor, frames: int) -> Tensor:
 
 
 def _lay_out(pieces: list[Tensor], place: Place, time_dim: int) -> Tensor:
-    """Frames ``[*B, k, ...]`` one after the other from slot 0 on, in new memory."""
+    """Frames ``[*B, k, ...]`` one after the other from slot 0 on, in new memory and without an autograd graph."""
+    pieces = [piece.detach() if piece.requires_grad else piece for piece in pieces]
     if not place.time_first:
         return torch.cat(pieces, time_dim)
     leaf, at = place.empty(pieces[0], time_dim), 0
