@@ -217,7 +217,7 @@ class MultiStepTransform(MultiStepBase, Transform):
                     f"first, an empty one will do"
                 )
             # Without the search of torch.nn.Module for parameters of that name.
-            vars(self)["_carry"] = held
+            self.__dict__["_carry"] = held
         if not count:
             return None
         return emitted.squeeze(-1) if single else emitted
