@@ -81,6 +81,8 @@ def launch_n_step_extend(
     *lead, new = data[task.done_keys[0]].shape[: time_dim + 1]
     carried = carry.count if carry else 0
     known = carried + new
+    if carry and any([address % ALIGNMENT for address in map(Tensor.data_ptr, carry.leaves.values())]):
+        carry = carry.with_leaves({key: leaf.clone() for key, leaf in carry.leaves.items()}, carry.free)
     held, stay = next_ring(carry, data, task, new, n_steps, time_dim) if hold else (None, 0)
     emitted = known - (held.count if held else 0)
     counts = carried, known, emitted, known - emitted - stay, 0, max(new, 1)
