@@ -194,7 +194,8 @@ class MultiStepTransform(MultiStepBase, Transform):
             >>> MultiStepTransform(n_steps=2, gamma=1.0).inv(frames)["next", "reward"]
             tensor([2.])
         """
-        # The frames are not modified, so they need not be copied before, as torchrl's does.
+        # The frames are not modified, so they need not be copied before, as torchrl's does: a subclass that writes into
+        # what its _inv_call gets is to copy it.
         return self._inv_call(tensordict)
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDict | None:
