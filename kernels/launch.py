@@ -182,7 +182,7 @@ def _launch(
     carry_ring, (held_first, held_slots, held_inner) = _ring(carry, envs), _ring(held, envs)
     with _current(device):
         _run(
-            *(plan.compiled, windows.n_step_windows_kernel, (kind, len(limits), others)),
+            *(plan.compiled, windows.n_step_windows_kernel, (kind, len(index), len(limits), others)),
             -(-max(lanes, held_rows) // tile),
             *(dones, masks, ids, rewards, tuple({**returns, **widened}.values()), index, limits, others),
             *(steps, discount, nonterminal, lists, _powers(gamma, min(n_steps, 1 << longest.bit_length()), device)),

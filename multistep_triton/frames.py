@@ -248,6 +248,11 @@ class Held:
         """They were written just now."""
         self.stream = current_stream(self.ring.leaves.values())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is written on the stream that is current where it is made; streams themselves are not copied."""
+        self.follow()
+        return Held, (self.structure, self.ring)
+
     def follow(self) -> None:
         """Makes what is launched from now on come after what wrote the frames, on whatever stream either is.
 

@@ -94,7 +94,7 @@ class Stream:
         self.p_done = chance.choice([0.0, 0.1, 0.5])
         self.torchrl = torchrl
         """Whether rewards are what torchrl sums right: finite and, so that it can be compared closely, not negative."""
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
         self._name = ("agents",) if self.kind.agents else ()
 
     @property
@@ -164,15 +164,19 @@ class Stream:
         return data
 
     def _flags(self, shape: tuple[int, ...], p: float) -> Tensor:
-        return torch.rand(shape, generator=self._generator) < p
+        return torch.rand(shape, generator=self._generator, device="cpu") < p
 
     def _values(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Any bits."""
         count = torch.Size(shape).numel() * dtype.itemsize
-        return torch.randint(256, (count,), dtype=torch.uint8, generator=self._generator).view(dtype).view(shape)
+        return (
+            torch.randint(256, (count,), dtype=torch.uint8, generator=self._generator, device="cpu")
+            .view(dtype)
+            .view(shape)
+        )
 
     def _rewards(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        rewards = torch.randn(shape, generator=self._generator)
+        rewards = torch.randn(shape, generator=self._generator, device="cpu")
         if self.torchrl:
             return rewards.abs()
         if not dtype.is_floating_point:
@@ -208,9 +212,11 @@ def run_torchrl(seed: int, device: torch.device) -> Result:
     stream = Stream(seed, TORCHRL_KINDS, torchrl=True)
     frames = 0
     try:
-        for frames, difference in _beside_torchrl(stream, device):
-            if difference:
-                return Result(frames, f"stream {seed}, {stream.kind}, {difference}")
+        # torchrl's return is a convolution, which a GPU would otherwise compute of rounded operands.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for frames, difference in _beside_torchrl(stream, device):
+                if difference:
+                    return Result(frames, f"stream {seed}, {stream.kind}, {difference}")
     except Exception as error:  # another version of torchrl, or a device that it does not run on
         return Result(frames, f"stream {seed}, {stream.kind}: {type(error).__name__}: {error}")
     return Result(frames)

@@ -31,7 +31,8 @@ def run(code: str, **environment: str | None) -> subprocess.CompletedProcess[str
 
     Variables that are None are not set.
     """
-    variables = {name: value for name, value in {**os.environ, INTERPRET: None, **environment}.items() if value}
+    variables = {**os.environ, INTERPRET: None, **environment}
+    variables = {name: value for name, value in variables.items() if value is not None}
     if variables.get(INTERPRET):
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,11 @@ from multistep_triton import MultiStep, MultiStepTransform
 F, T = False, True
 
 
+def same(stored, expected):
+    """Wherever the storage is."""
+    return torch.equal(stored, expected.to(stored.device))
+
+
 @pytest.mark.usefixtures("path")
 def test_windows_are_cut_at_the_last_frame():
     transform = MultiStepTransform(3, 0.5)
@@ -106,8 +111,8 @@ def test_flush_into_stores_every_frame(make_buffer, storage, batch):
     assert len(indices) == rollout.batch_size[:-1].numel() * 4
     ends = window_ends(rollout["next", "done"].squeeze(-1), 4)
     stored = buffer[:]
-    assert torch.equal(stored["observation"], rollout["observation"])
-    assert torch.equal(stored["steps_to_next_obs"], ends - torch.arange(30) + 1)
+    assert same(stored["observation"], rollout["observation"])
+    assert same(stored["steps_to_next_obs"], ends - torch.arange(30) + 1)
     again = transform.flush_into(buffer)
     assert again.shape == (0, rollout.ndim)
     assert len(buffer) == rollout.numel()
@@ -122,7 +127,7 @@ def test_flush_into_a_list_storage_and_a_priority():
     buffer = ReplayBuffer(storage=ListStorage(100), transform=transform)
     buffer.extend(rollout)
     transform.flush_into(buffer)
-    assert torch.equal(torch.stack(buffer[:])["observation"], rollout["observation"])
+    assert same(torch.stack(buffer[:])["observation"], rollout["observation"])
 
 
 class Change(Transform):
@@ -148,7 +153,7 @@ def test_flush_into_applies_every_other_transform_once(nested):
     buffer = ReplayBuffer(storage=LazyTensorStorage(100, ndim=2), transform=Compose(*parts))
     buffer.extend(rollout)
     transform.flush_into(buffer)
-    assert torch.equal(buffer[:]["observation"], (rollout["observation"] + 1) * 2 + 10)
+    assert same(buffer[:]["observation"], (rollout["observation"] + 1) * 2 + 10)
     assert (before.seen, after.seen, last.seen) == (12, 12, 12)
     assert transform._carry is None
 
@@ -159,7 +164,7 @@ def test_flush_into_a_buffer_of_other_transforms_applies_them_all():
     buffer = ReplayBuffer(storage=LazyTensorStorage(100, ndim=2), transform=Change(lambda x: x + 10))
     buffer.extend(transform.inv(rollout))
     transform.flush_into(buffer)
-    assert torch.equal(buffer[:]["observation"], rollout["observation"] + 10)
+    assert same(buffer[:]["observation"], rollout["observation"] + 10)
 
 
 def test_flush_into_a_buffer_with_another_n_step_transform():
@@ -178,7 +183,7 @@ def test_flush_into_one_frame_of_each_environment():
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100, ndim=2), transform=transform)
     buffer.extend(rollout)
     assert len(transform.flush_into(buffer)) == 2
-    assert torch.equal(buffer[:]["observation"], rollout["observation"])
+    assert same(buffer[:]["observation"], rollout["observation"])
 
 
 def test_flush_into_updates_priorities_as_extend_does(monkeypatch):

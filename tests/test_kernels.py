@@ -221,6 +221,22 @@ def test_samples_with_an_n_of_their_own_of_several_pieces():
     assert torch.equal(out.leaves["value"], 10 + own - 1)
 
 
+def test_storages_of_other_dimensions_in_turn():
+    """The same entries: a kernel is compiled for as many indices as there are dimensions."""
+    data = rollout((), 24)
+    task = make_task(data, 1)
+    for lead in ((), (1,), (2,), (2, 3), (), (2, 3)):
+        slots = {key: leaf.view(-1, *lead, *leaf.shape[1:]) for key, leaf in data.items()}
+        frames = slots["done"].shape[0]
+        samples = Samples(torch.unravel_index(torch.arange(24), (frames, *lead)), frames - 1, frames)
+        out, expected = (
+            n_step_sample(samples, slots, task, n_steps=3, gamma=0.5, backend=each) for each in ("triton", "reference")
+        )
+        assert torch.equal(out.steps, expected.steps)
+        torch.testing.assert_close(out.returns["reward"], expected.returns["reward"])
+        assert torch.equal(frame_bytes(out.leaves["value"]), frame_bytes(expected.leaves["value"]))
+
+
 @pytest.mark.parametrize("n_steps", [3, 10, PIECE + 3])
 def test_a_return_is_the_same_to_the_bit_wherever_its_window_lies(n_steps):
     """In blocks, in calls, and where it is sampled."""

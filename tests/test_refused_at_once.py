@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -607,6 +608,9 @@ class Stream:
     def wait_stream(self, other):
         self.waited.append(other)
 
+    def __reduce__(self):
+        raise TypeError("cannot pickle 'torch.Stream' object")
+
 
 @pytest.mark.usefixtures("path")
 def test_a_window_that_goes_on_on_another_stream(monkeypatch):
@@ -623,14 +627,23 @@ def test_a_window_that_goes_on_on_another_stream(monkeypatch):
     transform.inv(data[10:20])
     assert not recorded and not one.waited
 
-    for use in (lambda: transform.inv(data[20:22]), transform.clone, transform.get_extra_state, transform.flush):
+    def pickled():
+        return pickle.loads(pickle.dumps(transform))
+
+    copies = [transform.clone, partial(copy.deepcopy, transform), pickled]
+    for use in (lambda: transform.inv(data[20:22]), *copies, transform.get_extra_state, transform.flush):
         ring, stream = transform._carry.ring, transform._carry.stream
         held = [*ring.leaves.values(), *ring.spare.values()]
         current[0] = other if stream is one else one
-        use()
+        used = use()
         assert {*current[0].waited} == {stream}
         assert {*recorded} == {(leaf.data_ptr(), current[0]) for leaf in held}
         current[0].waited.clear(), recorded.clear()
+        if use in copies:
+            # What was copied was written where the copy was made.
+            assert used._carry.stream is current[0]
+            assert (used.inv(data[20:22]) == copy.deepcopy(transform).inv(data[20:22])).all()
+            current[0].waited.clear(), recorded.clear()
 
 
 def test_while_a_graph_is_captured(monkeypatch):

@@ -85,15 +85,16 @@ def places(leaves):
 
 @pytest.mark.parametrize("done_at", ["start", "end"])
 def test_long_calls_on_the_kernels_write_into_two_rings_in_turn(done_at):
-    rollout, seen, outs = stream(90), [], []
-    transform = MultiStepTransform(N_STEPS, GAMMA, backend="triton", done_at=done_at)
+    seen, outs = [], []
     with kernels():
+        rollout, transform = stream(90), MultiStepTransform(N_STEPS, GAMMA, backend="triton", done_at=done_at)
         for part in rollout.split([10, 10, 6, 5, 16, 13, 10, 20], 1):
             outs.append(transform.inv(part))
             seen.append(places(transform._carry.ring.leaves))
     assert seen[2:] == [seen[0], seen[1]] * 3
     assert not {*seen[0].values()} & {*seen[1].values()}
-    out, expected = torch.cat(outs, 1), MultiStepTransform(N_STEPS, GAMMA, done_at=done_at).inv(rollout)
+    expected = MultiStepTransform(N_STEPS, GAMMA, backend="reference", done_at=done_at).inv(rollout)
+    out = torch.cat(outs, 1)
     torch.testing.assert_close(out.pop("next"), expected.pop("next"))
     assert equal(out, expected)
 
@@ -113,12 +114,12 @@ def test_long_calls_on_the_kernels_write_into_two_rings_in_turn(done_at):
 def test_whatever_becomes_of_the_two_rings(calls):
     """Calls that fail after they wrote, that are copied, saved, of another n or another backend, on the kernels."""
     frames = sum(count for count, _, _ in calls)
-    rollout = stream(frames)
-    rollout["next", "reward"] = torch.randint(9, (2, frames, 1)).float()
     make = partial(MultiStepTransform, N_STEPS, 0.5, done_at="end")
     transform, model = (make(backend=each) for each in ("triton", "reference"))
-    parts = rollout.split([count for count, _, _ in calls], 1)
     with kernels(), pytest.MonkeyPatch.context() as patch:
+        rollout = stream(frames)
+        rollout["next", "reward"] = torch.randint(9, (2, frames, 1)).float()
+        parts = rollout.split([count for count, _, _ in calls], 1)
         for part, (_, n_steps, event) in zip(parts, calls, strict=True):
             transform.n_steps = model.n_steps = n_steps
             transform.backend = "reference" if event == "another backend" else "triton"
@@ -149,9 +150,9 @@ def test_whatever_becomes_of_the_two_rings(calls):
 )
 def test_copies_of_a_transform_do_not_write_into_each_others_frames(duplicate, backend):
     frames = 40 if backend == "reference" else 24
-    rollout, other = stream(frames), stream(41)[:, :frames]
     first = MultiStepTransform(N_STEPS, GAMMA, backend=backend)
     with kernels() if backend == "triton" else reference_reading("joined"):
+        rollout, other = stream(frames), stream(41)[:, :frames]
         begin = one_by_one(first, rollout[:, :13])
         second = duplicate(first)
         outs = []

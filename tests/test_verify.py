@@ -396,7 +396,7 @@ def ring_of_eight(**arguments):
         n_steps=N_STEPS,
         gamma=GAMMA,
         backend="verify",
-        storage=LazyTensorStorage(16, ndim=2),
+        storage=LazyTensorStorage(16, ndim=2, device=torch.get_default_device()),
         sampler=SamplerWithoutReplacement(shuffle=False),
         batch_size=16,
         **arguments,
