@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from multistep_triton.kernels import rows, windows
-from multistep_triton.ring import Ring, Samples, lie_alike, next_ring
+from multistep_triton.ring import Ring, Samples, lie_alike, next_ring, strides_in_order
 from multistep_triton.task import Task
 
 # Which addresses are multiples of 16 is compiled into a kernel. Rows are counted in 31 bits, units of a leaf in 32.
@@ -145,15 +145,14 @@ def _launch(
     # In a stream as many frames come out as go in, and what is like these is the cheapest to make.
     alike = not picked and emitted == known - carried and inner == 1
 
-    def new(wanted: list[tuple[Hashable, tuple[int, ...], torch.dtype]]) -> dict[Hashable, Tensor]:
-        if alike:
-            return {key: torch.empty_like(data[key], dtype=dtype) for key, _, dtype in wanted}
-        return {key: torch.empty(shape + features, dtype=dtype, device=device) for key, features, dtype in wanted}
-
     leaves = {} if every else {key: leaf for key, leaf in data.items() if key not in task.only_read}
-    leaves.update(new(plan.copies))
-    returns = new(plan.returns)
-    steps = torch.empty(shape, dtype=torch.int64, device=device)
+    if alike:
+        leaves.update([(key, torch.empty_like(data[key])) for key, _, _ in plan.copies])
+        returns = {key: torch.empty_like(data[key], dtype=dtype) for key, _, dtype in plan.returns}
+    else:
+        leaves.update({key: torch.empty(shape + f, dtype=dtype, device=device) for key, f, dtype in plan.copies})
+        returns = {key: torch.empty(shape + f, dtype=dtype, device=device) for key, f, dtype in plan.returns}
+    steps = torch.empty_strided(shape, strides_in_order(shape), dtype=torch.int64, device=device)
     discount = torch.empty_like(steps, dtype=torch.float32)
     nonterminal = torch.empty_like(steps, dtype=torch.bool)
     if not count and not held_rows:
@@ -176,7 +175,7 @@ def _launch(
     # Half as many windows a program where each takes more registers.
     tile = windows.TILE // 2 if longest > 1 << piece or masks or ids else windows.TILE
     lanes = (count if picked else envs * blocks) << levels
-    lists = torch.empty((2 * count + held_rows if plan.copies else 0,), dtype=torch.int32, device=device)
+    lists = steps.new_empty(2 * count + held_rows if plan.copies else 0, dtype=torch.int32)
     where = 1 < inner < envs, picked is not None
     kind = levels, piece, longest > 1 << piece, inner > 1 and not picked, picked is not None, where, bool(plan.copies)
     carry_ring, (held_first, held_slots, held_inner) = _ring(carry, envs), _ring(held, envs)

@@ -112,7 +112,8 @@ def lie_alike(
         The leaves, ``inner``, and how many inner environments, agents, share a mark or an id where these are expanded.
     """
     sizes = next(iter(data.values())).shape[:dims]
-    if all([leaf.is_contiguous() and not leaf.is_neg() and not leaf.is_conj() for leaf in data.values()]):
+    every = data.values()
+    if all(map(Tensor.is_contiguous, every)) and not any([*map(Tensor.is_neg, every), *map(Tensor.is_conj, every)]):
         return data, math.prod(sizes[time_dim + 1 :]), 1
     data = {key: leaf.resolve_neg().resolve_conj() for key, leaf in data.items()}
     most = max(data.values(), key=Tensor.numel)

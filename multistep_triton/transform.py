@@ -271,6 +271,8 @@ class MultiStepTransform(MultiStepBase, Transform):
 
         A copy that belongs to none, such as a worker's, becomes that of the buffer which calls it.
         """
+        if not calling and self._owner is None:
+            return
         roles = self._roles_in(())
         check_mixing(calling, roles.rewards, roles.dones, self._done_at)
         buffer, caller = self._find_owner(), using_buffer(calling, self)
