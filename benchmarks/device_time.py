@@ -62,7 +62,13 @@ def rows_of(case: Case, operation: str, device: torch.device) -> list[dict[str, 
         if not applies(contender, operation, case) or contender.name == COMPILED:
             continue
         subject, verdict = prepare(contender, case, operation, rollout, {})
-        row = {"case": str(case), "operation": operation, "contender": contender.name, "status": verdict["status"]}
+        row = {
+            "case": str(case),
+            "row bytes": case.row_bytes,
+            "operation": operation,
+            "contender": contender.name,
+            "status": verdict["status"],
+        }
         if subject:
             launches, times = kernels_of(subject, rollout)
             out = memory_of(subject.transitions([subject.call(rollout)]))

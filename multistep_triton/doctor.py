@@ -46,6 +46,8 @@ def run(*, streams: int, seed: int, as_json: bool) -> int:
     devices = [CPU, *_accelerators()]
     versions = {"python": platform.python_version(), "multistep_triton": __version__}
     versions.update({name: _version(name) for name in PACKAGES})
+    # Its metadata leave out for which CUDA or ROCm it was built.
+    versions["torch"] = torch.__version__
     report: dict[str, Any] = {
         "versions": versions,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},

@@ -73,9 +73,10 @@ def kernels():
 
             patch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, debug=True))
         patch.setenv(BACKEND_VARIABLE, "triton")
+        torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(())  # with the first tensor torch notes which functions heed that: those that are not patched yet
         for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, poisoned(getattr(torch, name)))
-        torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             yield
         finally:

@@ -237,8 +237,9 @@ def test_every_frame_is_the_loop_after_every_call(run):
 @settings(max_examples=settings().max_examples // 40)
 @given(runs(most_slots=5))
 def test_every_frame_is_the_loop_with_the_kernels(run):
+    capacity, stream, *others = run
     with kernels():
-        check_run(*run[:4], every=False)
+        check_run(capacity, stream.to(torch.get_default_device()), *others[:2], every=False)
 
 
 CASES = {
@@ -535,7 +536,8 @@ def test_every_agent_has_its_own_windows(unsqueezed, size):
         done_key=("agents", "done"),
         done_keys=[("agents", "done"), ("agents", "terminated"), "done"],
     )
-    of_agents, of_all = Ring(alone, 6), Ring(shared, 6)
+    # A flag that is called as one of the done keys is ends what is in its group.
+    of_agents, of_all = Ring(alone, 6), Ring(shared, 6, done_keys=("done", "terminated"))
     for cut in (4, 7):
         of_agents.take(cut), of_all.take(cut)
         buffer.extend(data[:, of_all.written - cut : of_all.written].clone())
