@@ -1,5 +1,9 @@
 """What only a GPU can show: no synchronization, launches as the profiler counts them, CUDA graphs, other devices."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from rollouts import make_rollout
@@ -11,6 +15,11 @@ from multistep_triton.backends import resolve_backend
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+# What torch says of its own tools.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in ("Synchronization debug mode is a prototype", "The CUDA Graph is empty")
+]
 N_STEPS = [3, 20]
 KERNELS = ["n_step_windows_kernel", "n_step_rows_kernel"]
 
@@ -117,6 +126,36 @@ def test_a_window_that_goes_on_on_another_stream():
         same(out, expected.inv(part))
 
 
+def through_a_file(transform, device):
+    file = io.BytesIO()
+    torch.save(transform.state_dict(), file)
+    file.seek(0)
+    other = MultiStepTransform(1, 0.5)
+    other.load_state_dict(torch.load(file, map_location=device))
+    return other.to(device)
+
+
+DUPLICATES = {
+    "deep copy": lambda transform, device: copy.deepcopy(transform).to(device),
+    "pickle": lambda transform, device: pickle.loads(pickle.dumps(transform)).to(device),
+    "clone": lambda transform, device: transform.clone().to(device),
+    "state": through_a_file,
+}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES)
+def test_a_stream_goes_on_in_a_copy_here_or_on_the_cpu(duplicate, device):
+    transform, expected = MultiStepTransform(3, 0.97), MultiStepTransform(3, 0.97)
+    first, then = make_rollout((16,), 40).split([25, 15], -1)
+    transform.inv(first.cuda()), expected.inv(first)
+    other = duplicate(transform, device)
+    out, theirs = other.inv(then.to(device)), expected.inv(then)
+    assert {leaf.device.type for leaf in out.values(True, True)} == {device}
+    same(out, theirs)
+    same(transform.inv(then.cuda()), theirs)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_a_device_that_is_not_the_current_one():
     ours, expected = MultiStepTransform(3, 0.97), MultiStepTransform(3, 0.97)
@@ -142,6 +181,24 @@ def buffer_on(device, n_steps=3, slots=20, sampler=None, **arguments):
     for part in make_rollout((16,), 33).split([15, 1, 17], -1):
         buffer.extend(part.to(device))
     return buffer
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda buffer: pickle.loads(pickle.dumps(buffer))])
+def test_a_copy_of_a_buffer(duplicate):
+    buffer = buffer_on("cuda", sampler=SamplerWithoutReplacement(shuffle=False))
+    same(duplicate(buffer).sample(320), buffer.sample(320))
+
+
+def test_buffers_of_other_dimensions_in_one_process():
+    for batch in ((), (4,), (2, 2), ()):
+        rollout, samples = make_rollout(batch, 12), []
+        for device in ("cuda", "cpu"):
+            storage = LazyTensorStorage(rollout.numel(), ndim=rollout.ndim, device=device)
+            sampler = SamplerWithoutReplacement(shuffle=False)
+            buffer = NStepReplayBuffer(n_steps=3, gamma=0.97, storage=storage, sampler=sampler)
+            buffer.extend(rollout.to(device))
+            samples.append(buffer.sample(rollout.numel()))
+        same(*samples)
 
 
 @pytest.mark.parametrize("n_steps", N_STEPS)
