@@ -1,8 +1,8 @@
-"""What a GPU takes for a call: the kernels it runs, and how long each of them does, as the profiler tells it.
+"""What a GPU takes for a call: how many kernels it runs and for how long, as the profiler tells it, each of ours apart.
 
 Usage: ``python -m benchmarks.device_time --out DIR``; needs a GPU. Time of the host is not in it. What is measured has
-passed the gate. Inputs are the same in every call: those of the first cases are several times the second-level cache,
-the small ones stay in it.
+passed the gate. Inputs are the same in every call: those of the first cases, with what comes out, do not fit in the
+second-level cache, the small ones stay in it.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ def rows_of(case: Case, operation: str, device: torch.device) -> list[dict[str, 
 def main(arguments: list[str] | None = None) -> None:
     parser = command(__doc__, seconds=None)
     options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() or not options.device.startswith("cuda"):
+        parser.error(f"--device must be a GPU that is there, got {options.device}")
     set_up()
     device = torch.empty(0, device=options.device).device
     machine = about(device)
