@@ -66,6 +66,15 @@ def prepare(
     return subject, {"status": "ok", "note": "; ".join(notes)}
 
 
+def bytes_of(subject: Subject, rollout: TensorDict) -> tuple[int, int]:
+    """Bytes that a call reads and writes, of a rollout or, of a sample, as many of rows as come out."""
+    transitions = subject.transitions([subject.call(rollout)])
+    written = memory_of(transitions)
+    if subject.store:
+        return written, written
+    return memory_of(rollout), written * rollout.numel() // transitions.numel()
+
+
 def compare(
     case: Case,
     operation: str,
@@ -92,13 +101,7 @@ def compare(
             time = times[name]
             if subject.counted:
                 row |= cost(partial(subject.call, rollout), rollout.device)._asdict()
-            transitions = subject.transitions([subject.call(rollout)])
-            written = memory_of(transitions)
-            if subject.store:
-                # As many rows are read as come out.
-                read = written
-            else:
-                read, written = memory_of(rollout), written * rollout.numel() // transitions.numel()
+            read, written = bytes_of(subject, rollout)
             row |= {
                 "median_ms": time.median * 1e3,
                 "iqr_ms": time.iqr * 1e3,

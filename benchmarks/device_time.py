@@ -7,20 +7,23 @@ second-level cache, the small ones stay in it.
 
 from __future__ import annotations
 
-from collections import Counter
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from tensordict import TensorDict
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import PIXELS, Case, make_rollout
-from benchmarks.compare import prepare
-from benchmarks.contenders import CLONE, COMPILED, CONTENDERS, GATHERS, SAMPLE, TRANSFORM, Subject, applies
+from benchmarks.compare import bytes_of, prepare
+from benchmarks.contenders import COMPILED, CONTENDERS, FLOORS, SAMPLE, TRANSFORM, Subject, applies
 from benchmarks.machine import about, sentence
-from benchmarks.measure import command, memory_of, set_up
+from benchmarks.measure import set_up
 from benchmarks.report import table
 
 CASES = [
@@ -34,11 +37,11 @@ CASES = [
     Case("sampling", 1024, 64, 0.01, 3, 64, 2048),
 ]
 CALLS = 10
-FLOORS = {TRANSFORM: CLONE, SAMPLE: GATHERS}
+OURS = ("n_step_windows_kernel", "n_step_rows_kernel")
 
 
-def kernels_of(subject: Subject, rollout: TensorDict) -> tuple[Counter[str], Counter[str]]:
-    """How often a call runs each kernel, and for how many microseconds in all; means of ``CALLS``."""
+def kernels_of(subject: Subject, rollout: TensorDict) -> list[FunctionEvent]:
+    """What the GPU ran in ``CALLS`` calls."""
     for _ in range(3):
         subject.call(rollout)
     torch.cuda.synchronize()
@@ -46,18 +49,18 @@ def kernels_of(subject: Subject, rollout: TensorDict) -> tuple[Counter[str], Cou
         for _ in range(CALLS):
             subject.call(rollout)
         torch.cuda.synchronize()
-    launches: Counter[str] = Counter()
-    times: Counter[str] = Counter()
-    for event in profiler.events():
-        if event.device_type == DeviceType.CUDA:
-            launches[event.name] += 1
-            times[event.name] += event.time_range.elapsed_us()
-    return launches, times
+    return [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
 
 
-def rows_of(case: Case, operation: str, device: torch.device) -> list[dict[str, Any]]:
+def microseconds(kernels: Iterable[FunctionEvent]) -> float:
+    """Those of one call."""
+    return sum(kernel.time_range.elapsed_us() for kernel in kernels) / CALLS
+
+
+def rows_of(case: Case, device: torch.device) -> list[dict[str, Any]]:
     """One row per contender."""
-    rollout, rows = make_rollout(case, device), []
+    operation = SAMPLE if case.kind == "sampling" else TRANSFORM
+    rollout, rows, floor = make_rollout(case, device), [], float("nan")
     for contender in CONTENDERS:
         if not applies(contender, operation, case) or contender.name == COMPILED:
             continue
@@ -68,31 +71,29 @@ def rows_of(case: Case, operation: str, device: torch.device) -> list[dict[str, 
             "operation": operation,
             "contender": contender.name,
             "status": verdict["status"],
+            "us": float("nan"),
         }
         if subject:
-            launches, times = kernels_of(subject, rollout)
-            out = memory_of(subject.transitions([subject.call(rollout)]))
-            moved = out + (out if operation == SAMPLE else memory_of(rollout))
-            took = sum(times.values()) / CALLS
-            row |= {"launches": launches.total() // CALLS, "us": took, "GB/s": moved / took / 1e3}
-            ours = [name for name in ("n_step_windows_kernel", "n_step_rows_kernel") if name in times]
-            row["windows + rows, us"] = " + ".join(f"{times[name] / CALLS:.1f}" for name in ours)
+            kernels = kernels_of(subject, rollout)
+            row["us"], row["launches"] = microseconds(kernels), len(kernels) // CALLS
+            row["GB/s"] = sum(bytes_of(subject, rollout)) / row["us"] / 1e3
+            ours = [[kernel for kernel in kernels if kernel.name == name] for name in OURS]
+            row["windows + rows, us"] = " + ".join(f"{microseconds(each):.1f}" for each in ours if each)
+            floor = row["us"] if contender.name in FLOORS else floor
         rows.append(row)
-    floor = next((row["us"] for row in rows if row["contender"] == FLOORS[operation] and "us" in row), float("nan"))
-    return [row | {"this / floor": row.get("us", float("nan")) / floor} for row in rows]
+    return [row | {"this / floor": row["us"] / floor} for row in rows]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = command(__doc__, seconds=None)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(".benchmarks"), metavar="DIR")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available() or not options.device.startswith("cuda"):
-        parser.error(f"--device must be a GPU that is there, got {options.device}")
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here")
     set_up()
-    device = torch.empty(0, device=options.device).device
+    device = torch.device("cuda")
     machine = about(device)
-    rows = pd.DataFrame(
-        [row for case in CASES for row in rows_of(case, SAMPLE if case.kind == "sampling" else TRANSFORM, device)]
-    )
+    rows = pd.DataFrame([row for case in CASES for row in rows_of(case, device)])
     text = "\n\n".join(
         (
             "# Time on the GPU",
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{device.type}-device-time.md").write_text(text + "\n")
+    (options.out / "cuda-device-time.md").write_text(text + "\n")
     print(text)
 
 

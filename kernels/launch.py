@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from multistep_triton.kernels import rows, windows
-from multistep_triton.ring import Ring, Samples, lie_alike, next_ring, strides_in_order
+from multistep_triton.ring import Ring, Samples, lie_alike, next_ring
 from multistep_triton.task import Task
 
 # Which addresses are multiples of 16 is compiled into a kernel. Rows are counted in 31 bits, units of a leaf in 32.
@@ -152,7 +152,7 @@ def _launch(
     else:
         leaves.update({key: torch.empty(shape + f, dtype=dtype, device=device) for key, f, dtype in plan.copies})
         returns = {key: torch.empty(shape + f, dtype=dtype, device=device) for key, f, dtype in plan.returns}
-    steps = torch.empty_strided(shape, strides_in_order(shape), dtype=torch.int64, device=device)
+    steps = torch.empty(shape, dtype=torch.int64, device=device)
     discount = torch.empty_like(steps, dtype=torch.float32)
     nonterminal = torch.empty_like(steps, dtype=torch.bool)
     if not count and not held_rows:
@@ -175,7 +175,7 @@ def _launch(
     # Half as many windows a program where each takes more registers.
     tile = windows.TILE // 2 if longest > 1 << piece or masks or ids else windows.TILE
     lanes = (count if picked else envs * blocks) << levels
-    lists = steps.new_empty(2 * count + held_rows if plan.copies else 0, dtype=torch.int32)
+    lists = torch.empty((2 * count + held_rows if plan.copies else 0,), dtype=torch.int32, device=device)
     where = 1 < inner < envs, picked is not None
     kind = levels, piece, longest > 1 << piece, inner > 1 and not picked, picked is not None, where, bool(plan.copies)
     carry_ring, (held_first, held_slots, held_inner) = _ring(carry, envs), _ring(held, envs)

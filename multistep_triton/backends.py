@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
 import os
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
@@ -42,7 +41,6 @@ _REWARDS = frozenset(
         *("float16", "bfloat16", "float32", "float64"),
     )
 )
-_device_of, _requires_grad = operator.attrgetter("device"), operator.attrgetter("requires_grad")
 _ON_CPU = Choice("reference", "the tensors are on the CPU, where it is the fast one")
 _ON_ACCELERATOR = Choice("triton", "the tensors are where Triton runs")
 _told: set[Choice] = set()
@@ -99,14 +97,13 @@ def _obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str | N
     device_type, obstacle = _triton_device_type()
     if device_type is None:
         return obstacle
-    # Without a line of Python for each tensor.
-    devices = set(map(_device_of, tensors))
+    devices = {tensor.device for tensor in tensors}
     for device in devices:
         if device.type != device_type:
             return f"a tensor is on {device}, and {obstacle}. Move all to one {device_type} device"
     if device_type != "cpu" and len(devices) > 1:
         return "the tensors are on several devices. Move them to one"
-    if torch.is_grad_enabled() and any(map(_requires_grad, tensors)):
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
         return "a tensor requires grad, and the kernels have no backward pass. Detach it or use torch.no_grad()"
     if is_transformed():
         return (

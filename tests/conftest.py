@@ -91,6 +91,13 @@ def reference_reading(how):
         yield
 
 
+@pytest.fixture
+def where(request):
+    """The context that a test is given as its parameter, which runs within it."""
+    with request.param():
+        yield request.param
+
+
 @pytest.fixture(scope="module", params=JOINED)
 def read(request):
     """Both ways in which the reference reads carry and data, whatever the size of the data."""

@@ -109,15 +109,10 @@ def test_every_group_is_as_if_alone_with_the_kernels(herd):
         check_every_group_is_as_if_alone(*herd)
 
 
-@pytest.mark.parametrize("where", [nullcontext, kernels], ids=["reference", "kernels"])
+@pytest.mark.parametrize("where", [nullcontext, kernels], ids=["reference", "kernels"], indirect=True)
 @pytest.mark.parametrize("primary", [None, "red", "blue"])
 @pytest.mark.parametrize("n_steps", [1, 3, 9])
 def test_groups_that_are_sampled(n_steps, primary, where):
-    with where():
-        check_groups_that_are_sampled(n_steps, primary)
-
-
-def check_groups_that_are_sampled(n_steps, primary):
     names = ["red", "blue"]
     data, alone = herd((2,), 20, names, 0)
     data["number"] = torch.arange(40).view(2, 20)
@@ -212,12 +207,8 @@ def test_masks_and_ids_of_agents_that_lie_in_other_ways(lie, time_major):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@kernels()
 def test_what_agents_share_ends_where_any_does_when_it_is_sampled(backend):
-    with kernels() if backend == "triton" else nullcontext():
-        check_what_agents_share(backend)
-
-
-def check_what_agents_share(backend):
     frames, done = 8, torch.zeros(8, 2, 1, dtype=torch.bool)
     done[3, 1] = True
     team = {"reward": torch.arange(8.0), "done": done, "observation": torch.arange(8)}
@@ -239,6 +230,6 @@ def check_what_agents_share(backend):
     # Frame 3 is done for an agent, frame 6 is padding, which follows frame 5, and frame 7 is the newest.
     assert out["nonterminal"].tolist() == [True, True, True, False, True, False, False, False]
     assert out["steps_to_next_obs"].tolist() == [3, 3, 2, 1, 2, 1, 1, 1]
-    expected = MultiStep(0.5, 3, mask_key="mask", **keys)(data)["team"]
+    expected = MultiStep(0.5, 3, backend="reference", mask_key="mask", **keys)(data)["team"]
     assert torch.equal(out["nonterminal"], expected["nonterminal"])
     assert torch.equal(out["steps_to_next_obs"], expected["steps_to_next_obs"])

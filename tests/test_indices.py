@@ -15,7 +15,7 @@ from multistep_triton.ring import Samples
 from multistep_triton.task import Task
 from multistep_triton.verify import different_bits
 
-where = pytest.mark.parametrize("where", [nullcontext, kernels], ids=["reference", "kernels"])
+where = pytest.mark.parametrize("where", [nullcontext, kernels], ids=["reference", "kernels"], indirect=True)
 
 
 def filled(batch=(), cuts=(8, 3), **arguments):
@@ -43,13 +43,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
 def test_what_is_sampled_lies_where_the_index_says(batch, kind, dtype, where):
-    with where():
-        check_index(batch, KINDS[kind], dtype)
-
-
-def check_index(batch, kind, dtype):
     slots, envs = torch.tensor([3, 0, 7, 0], dtype=dtype), torch.tensor([1, 0, 0, 1], dtype=dtype)
-    drawn = kind(slots) if not batch else (kind(slots), kind(envs))
+    drawn = KINDS[kind](slots) if not batch else (KINDS[kind](slots), KINDS[kind](envs))
     buffer, ring = filled(batch, sampler=Drawn(drawn))
     stored = buffer.storage[(slots.long(), envs.long()) if batch else slots.long()]["number"]
     for n_steps in (3, (1, 4)):
@@ -64,11 +59,10 @@ def check_index(batch, kind, dtype):
 @where
 def test_indices_of_numpy(where):
     slots = np.array([3, 0, 7, 0], dtype=np.int32)
-    with where():
-        buffer, ring = filled(sampler=Drawn(slots))
-        sample = buffer.sample(4)
-        assert torch.equal(sample["number"], buffer.storage[torch.as_tensor(slots).long()]["number"])
-        assert_sampled(sample, ring)
+    buffer, ring = filled(sampler=Drawn(slots))
+    sample = buffer.sample(4)
+    assert torch.equal(sample["number"], buffer.storage[torch.as_tensor(slots).long()]["number"])
+    assert_sampled(sample, ring)
 
 
 @where
@@ -78,7 +72,7 @@ def test_on_a_cpu_an_index_of_no_frame_is_an_error(index, backend, where):
     if where is kernels and not INTERPRETED:
         pytest.skip("the kernels run on a GPU, where such an index is seen in what comes out")
     buffer, _ = filled(cuts=[3], sampler=Drawn(index), backend=backend)
-    with where(), pytest.raises(IndexError, match=r"a sampler must draw indices within 0 \.\. 2, got"):
+    with pytest.raises(IndexError, match=r"a sampler must draw indices within 0 \.\. 2, got"):
         buffer.sample(2)
 
 
