@@ -12,9 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
+from multistep_triton.carry import Carry, next_carry
 from multistep_triton.kernels import rows, windows
-from multistep_triton.ring import Ring, Samples, lie_alike, next_ring
-from multistep_triton.task import Task
+from multistep_triton.kernels.layout import lie_alike
+from multistep_triton.task import Keys, Results, Samples, Task
 
 # Which addresses are multiples of 16 is compiled into a kernel. Rows are counted in 31 bits, units of a leaf in 32.
 ALIGNMENT, MOST_ROWS, MOST_UNITS = 16, 2**31 - 1, 2**32 - 1
@@ -27,10 +28,10 @@ class _Plan(NamedTuple):
     """Key, features and dtype of each n-step return."""
     elements: tuple[int, ...]
     """Those of each."""
-    copies: list[tuple[Hashable, tuple[int, ...], torch.dtype]]
-    """Key, features and dtype of each leaf that is copied."""
-    order: list[Hashable]
-    """Those that have rows, the widest first."""
+    copies: list[tuple[Hashable, Hashable, tuple[int, ...], torch.dtype]]
+    """Of each output that is copied its key, that of its leaf, features and dtype."""
+    order: list[tuple[Hashable, Hashable]]
+    """Keys of output and leaf of those that have rows, the widest first."""
     units: tuple[tuple[Any, ...], ...]
     """How these are copied; see ``rows.units_of``."""
     widths: tuple[int, ...]
@@ -43,68 +44,57 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _plan(
-    task: Task, addresses: tuple[int, ...], every: bool, default_dtype: torch.dtype, device: torch.device
+    keys: Keys, addresses: tuple[int, ...], every: bool, default_dtype: torch.dtype, device: torch.device
 ) -> _Plan:
-    """The plan for leaves at such addresses; ``every`` one is copied, or those gathered."""
-    kind = {key: (features, dtype) for key, dtype, features in task.kinds}
-    units = {
-        key: rows.units_of(math.prod(features) * dtype.itemsize, address)
-        for (key, dtype, features), address in zip(task.kinds, addresses, strict=True)
-        if (every or key in task.gathered_keys) and key not in task.only_read
+    """The plan for leaves at such addresses; ``every`` output is copied, or those gathered."""
+    kinds = {
+        key: (features, dtype, rows.units_of(math.prod(features) * dtype.itemsize, address))
+        for (key, dtype, features), address in zip(keys.kinds, addresses, strict=True)
     }
-    order = sorted([key for key in units if units[key][2]], key=lambda key: -units[key][2])
-    returns = [(key, *kind[key]) for key in task.reward_keys]
+    copied = [output for output in keys.outputs if every or output[2]]
+    wide = sorted([each for each in copied if kinds[each[1]][2][2]], key=lambda each: -kinds[each[1]][2][2])
+    returns = [(key, *kinds[key][:2]) for key in keys.rewards]
     return _Plan(
         [(key, features, dtype if dtype.is_floating_point else default_dtype) for key, features, dtype in returns],
         tuple([math.prod(features) for _, features, _ in returns]),
-        [(key, *kind[key]) for key in units],
-        order,
-        tuple([units[key] for key in order]),
-        tuple([units[key][2] for key in order]),
-        tuple([key in task.gathered_keys for key in order]),
-        any(kind[key][1].is_complex for key in order),
+        [(out, key, *kinds[key][:2]) for out, key, _ in copied],
+        [(out, key) for out, key, _ in wide],
+        tuple([kinds[key][2] for _, key, _ in wide]),
+        tuple([kinds[key][2][2] for _, key, _ in wide]),
+        tuple([at_end for _, _, at_end in wide]),
+        any(kinds[key][1].is_complex for _, key, _ in wide),
         {},
     )
 
 
-def launch_n_step_extend(
-    carry: Ring | None,
-    data: Mapping[Hashable, Tensor],
-    task: Task,
-    *,
-    time_dim: int,
-    n_steps: int,
-    gamma: float,
-    hold: bool,
-) -> tuple[Any, ...]:
-    """Computes :func:`multistep_triton.dispatch.n_step_extend`."""
-    *lead, new = data[task.done_keys[0]].shape[: time_dim + 1]
+def n_step_extend(task: Task, carry: Carry | None, data: Mapping[Hashable, Tensor]) -> Results:
+    """Computes :func:`multistep_triton.engine.n_step_extend`."""
+    keys, n_steps, _, time_dim, hold = task
+    *lead, new = data[keys.done[0]].shape[: time_dim + 1]
     carried = carry.count if carry else 0
     known = carried + new
     if carry and any([address % ALIGNMENT for address in map(Tensor.data_ptr, carry.leaves.values())]):
-        carry = carry.with_leaves({key: leaf.clone() for key, leaf in carry.leaves.items()}, carry.free)
-    held, stay = next_ring(carry, data, task, new, n_steps, time_dim) if hold else (None, 0)
+        carry = carry.clone()
+    held, stay = next_carry(carry, data, keys.held, new, n_steps, time_dim) if hold else (None, 0)
     emitted = known - (held.count if held else 0)
     counts = carried, known, emitted, known - emitted - stay, 0, max(new, 1)
-    return *_launch(data, task, (*lead,), time_dim, carry, held, None, n_steps, gamma, counts), held
+    return _launch(task, data, (*lead,), carry, held, None, counts)
 
 
-def launch_n_step_sample(
-    samples: Samples, data: Mapping[Hashable, Tensor], task: Task, *, n_steps: int, gamma: float
-) -> tuple[Any, ...]:
-    """Computes :func:`multistep_triton.dispatch.n_step_sample`."""
+def n_step_sample(task: Task, samples: Samples, data: Mapping[Hashable, Tensor]) -> Results:
+    """Computes :func:`multistep_triton.engine.n_step_sample`."""
     live, count = samples.live, samples.indices[0].shape[0]
     _, *lead = next(iter(data.values())).shape[: len(samples.indices)]
     counts = 0, live, count, 0, (samples.newest + 1) % live, live
-    return _launch(data, task, (*lead,), 0, None, None, samples, n_steps, gamma, counts)
+    return _launch(task, data, (*lead,), None, None, samples, counts)
 
 
 @functools.lru_cache(maxsize=64)
 def _gather_plan(dtype: torch.dtype, features: tuple[int, ...], device: torch.device) -> _Plan:
-    return _plan(Task(((0, dtype, features),), ()), (0,), True, dtype, device)
+    return _plan(Keys(((0, dtype, features),), (), outputs=((0, 0, False),)), (0,), True, dtype, device)
 
 
-def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
+def gather_future(value: Tensor, steps: Tensor) -> Tensor:
     """Computes :func:`multistep_triton.gather_future`; a window that leaves its row is cut at the row's end."""
     value, steps = (_aligned(each.resolve_neg().resolve_conj().contiguous()) for each in (value, steps))
     gathered, count = torch.empty_like(value), steps.numel()
@@ -120,47 +110,44 @@ def launch_gather_future(value: Tensor, steps: Tensor) -> Tensor:
 
 
 def _launch(
-    data: Mapping[Hashable, Tensor],
     task: Task,
+    data: Mapping[Hashable, Tensor],
     lead: tuple[int, ...],
-    time_dim: int,
-    carry: Ring | None,
-    held: Ring | None,
+    carry: Carry | None,
+    held: Carry | None,
     picked: Samples | None,
-    n_steps: int,
-    gamma: float,
     counts: tuple[int, ...],
-) -> tuple[Any, ...]:
-    """Leaves, returns, steps, discount and nonterminal."""
+) -> Results:
+    keys, n_steps, gamma, time_dim, _ = task
     carried, known, emitted, count_held, first, slots = counts
     dims, device, envs = len(lead) + 1, next(iter(data.values())).device, math.prod(lead)
     shape = (emitted,) if picked else (*lead, emitted)
     count, held_rows = (emitted, 0) if picked else (envs * emitted, envs * count_held)
     if (most := max(count, envs * max(known, slots, *[ring.capacity for ring in (carry, held) if ring]))) > MOST_ROWS:
         raise RuntimeError(f"the kernels take at most {MOST_ROWS} frames in a call, got {most}")
-    data, inner, agents = lie_alike(data, dims, time_dim, task)
+    data, inner, agents = lie_alike(data, dims, time_dim, keys)
     every, addresses = picked is not None or held is not None, [leaf.data_ptr() % ALIGNMENT for leaf in data.values()]
-    plan = _plan(task, tuple(addresses), every, torch.get_default_dtype(), device)
+    plan = _plan(keys, tuple(addresses), every, torch.get_default_dtype(), device)
 
     # In a stream as many frames come out as go in, and what is like these is the cheapest to make.
     alike = not picked and emitted == known - carried and inner == 1
 
-    leaves = {} if every else {key: leaf for key, leaf in data.items() if key not in task.only_read}
+    leaves = {} if every else {out: data[key] for out, key, _ in keys.outputs}
     if alike:
-        leaves.update([(key, torch.empty_like(data[key])) for key, _, _ in plan.copies])
+        leaves.update([(out, torch.empty_like(data[key])) for out, key, _, _ in plan.copies])
         returns = {key: torch.empty_like(data[key], dtype=dtype) for key, _, dtype in plan.returns}
     else:
-        leaves.update({key: torch.empty(shape + f, dtype=dtype, device=device) for key, f, dtype in plan.copies})
+        leaves.update([(out, torch.empty(shape + f, dtype=dtype, device=device)) for out, _, f, dtype in plan.copies])
         returns = {key: torch.empty(shape + f, dtype=dtype, device=device) for key, f, dtype in plan.returns}
     steps = torch.empty(shape, dtype=torch.int64, device=device)
     discount = torch.empty_like(steps, dtype=torch.float32)
     nonterminal = torch.empty_like(steps, dtype=torch.bool)
     if not count and not held_rows:
-        return leaves, returns, steps, discount, nonterminal
+        return Results(leaves, returns, steps, discount, nonterminal, held)
 
     olds = carry.leaves if carry else data
-    dones, rewards = [tuple([(data[key], olds[key]) for key in keys]) for keys in (task.done_keys, task.reward_keys)]
-    masks, ids = [() if key is None else ((data[key], olds[key]),) for key in (task.mask_key, task.traj_key)]
+    dones, rewards = [tuple([(data[key], olds[key]) for key in of_kind]) for of_kind in (keys.done, keys.rewards)]
+    masks, ids = [() if key is None else ((data[key], olds[key]),) for key in (keys.mask, keys.traj)]
     widened: dict[Hashable, Tensor] = {}
     if windows.INTERPRETED:
         # The interpreter neither converts subnormal bfloat16 nor rounds to it.
@@ -192,13 +179,14 @@ def _launch(
         if plan.order:
             # Of the frames held back, those that do not lie there already.
             slot = (held_first + (held.count - count_held if held else 0)) % held_slots
-            held_leaves = held.leaves if held else leaves
-            jobs = [[each[key] for key in plan.order] for each in (data, olds, leaves, held_leaves)]
+            held_leaves = held.leaves if held else data
+            jobs = [[each[key] for _, key in plan.order] for each in (data, olds, held_leaves)]
+            jobs.insert(2, [leaves[out] for out, _ in plan.order])
             ring = slot * held_inner, held_slots * envs
             _copy_rows(plan, jobs, picked is None, lists, count, held_rows, carry_ring[1] * envs, *ring)
     for key, wide in widened.items():
         returns[key] = wide.to(torch.bfloat16)
-    return leaves, returns, steps, discount, nonterminal
+    return Results(leaves, returns, steps, discount, nonterminal, held)
 
 
 def _copy_rows(
@@ -234,7 +222,7 @@ def _powers(gamma: float, n_steps: int, device: torch.device) -> Tensor:
     return torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=torch.float64, device=device)
 
 
-def _ring(ring: Ring | None, envs: int) -> tuple[int, int, int]:
+def _ring(ring: Carry | None, envs: int) -> tuple[int, int, int]:
     """A ring's first slot, its slots, and how many environments are inner."""
     return (ring.first, ring.capacity, envs if ring.time_first else 1) if ring else (0, 1, 1)
 

@@ -6,11 +6,11 @@ Importing this package imports no Triton.
 from pathlib import Path as _Path
 
 from multistep_triton import operators as operators
+from multistep_triton.backends import EquivalenceError
 from multistep_triton.functional import NStepReturn, gather_future, n_step_return
 from multistep_triton.postproc import MultiStep
 from multistep_triton.replay_buffer import NStepReplayBuffer
 from multistep_triton.transform import MultiStepTransform
-from multistep_triton.verify import EquivalenceError
 
 __version__ = "0.1.0"
 __all__ = [

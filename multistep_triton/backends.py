@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from collections.abc import Collection, Hashable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,40 @@ class Choice(NamedTuple):
     why: str
     level: int = logging.INFO
     """How loudly to say so."""
+
+
+class EquivalenceError(RuntimeError):
+    """What ``backend="verify"`` says where a backend and the specification differ.
+
+    The message names the entry, the first frame that differs, both values and the tolerance, and shows the rewards,
+    flags and steps of the frame's window. After it the frames held back are those before the call.
+
+    Attributes:
+        key: the leaf's key, or ``"steps_to_next_obs"``, ``"nonterminal"`` or ``"gamma"``, the discount.
+        what: which tensor of that key: the n-step return of a reward, the leaf itself, or the leaf held back.
+        frame: indices ``(*b, t)`` of the first frame that differs, in that tensor; with a done flag per agent,
+            ``(*b, agent, t)``; of a sample, its number.
+        kernels, reference: the two values of the first element that differs there: that of the kernels or, where they
+            cannot run, of the fast path, and that of the specification.
+        tolerance: how far apart they may be; 0 where they must be equal.
+
+    Example:
+        >>> try:  # in place of a call with backend="verify"
+        ...     raise EquivalenceError("they differ", key="gamma", frame=(0, 21), kernels=0.75, reference=0.5)
+        ... except EquivalenceError as error:
+        ...     print(error.key, error.frame, error.kernels - error.reference)
+        gamma (0, 21) 0.25
+    """
+
+    def __init__(self, message: str, **attributes: Any) -> None:
+        super().__init__(message)
+        self.key: Hashable = None
+        self.what = ""
+        self.frame: tuple[int, ...] = ()
+        self.kernels: Any = None
+        self.reference: Any = None
+        self.tolerance = 0.0
+        self.__dict__.update(attributes)
 
 
 # What the kernels sum.
@@ -63,11 +97,11 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
     """The backend that runs on ``tensors``, of which ``rewards`` are summed.
 
     ``"auto"``, if the environment variable does not say otherwise, is Triton for tensors on an accelerator where
-    Triton can run, else the reference.
+    Triton can run, else the reference. ``"verify"`` always runs: where the kernels cannot, of the fast path.
 
     Raises:
         ValueError: the name, or the one in the environment variable, is none of ``BACKENDS``.
-        RuntimeError: ``"triton"``, which ``"verify"`` needs as well, cannot run.
+        RuntimeError: ``"triton"`` cannot run.
     """
     check_backend(backend)
     asker = f"backend={backend!r}"
@@ -78,9 +112,12 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
         return _asked_for(backend, asker)
     if backend == "auto" and all(tensor.is_cpu for tensor in tensors):
         return _ON_CPU
-    obstacle = _obstacle(tensors, rewards)
+    obstacle = find_obstacle(tensors, rewards)
     if obstacle is None:
         return _asked_for(backend, asker) if backend != "auto" else _ON_ACCELERATOR
+    if backend == "verify":
+        level = logging.INFO if all(tensor.is_cpu for tensor in tensors) else logging.WARNING
+        return Choice("verify", f"{asker} asks for it, of the fast path, as the kernels cannot run: {obstacle}", level)
     if backend == "auto":
         return Choice("reference", f"the kernels cannot run: {obstacle}", logging.WARNING)
     otherwise = "use backend='reference'" if asker.startswith("backend") else f"unset {BACKEND_VARIABLE}"
@@ -92,7 +129,7 @@ def _asked_for(backend: str, asker: str) -> Choice:
     return Choice(backend, f"{asker} asks for it")
 
 
-def _obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str | None:
+def find_obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str | None:
     """Why the kernels cannot run on these tensors, and what would help; None if they can."""
     device_type, obstacle = _triton_device_type()
     if device_type is None:

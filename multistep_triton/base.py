@@ -1,7 +1,7 @@
 """What MultiStepTransform and MultiStep share: one call from frames to n-step transitions.
 
-Owns what is written where; no maths. May import ``arguments``, ``checks``, ``roles``, ``frames``, ``groups`` and, of
-``dispatch``, what it returns.
+Owns what is written where; no maths. May import ``arguments``, ``checks``, ``roles``, ``frames``, ``carry``, ``groups``
+and ``task``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from multistep_triton.arguments import Arguments
 from multistep_triton.checks import check_not_captured
-from multistep_triton.dispatch import Extension
-from multistep_triton.frames import Frames, Held, KeyPath
+from multistep_triton.carry import Carry
+from multistep_triton.frames import Frames, KeyPath, hold_back
 from multistep_triton.groups import Group, Windows, find_groups, n_step_extend_groups
 from multistep_triton.roles import (
     AUTO,
@@ -27,8 +27,8 @@ from multistep_triton.roles import (
     Roles,
     check_single_steps,
     find_roles,
-    with_saved,
 )
+from multistep_triton.task import Results, Task
 
 Place = tuple[int, KeyPath, Sequence[KeyPath], list[KeyPath]]
 """Where windows are written: of which group, under which name, as which entries, and with which rewards."""
@@ -50,8 +50,8 @@ class MultiStepBase(Arguments):
         return roles
 
     def _n_step(
-        self, data: TensorDictBase | Frames, carry: Held | None, *, hold: bool
-    ) -> tuple[TensorDict, Held | None]:
+        self, data: TensorDictBase | Frames, carry: Carry | None, *, hold: bool
+    ) -> tuple[TensorDict, Carry | None]:
         """The frames of ``carry`` and ``data`` whose windows are known, and those that are held back.
 
         Without ``hold`` windows are cut at the last frame, all frames come out, and with no carry either an entry
@@ -67,42 +67,23 @@ class MultiStepBase(Arguments):
         roles = self._roles_in(frames.leaves)
         groups, places = self._groups_in(frames, roles)
         if carry is not None:
-            frames.follow(carry.structure)
-            carry.follow()
-        time_dim, leaves, before = len(frames.batch_size) - 1, frames.leaves, None if carry is None else carry.ring
-        saved = roles.saved_in(leaves)
-        if saved:
-            leaves = with_saved(leaves, saved)
-            if before is not None:
-                before = before.with_leaves(with_saved(before.leaves, saved), spare=before.spare)
-        extension, windows = n_step_extend_groups(
-            before,
-            leaves,
-            groups,
-            time_dim=time_dim,
-            n_steps=self._n_steps,
-            gamma=float(self._gamma),
-            hold=hold,
-            backend=self._backend,
-        )
-        shape = extension.steps.shape[: time_dim + 1]
-        emitted = frames.build(self._output_leaves(extension, roles, groups, places, windows), shape)
-        held = extension.carry
-        if held is None or not held.count:
-            return emitted, None
-        for kept in saved:
-            # In a ring that is written once more it is the memory of the done flag, into which the same goes.
-            del held.leaves[kept]
-        return emitted, frames.hold(held)
+            frames.follow(carry)
+        time_dim, structure = len(frames.batch_size) - 1, frames.structure
+        task = Task(groups[0].keys, self._n_steps, float(self._gamma), time_dim, hold)
+        results, windows = n_step_extend_groups(task, groups, carry, frames.leaves, self._backend)
+        shape = results.steps.shape[: time_dim + 1]
+        emitted = structure.build(self._output_leaves(results, roles, groups, places, windows), shape)
+        held = results.carry
+        return emitted, hold_back(held, structure) if held is not None and held.count else None
 
     def _groups_in(self, frames: Frames, roles: Roles) -> tuple[list[Group], list[Place]]:
         """The groups of the entries, and where their windows are written."""
 
         def find() -> tuple[list[Group], list[Place]]:
             groups = find_groups(frames, roles)
-            return groups, self._find_places(groups, roles, frames.layout.kinds)
+            return groups, self._find_places(groups, roles, frames.structure.layout.kinds)
 
-        found: tuple[list[Group], list[Place]] = frames.layout.find((roles, self._match_reward_shape), find)
+        found: tuple[list[Group], list[Place]] = frames.structure.layout.find((roles, self._match_reward_shape), find)
         return found
 
     def _find_places(self, groups: Sequence[Group], roles: Roles, leaves: Container[KeyPath]) -> list[Place]:
@@ -133,21 +114,21 @@ class MultiStepBase(Arguments):
 
     def _output_leaves(
         self,
-        extension: Extension,
+        results: Results,
         roles: Roles,
         groups: Sequence[Group],
         places: Sequence[Place],
         windows: Sequence[Windows],
     ) -> dict[KeyPath, Tensor]:
         """What comes out, by path."""
-        leaves = extension.leaves
+        leaves = results.leaves
         for at, _, paths, rewards in places:
             written: Sequence[Tensor] = windows[at]
             if (groups[at].agents and not groups[at].shared) or self._match_reward_shape:
-                like = extension.returns[rewards[0]] if self._match_reward_shape else leaves[groups[at].flags[0]]
+                like = results.returns[rewards[0]] if self._match_reward_shape else leaves[groups[at].flags[0]]
                 written = [_expand(window, like.shape) for window in written]
             leaves.update(zip(paths, written, strict=True))
-        for path, returns in extension.returns.items():
+        for path, returns in results.returns.items():
             leaves[roles.originals[path]] = leaves[path]
             leaves[path] = returns
         if len(roles.rewards) == 1:

@@ -2,7 +2,7 @@
 
 Reads a tensordict of batch shape ``[*B, T]``, nested in any way, into one flat dict of tensors, and builds a
 tensordict of the same structure from such a dict. Owns the structure (nested batch dimensions, names, devices,
-tensorclasses, non-tensor entries) and no maths. May import tensordict, torch and ``ring``.
+tensorclasses, non-tensor entries) and no maths. May import tensordict, torch and ``carry``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tensordict import (
 )
 from torch import Tensor
 
-from multistep_triton.ring import Ring
+from multistep_triton.carry import Carry, current_stream
 
 KeyPath = tuple[str, ...]
 
@@ -71,131 +71,31 @@ def _layout(kinds: tuple[tuple[KeyPath, tuple[Any, ...]], ...]) -> Layout:
 
 
 @dataclass(slots=True)
-class Frames:
-    """The leaves of a rollout by path, and what it takes to build the tensordict again."""
+class Structure:
+    """What a rollout has besides its leaves, and what it takes to build the tensordict again."""
 
-    batch_size: torch.Size
-    """``[*B, T]``."""
-    leaves: dict[KeyPath, Tensor] = field(default_factory=dict)
+    batch: torch.Size
+    """``*B``."""
     nodes: dict[KeyPath, Node] = field(default_factory=dict)
     """Parents come before their children."""
     objects: dict[KeyPath, list[Any]] = field(default_factory=dict)
     """The objects that the leaf of a non-tensor entry, int64 ``[*B, T]``, counts into."""
     layout: Layout = field(default_factory=lambda: Layout(()))
-    left_out: list[KeyPath] = field(default_factory=list)
-    """Entries that are there and were not to be read."""
 
-    @classmethod
-    def read(cls, data: TensorDictBase, without: Collection[KeyPath] = ()) -> Frames:
-        """Reads a tensordict, ``without`` some entries; the leaves are its own tensors, stacked where they are lazy.
+    @property
+    def time_dim(self) -> int:
+        """The position of the time dimension."""
+        return len(self.batch)
 
-        Raises:
-            TypeError: an entry is neither a tensor nor a tensordict nor a non-tensor.
-            ValueError: the elements of a lazy stack differ in their keys or shapes.
-        """
-        frames = cls(data.batch_size)
-        non_tensors: dict[KeyPath, Any] = {}
-        frames._read(data, (), len(data.batch_size), without, non_tensors)
-        for path, value in non_tensors.items():
-            frames._read_objects(value, path)
-        return frames.find_layout()
-
-    @classmethod
-    def read_storage(
-        cls, data: TensorDictBase, ndim: int, without: Collection[KeyPath] = ()
-    ) -> tuple[Frames, dict[KeyPath, Any]]:
-        """Reads the tensordict of a storage of ``ndim`` dimensions; its non-tensor entries apart, as they are."""
-        frames = cls(data.batch_size[:ndim])
-        non_tensors: dict[KeyPath, Any] = {}
-        frames._read(data, (), ndim, without, non_tensors)
-        # What is sampled has one dimension in the place of these, which has no name.
-        frames.nodes = {path: node._replace(names=None) for path, node in frames.nodes.items()}
-        return frames.find_layout(), non_tensors
-
-    def find_layout(self) -> Frames:
-        """These frames, with the layout of their leaves."""
-        ndim = len(self.batch_size)
-        kinds: list[tuple[KeyPath, tuple[Any, ...]]]
-        kinds = [(path, (leaf.dtype, leaf.shape[ndim:], leaf.device)) for path, leaf in self.leaves.items()]
-        if self.objects:
-            kinds = [
-                (path, ("non-tensor", shape, None) if path in self.objects else (dtype, shape, device))
-                for path, (dtype, shape, device) in kinds
-            ]
-        self.layout = _layout(tuple(kinds))
-        return self
-
-    def _read(
-        self, data: Any, path: KeyPath, ndim: int, without: Collection[KeyPath], non_tensors: dict[KeyPath, Any]
-    ) -> None:
-        names, sizes, kind = data.names, data.batch_size, type(data) if is_tensorclass(data) else None
-        tail = () if len(sizes) == ndim else sizes[ndim:]
-        self.nodes[path] = Node(kind, tail, names if any(names) else None, data.device)
-        for key, value in _lazy_items(data, path) if isinstance(data, LazyStackedTensorDict) else data.items():
-            entry = (*path, key)
-            if entry in without:
-                self.left_out.append(entry)
-            elif isinstance(value, Tensor):
-                self.leaves[entry] = value
-            elif is_non_tensor(value):
-                non_tensors[entry] = value
-            elif is_tensor_collection(value):
-                self._read(value, entry, ndim, without, non_tensors)
-            else:
-                raise TypeError(f"entry {entry} must be a tensor or a tensordict, got {type(value).__name__}")
-
-    def _read_objects(self, value: Any, path: KeyPath) -> None:
-        shape, device = value.batch_size, next((leaf.device for leaf in self.leaves.values()), None)
-        if isinstance(value, NonTensorStack):
-            self.objects[path] = [entry.data for entry in value.reshape(-1).unbind(0)] if shape.numel() else []
-            indices = torch.arange(shape.numel(), device=device).view(shape)
-        else:
-            self.objects[path] = [value.data]
-            indices = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.leaves[path] = indices
-
-    def follow(self, carry: Frames) -> None:
-        """Makes these frames the ones after ``carry``: one index counts into the objects of both, the carry's first.
-
-        Raises:
-            ValueError: they cannot be joined to the carry's.
-        """
-        kinds, carried_kinds = self.layout.kinds, carry.layout.kinds
-        if (kinds is not carried_kinds and kinds != carried_kinds) or self.batch_size[:-1] != carry.batch_size[:-1]:
-            raise ValueError(
-                "data must continue the frames held back from the last call (clear() drops them and starts anew): "
-                + "; ".join(self._differences(carry))
-            )
-        for path, objects in self.objects.items():
-            carried = carry.objects[path]
-            if not (len(carried) == len(objects) == 1 and _same(carried[0], objects[0])):
-                self.objects[path] = carried + objects
-                self.leaves[path] = self.leaves[path] + len(carried)
-
-    def _differences(self, carry: Frames) -> Iterator[str]:
-        if self.batch_size[:-1] != carry.batch_size[:-1]:
-            yield f"*B must be {list(carry.batch_size[:-1])}, got {list(self.batch_size[:-1])}"
-        carried, new = carry.layout.kinds, self.layout.kinds
+    def differences(self, other: Structure) -> Iterator[str]:
+        """Why frames of this structure cannot go on from those of another."""
+        if self.batch != other.batch:
+            yield f"*B must be {list(other.batch)}, got {list(self.batch)}"
+        carried, new = other.layout.kinds, self.layout.kinds
         for path in {**carried, **new}:
             expected, got = carried.get(path), new.get(path)
             if expected != got:
                 yield f"{path} must be {_describe(expected)}, got {_describe(got)}"
-
-    def hold(self, ring: Ring) -> Held:
-        """Frames in a ring that are of this structure, with no more objects than they count into.
-
-        The leaves of the ring are replaced where that takes it.
-        """
-        time_dim, leaves = len(self.batch_size) - 1, ring.leaves
-        structure = Frames(torch.Size((*self.batch_size[:-1], ring.count)), nodes=self.nodes, layout=self.layout)
-        for path, objects in self.objects.items():
-            structure.objects[path] = objects
-            if len(objects) > 1:
-                used = ring.frames(path, time_dim).unique()
-                # Free slots hold anything.
-                leaves[path] = ring.arrange(torch.bucketize(leaves[path].contiguous(), used), time_dim)
-                structure.objects[path] = [objects[index] for index in used.tolist()]
-        return Held(structure, ring)
 
     def build(self, leaves: Mapping[KeyPath, Tensor], batch_size: torch.Size) -> TensorDict:
         """A tensordict ``[*B, E]`` of this structure; ``leaves`` may hold more entries than were read."""
@@ -221,6 +121,147 @@ class Frames:
         return stacked.view(indices.shape)
 
 
+@dataclass(slots=True)
+class Frames:
+    """The leaves of a rollout by path, and its structure."""
+
+    batch_size: torch.Size
+    """``[*B, T]``."""
+    leaves: dict[KeyPath, Tensor]
+    structure: Structure
+    left_out: list[KeyPath] = field(default_factory=list)
+    """Entries that are there and were not to be read."""
+
+    @classmethod
+    def read(cls, data: TensorDictBase, without: Collection[KeyPath] = ()) -> Frames:
+        """Reads a tensordict, ``without`` some entries; the leaves are its own tensors, stacked where they are lazy.
+
+        Raises:
+            TypeError: an entry is neither a tensor nor a tensordict nor a non-tensor.
+            ValueError: the elements of a lazy stack differ in their keys or shapes.
+        """
+        frames, non_tensors = cls._read_all(data, len(data.batch_size), without)
+        for path, value in non_tensors.items():
+            frames._read_objects(value, path)
+        return frames.find_layout()
+
+    @classmethod
+    def read_storage(
+        cls, data: TensorDictBase, ndim: int, without: Collection[KeyPath] = ()
+    ) -> tuple[Frames, dict[KeyPath, Any]]:
+        """Reads the tensordict of a storage of ``ndim`` dimensions; its non-tensor entries apart, as they are."""
+        frames, non_tensors = cls._read_all(data, ndim, without)
+        # What is sampled has one dimension in the place of these, which has no name.
+        nodes = frames.structure.nodes
+        nodes.update({path: node._replace(names=None) for path, node in nodes.items()})
+        return frames.find_layout(), non_tensors
+
+    @classmethod
+    def _read_all(
+        cls, data: TensorDictBase, ndim: int, without: Collection[KeyPath]
+    ) -> tuple[Frames, dict[KeyPath, Any]]:
+        sizes = data.batch_size
+        frames, non_tensors = cls(sizes[:ndim], {}, Structure(sizes[: ndim - 1])), {}
+        frames._read(data, (), ndim, without, non_tensors)
+        return frames, non_tensors
+
+    def find_layout(self) -> Frames:
+        """These frames, with the layout of their leaves."""
+        ndim, objects = len(self.batch_size), self.structure.objects
+        kinds: list[tuple[KeyPath, tuple[Any, ...]]]
+        kinds = [(path, (leaf.dtype, leaf.shape[ndim:], leaf.device)) for path, leaf in self.leaves.items()]
+        if objects:
+            kinds = [
+                (path, ("non-tensor", shape, None) if path in objects else (dtype, shape, device))
+                for path, (dtype, shape, device) in kinds
+            ]
+        self.structure.layout = _layout(tuple(kinds))
+        return self
+
+    def _read(
+        self, data: Any, path: KeyPath, ndim: int, without: Collection[KeyPath], non_tensors: dict[KeyPath, Any]
+    ) -> None:
+        names, sizes, kind = data.names, data.batch_size, type(data) if is_tensorclass(data) else None
+        tail = () if len(sizes) == ndim else sizes[ndim:]
+        self.structure.nodes[path] = Node(kind, tail, names if any(names) else None, data.device)
+        for key, value in _lazy_items(data, path) if isinstance(data, LazyStackedTensorDict) else data.items():
+            entry = (*path, key)
+            if entry in without:
+                self.left_out.append(entry)
+            elif isinstance(value, Tensor):
+                self.leaves[entry] = value
+            elif is_non_tensor(value):
+                non_tensors[entry] = value
+            elif is_tensor_collection(value):
+                self._read(value, entry, ndim, without, non_tensors)
+            else:
+                raise TypeError(f"entry {entry} must be a tensor or a tensordict, got {type(value).__name__}")
+
+    def _read_objects(self, value: Any, path: KeyPath) -> None:
+        shape, device = value.batch_size, next((leaf.device for leaf in self.leaves.values()), None)
+        if isinstance(value, NonTensorStack):
+            objects = [entry.data for entry in value.reshape(-1).unbind(0)] if shape.numel() else []
+            indices = torch.arange(shape.numel(), device=device).view(shape)
+        else:
+            objects, indices = [value.data], torch.zeros(shape, dtype=torch.int64, device=device)
+        self.structure.objects[path], self.leaves[path] = objects, indices
+
+    def follow(self, carry: Carry) -> None:
+        """Makes these frames the ones after the carry's: one index counts into the objects of both, the carry's first.
+
+        Raises:
+            ValueError: they cannot be joined to the carry's.
+        """
+        mine, carried = self.structure, carry.structure
+        if mine.batch != carried.batch or (
+            mine.layout is not carried.layout and mine.layout.kinds != carried.layout.kinds
+        ):
+            raise ValueError(
+                "data must continue the frames held back from the last call (clear() drops them and starts anew): "
+                + "; ".join(mine.differences(carried))
+            )
+        for path, objects in mine.objects.items():
+            before = carried.objects[path]
+            if not (len(before) == len(objects) == 1 and _same(before[0], objects[0])):
+                mine.objects[path] = before + objects
+                self.leaves[path] = self.leaves[path] + len(before)
+        carry.follow()
+
+
+def hold_back(carry: Carry, structure: Structure) -> Carry:
+    """A carry that was written just now, of this structure, with no more objects than its frames count into."""
+    if structure.objects:
+        structure = replace(structure, objects=dict(structure.objects))
+    for path, objects in structure.objects.items():
+        if len(objects) > 1:
+            used = carry.frames(path, structure.time_dim).unique()
+            # Free slots hold anything.
+            counted = torch.bucketize(carry.leaves[path].contiguous(), used)
+            carry.leaves[path] = carry.arrange(counted, structure.time_dim)
+            structure.objects[path] = [objects[index] for index in used.tolist()]
+    carry.structure, carry.stream = structure, current_stream(carry.leaves.values())
+    return carry
+
+
+def frames_of(carry: Carry) -> Frames:
+    """A copy of the frames of a carry, ``[*B, c]``, in order."""
+    copy = carry.compact()
+    structure = copy.structure
+    return Frames(torch.Size((*structure.batch, copy.count)), copy.leaves, structure)
+
+
+def moved(carry: Carry, device_of: Callable[[Tensor], torch.device]) -> Carry:
+    """A carry with each leaf on another device."""
+    carry.follow()
+    leaves = {path: leaf.to(device_of(leaf)) for path, leaf in carry.leaves.items()}
+    device = next((leaf.device for leaf in leaves.values()), None)
+    old: Structure = carry.structure
+    nodes = {path: node._replace(device=node.device and device) for path, node in old.nodes.items()}
+    batch_size = torch.Size((*old.batch, carry.count))
+    new = Frames(batch_size, leaves, Structure(old.batch, nodes, old.objects)).find_layout().structure
+    return replace(carry, leaves=leaves, spare={}, structure=new, stream=current_stream(leaves.values()))
+
+
 @functools.lru_cache(maxsize=256)
 def _arrange(
     nodes: tuple[KeyPath, ...], leaves: tuple[KeyPath, ...]
@@ -233,73 +274,6 @@ def _arrange(
         if path:
             entries[path[:-1]].append((path[-1], path))
     return [*reversed(entries.items())]
-
-
-@dataclass(slots=True)
-class Held:
-    """Frames that are held back, in a ring, and the structure that they are of, which has no leaves."""
-
-    structure: Frames
-    ring: Ring
-    stream: Any = None
-    """The stream of an accelerator on which they were written; None on the CPU."""
-
-    def __post_init__(self) -> None:
-        """They were written just now."""
-        self.stream = current_stream(self.ring.leaves.values())
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is written on the stream that is current where it is made; streams themselves are not copied."""
-        self.follow()
-        return Held, (self.structure, self.ring)
-
-    def follow(self) -> None:
-        """Makes what is launched from now on come after what wrote the frames, on whatever stream either is.
-
-        The user sees neither their memory nor when it is freed.
-        """
-        if self.stream is not None and (stream := current_stream(self.ring.leaves.values())) != self.stream:
-            stream.wait_stream(self.stream)
-            for leaf in (*self.ring.leaves.values(), *self.ring.spare.values()):
-                leaf.record_stream(stream)
-
-    @classmethod
-    def of(cls, frames: Frames) -> Held:
-        """Holds back a copy of frames."""
-        structure = Frames(frames.batch_size, nodes=frames.nodes, objects=frames.objects, layout=frames.layout)
-        return cls(structure, Ring.of(frames.leaves, frames.batch_size[-1]))
-
-    def clone(self) -> Held:
-        """A copy, of the frames alone."""
-        return Held.of(self.frames())
-
-    def frames(self) -> Frames:
-        """A copy of the frames, ``[*B, c]``, in order."""
-        self.follow()
-        ring, structure = self.ring, self.structure
-        time_dim = len(structure.batch_size) - 1
-        leaves = {
-            path: ring.frames(path, time_dim).clone(memory_format=torch.contiguous_format) for path in ring.leaves
-        }
-        return Frames(structure.batch_size, leaves, structure.nodes, structure.objects, structure.layout)
-
-    def to(self, device_of: Callable[[Tensor], torch.device]) -> Held:
-        """The frames, each leaf on another device."""
-        self.follow()
-        leaves = {path: leaf.to(device_of(leaf)) for path, leaf in self.ring.leaves.items()}
-        device = next((leaf.device for leaf in leaves.values()), None)
-        old = self.structure
-        nodes = {path: node._replace(device=node.device and device) for path, node in old.nodes.items()}
-        frames = Frames(old.batch_size, leaves, nodes, old.objects).find_layout()
-        return Held(replace(frames, leaves={}), self.ring.with_leaves(leaves))
-
-
-def current_stream(leaves: Iterable[Tensor]) -> Any:
-    """The stream on which work on these leaves is launched; None if they are on the CPU, or if there are none."""
-    leaf = next(iter(leaves), None)
-    return (
-        None if leaf is None or leaf.device.type in ("cpu", "meta") else torch.accelerator.current_stream(leaf.device)
-    )
 
 
 def _describe(kind: tuple[Any, ...] | None) -> str:

@@ -1,7 +1,7 @@
-"""Functions on tensors: validate the arguments, dispatch to the backend.
+"""Functions on tensors: validate the arguments, hand them to the engine.
 
 What is compiled calls the operators instead, which ``operators`` registers. May import ``checks``, ``backends``,
-``dispatch``, ``task``, ``reference``, ``verify`` and, inside the branch that runs them, the kernels.
+``engine`` and ``task``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from multistep_triton import reference, verify
+from multistep_triton import engine
 from multistep_triton.backends import resolve_backend
 from multistep_triton.checks import (
     check_gamma,
@@ -21,8 +21,7 @@ from multistep_triton.checks import (
     check_positive_int,
     is_transformed,
 )
-from multistep_triton.dispatch import n_step_extend
-from multistep_triton.task import Task
+from multistep_triton.task import Keys, Task
 
 
 class NStepReturn(NamedTuple):
@@ -96,19 +95,16 @@ def n_step_return(
     lead = check_n_step_return(reward, done, mask)
     data = {"reward": reward, "done": done} if mask is None else {"reward": reward, "done": done, "mask": mask}
     # The compiler does not look into caches.
-    task_of = _task.__wrapped__ if torch.compiler.is_compiling() else _task
-    task = task_of(tuple([(key, leaf.dtype, tuple(leaf.shape[len(lead) :])) for key, leaf in data.items()]))
-    extension = n_step_extend(
-        None, data, task, time_dim=len(lead) - 1, n_steps=n_steps, gamma=gamma, hold=False, backend=backend
-    )
-    return NStepReturn(extension.returns["reward"], extension.steps, extension.discount)
+    keys_of = _keys.__wrapped__ if torch.compiler.is_compiling() else _keys
+    keys = keys_of(tuple([(key, leaf.dtype, tuple(leaf.shape[len(lead) :])) for key, leaf in data.items()]))
+    results = engine.n_step_extend(Task(keys, n_steps, gamma, len(lead) - 1, False), None, data, backend)
+    return NStepReturn(results.returns["reward"], results.steps, results.discount)
 
 
 @functools.lru_cache(maxsize=256)
-def _task(kinds: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> Task:
-    """The task of leaves named reward, done and, if there is one, mask."""
-    mask = "mask" if len(kinds) > 2 else None
-    return Task(kinds, ("done",), reward_keys=("reward",), mask_key=mask)
+def _keys(kinds: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> Keys:
+    """Of leaves named reward, done and, if there is one, mask."""
+    return Keys(kinds, ("done",), rewards=("reward",), mask="mask" if len(kinds) > 2 else None)
 
 
 def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Tensor:
@@ -142,19 +138,12 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Ten
         future: Tensor = torch.ops.multistep_triton.gather_future(value, steps, backend)
         return future
     check_gather_future(value, steps)
-    chosen = resolve_backend(backend, (value, steps))
     if torch._C._are_functorch_transforms_active():
         # What is in a tensor cannot be asked there. Windows are cut, as the kernels cut them.
         steps = steps.clamp(min=1).minimum(_room(steps))
-    elif steps.is_cpu or chosen != "triton":
+    elif steps.is_cpu or resolve_backend(backend, (value, steps)) != "triton":
         _check_steps(steps)
-    if chosen == "reference":
-        return reference.gather_future_reference(value, steps)
-    if chosen == "verify":
-        return verify.gather_future_verified(value, steps)
-    from multistep_triton.kernels.launch import launch_gather_future
-
-    return launch_gather_future(value, steps)
+    return engine.gather_future(value, steps, backend)
 
 
 def _is_traced() -> bool:

@@ -3,8 +3,8 @@
 A group under "next" that has a done flag of its own is governed by it, and by the other done keys of its shape beside
 it; any other entry by the flags of the nearest group above. Where the flags are one per agent, each agent is a row of
 its own: leaves ``[*B, T, *A, ...]`` are read as ``[*B, *A, T, ...]``, views in another order, so that what computes
-windows knows rows and neither groups nor agents. May import ``roles``, ``frames``, ``task``, ``checks`` and
-``dispatch``.
+windows knows rows and neither groups nor agents. May import ``roles``, ``frames``, ``carry``, ``task``, ``checks`` and
+``engine``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from multistep_triton.checks import check_flag, check_ids, check_reward, is_per_frame
-from multistep_triton.dispatch import Extension, n_step_extend, n_step_sample
+from multistep_triton.carry import Carry
+from multistep_triton.engine import n_step_extend, n_step_sample
 from multistep_triton.frames import Frames, KeyPath
-from multistep_triton.ring import Ring, Samples
-from multistep_triton.roles import Roles, with_saved
-from multistep_triton.task import Task
+from multistep_triton.roles import Roles
+from multistep_triton.task import Keys, Results, Samples, Task
 
 
 class Group(NamedTuple):
@@ -36,10 +36,10 @@ class Group(NamedTuple):
     """Whether the entries are those that agents share: their windows end where that of any agent ends."""
     marks: tuple[KeyPath, ...] = ()
     """What is read beside the entries: the mask and the ids, which hold for all groups, and the flags of agents."""
-    task: Task = Task((), ())
-    """What is to be computed of entries and marks."""
-    sampled: Task = Task((), ())
-    """What is to be computed where they are sampled."""
+    keys: Keys = Keys((), ())
+    """Which of entries and marks is what."""
+    sampled: Keys = Keys((), ())
+    """The same where they are sampled."""
 
 
 Windows = tuple[Tensor, Tensor, Tensor]
@@ -67,18 +67,17 @@ def find_groups(frames: Frames, roles: Roles) -> list[Group]:
         own[parent] = Group(tuple(alike), _find_agents(frames, roles, beside[0]), [])
     shared = {parent: group._replace(paths=[], shared=True) for parent, group in own.items() if group.agents}
     top = ("next",) if ("next",) in own else roles.done[:-1]
-    leaves = with_saved(leaves, roles.saved_in(leaves))
     for path, leaf in leaves.items():
         parent = next((path[:k] for k in range(len(path) - 1, 0, -1) if path[:k] in own), top)
         sizes = (*lead, *own[parent].agents)
         of_agent = path[: len(parent)] == parent and leaf.shape[: len(sizes)] == sizes
         (own if of_agent or parent not in shared else shared)[parent].paths.append(path)
     groups = [group for parent in own for group in (own[parent], shared.get(parent)) if group and group.paths]
-    return [_with_tasks(group, leaves, len(lead), roles) for group in groups]
+    return [_with_keys(group, leaves, len(lead), roles) for group in groups]
 
 
 def _check_entries(frames: Frames, roles: Roles) -> None:
-    lead, leaves, objects = frames.batch_size, frames.leaves, frames.objects
+    lead, leaves, objects = frames.batch_size, frames.leaves, frames.structure.objects
     for path in roles.needed:
         if path not in leaves or path in objects:
             raise KeyError(f"data must hold a tensor at {path}, got the entries {list(leaves)}")
@@ -111,31 +110,30 @@ def _find_agents(frames: Frames, roles: Roles, path: KeyPath) -> torch.Size:
 
 
 def n_step_extend_groups(
-    carry: Ring | None, data: Mapping[Any, Tensor], groups: Sequence[Group], *, time_dim: int, **arguments: Any
-) -> tuple[Extension, list[Windows]]:
-    """:func:`multistep_triton.dispatch.n_step_extend` for every group.
+    task: Task, groups: Sequence[Group], carry: Carry | None, data: Mapping[Any, Tensor], backend: str
+) -> tuple[Results, list[Windows]]:
+    """:func:`multistep_triton.engine.n_step_extend` for every group.
 
     Args:
-        carry, data: as there.
+        task: what is to be computed, of whatever keys.
         groups: to which the leaves belong.
-
-    Keyword Args:
-        time_dim, **arguments: as there.
+        carry, data, backend: as there.
 
     Returns:
-        Extension: of all leaves; steps, discount and nonterminal are those of the first group. Leaves of agents are
+        Results: of all leaves; steps, discount and nonterminal are those of the first group. Leaves of agents are
             views in another order of dimensions.
         list: the same three of every group.
     """
     if len(groups) == 1 and not groups[0].agents:
-        extension = n_step_extend(carry, data, groups[0].task, time_dim=time_dim, **arguments)
-        return extension, [(extension.steps, extension.discount, extension.nonterminal)]
+        results = n_step_extend(task._replace(keys=groups[0].keys), carry, data, backend)
+        return results, [results[2:5]]
+    time_dim = task.time_dim
 
     def move(leaf: Tensor, source: int, to: int) -> Tensor:
         # What does not change is passed through as it is.
         return leaf if source == to else leaf.movedim(source, to)
 
-    # All write into the ring, or none.
+    # All write into the carry, or none.
     free = carry is not None and carry.may_write(data.values())
     leaves: dict[Any, Tensor] = {}
     returns: dict[Any, Tensor] = {}
@@ -151,30 +149,25 @@ def n_step_extend_groups(
         before = None
         if carry is not None:
             olds = {key: carry.arrange(leaf, after) for key, leaf in view(carry.leaves).items()}
-            before = carry.with_leaves(olds, free)
-        each = n_step_extend(before, view(data), group.task, time_dim=after, **arguments)
+            before = carry.view(olds, free)
+        each = n_step_extend(task._replace(keys=group.keys, time_dim=after), before, view(data), backend)
         returns.update((key, move(value, after, time_dim)) for key, value in each.returns.items())
-        leaves.update((key, move(each.leaves[key], after, time_dim)) for key in group.paths)
-        windows.append(
-            (
-                move(each.steps, after, time_dim),
-                move(each.discount, after, time_dim),
-                move(each.nonterminal, after, time_dim),
-            )
-        )
+        leaves.update((key, move(leaf, after, time_dim)) for key, leaf in each.leaves.items())
+        steps, discount, nonterminal = (move(window, after, time_dim) for window in each[2:5])
+        windows.append((steps, discount, nonterminal))
         if each.carry is not None:
             held.update((key, move(each.carry.leaves[key], after, time_dim)) for key in group.paths)
-            ring = each.carry
-    return Extension(leaves, returns, *windows[0], ring.with_leaves(held) if held else None), windows
+            after_all = each.carry
+    return Results(leaves, returns, *windows[0], after_all.view(held) if held else None), windows
 
 
 def n_step_sample_groups(
-    samples: Samples, data: Mapping[Any, Tensor], groups: Sequence[Group], **arguments: Any
-) -> tuple[Extension, list[Windows]]:
-    """:func:`multistep_triton.dispatch.n_step_sample` for every group; arguments and results as those of extend."""
+    task: Task, groups: Sequence[Group], samples: Samples, data: Mapping[Any, Tensor], backend: str
+) -> tuple[Results, list[Windows]]:
+    """:func:`multistep_triton.engine.n_step_sample` for every group; arguments and results as those of extend."""
     if len(groups) == 1 and not groups[0].agents:
-        extension = n_step_sample(samples, data, groups[0].task, **arguments)
-        return extension, [(extension.steps, extension.discount, extension.nonterminal)]
+        results = n_step_sample(task._replace(keys=groups[0].keys), samples, data, backend)
+        return results, [results[2:5]]
     dims, count = len(samples.indices), samples.indices[0].shape[0]
     leaves: dict[Any, Tensor] = {}
     returns: dict[Any, Tensor] = {}
@@ -189,14 +182,14 @@ def n_step_sample_groups(
             shape = torch.Size([count, *group.agents])
             picked = _every_agent(samples, shape)
         of_group = _view(group, () if group.shared else group.marks, data, dims)
-        each = n_step_sample(picked, of_group, group.sampled, **arguments)
+        each = n_step_sample(task._replace(keys=group.sampled), picked, of_group, backend)
         returns.update((key, value.view(*shape, *value.shape[1:])) for key, value in each.returns.items())
-        leaves.update((key, each.leaves[key].view(*shape, *each.leaves[key].shape[1:])) for key in group.paths)
+        leaves.update((key, leaf.view(*shape, *leaf.shape[1:])) for key, leaf in each.leaves.items())
         nonterminal = shortest[group.flags][1] if group.shared else each.nonterminal.view(shape)
         windows.append((each.steps.view(shape), each.discount.view(shape), nonterminal))
         if len(shape) > 1:
             shortest[group.flags] = each.steps.view(shape).flatten(1).amin(1), nonterminal.flatten(1).all(1)
-    return Extension(leaves, returns, *windows[0], None), windows
+    return Results(leaves, returns, *windows[0]), windows
 
 
 def steps_at(path: KeyPath, groups: Sequence[Group], windows: Sequence[Windows]) -> Tensor:
@@ -220,22 +213,23 @@ def _view(group: Group, marks: Iterable[KeyPath], data: Mapping[Any, Tensor], di
     return leaves
 
 
-def _with_tasks(group: Group, leaves: Mapping[Any, Tensor], dims: int, roles: Roles) -> Group:
-    """A group that has its entries, with what is to be computed of them."""
+def _with_keys(group: Group, leaves: Mapping[Any, Tensor], dims: int, roles: Roles) -> Group:
+    """A group that has its entries, with which of them and of its marks is what."""
     mask, traj = (key if key in leaves else None for key in (roles.mask, roles.traj))
     flags = group.flags if group.shared else ()
     group = group._replace(marks=tuple(key for key in (mask, traj, *flags) if key is not None))
-    task = partial(
-        Task.of,
+    outputs = [(path, path, roles.is_gathered(path)) for path in group.paths]
+    outputs += [(roles.saved[path], path, False) for path in group.paths if path in roles.saved]
+    keys = partial(
+        Keys.of,
         dims=dims + (0 if group.shared else len(group.agents)),
-        reward_keys=[path for path in roles.rewards if path in group.paths],
-        gathered_keys=[path for path in group.paths if roles.is_gathered(path)],
+        rewards=tuple(path for path in roles.rewards if path in group.paths),
+        outputs=tuple(outputs),
     )
-    viewed = _view(group, group.marks, leaves, dims)
-    extend = task(viewed, done_keys=group.flags, mask_key=mask, traj_key=traj, only_read=viewed.keys() - {*group.paths})
+    extend = keys(_view(group, group.marks, leaves, dims), done=group.flags, mask=mask, traj=traj)
     # Of samples, windows of what agents share are as long as the shortest of an agent, and need no flags.
-    sample = task(_view(group, (), leaves, dims), done_keys=()) if group.shared else extend
-    return group._replace(task=extend, sampled=sample)
+    sample = keys(_view(group, (), leaves, dims), done=()) if group.shared else extend
+    return group._replace(keys=extend, sampled=sample)
 
 
 def _every_agent(samples: Samples, shape: torch.Size) -> Samples:

@@ -2,7 +2,7 @@
 
 Registers ``torch.ops.multistep_triton.n_step_return`` and ``gather_future``, which those functions call when they are
 compiled: to the compiler each is one opaque call, of the backend that runs without it. Owns shapes and gradients of
-these, no maths of its own. May import ``functional``, ``checks`` and ``reference``.
+these, no maths of its own. May import ``functional``, ``checks`` and ``task``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from multistep_triton.checks import check_gather_future, check_n_step_return
 from multistep_triton.functional import gather_future, n_step_return
-from multistep_triton.reference import return_dtype
+from multistep_triton.task import return_dtype
 
 
 @torch.library.custom_op(

@@ -8,7 +8,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from multistep_triton.verify import different_bits
+from multistep_triton.debug.verify import different_bits
 
 # Ours alone: the name that torchrl documents; torchrl writes only the other one.
 DOCUMENTED_REWARD, WRITTEN_REWARD = ("next", "reward_orig"), ("next", "original_reward")

@@ -21,9 +21,9 @@ from multistep_triton.checks import check_not_captured, check_steps
 from multistep_triton.frames import Frames, KeyPath
 from multistep_triton.groups import n_step_sample_groups, steps_at
 from multistep_triton.neighbours import check_mixing, check_transforms, facts_of
-from multistep_triton.ring import Samples
-from multistep_triton.roles import check_single_steps, with_saved
+from multistep_triton.roles import check_single_steps
 from multistep_triton.stored import Leaves, Position, check_index, check_slots
+from multistep_triton.task import Samples, Task
 from multistep_triton.torchrl_internals import (
     SampledReplayBuffer,
     calls,
@@ -267,21 +267,19 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         check_single_steps(frames.left_out)
         roles = self._roles_in(frames.leaves)
         groups, places = self._groups_in(frames, roles)
-        leaves = with_saved(frames.leaves, roles.saved_in(frames.leaves))
-        indices = check_index(index, ndim, leaves[roles.done].device)
+        indices = check_index(index, ndim, frames.leaves[roles.done].device)
         shape = indices[0].shape
         samples, high = self._samples([dim.reshape(-1) for dim in indices], position)
-        extension, windows = n_step_sample_groups(
-            samples, leaves, groups, n_steps=high, gamma=float(self._gamma), backend=self._backend
-        )
-        entries: dict[KeyPath, Any] = self._output_leaves(extension, roles, groups, places, windows)
+        task = Task(groups[0].keys, high, float(self._gamma), 0, False)
+        results, windows = n_step_sample_groups(task, groups, samples, frames.leaves, self._backend)
+        entries: dict[KeyPath, Any] = self._output_leaves(results, roles, groups, places, windows)
         if indexed:
             entries[_INDEX] = samples.indices[0]
         for path, value in objects.items():
             time, *others = samples.indices
             ahead = steps_at(path, groups, windows) - 1 if roles.is_gathered(path) else 0
             entries[path] = value[((time + ahead) % samples.live, *others)]
-        built = frames.build(entries, torch.Size([shape.numel()]))
+        built = frames.structure.build(entries, torch.Size([shape.numel()]))
         return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])
 
     def _samples(self, indices: Sequence[Tensor], position: Position) -> tuple[Samples, int]:

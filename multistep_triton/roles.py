@@ -6,7 +6,7 @@ Owns the keys; no maths. May import ``frames``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +62,6 @@ class Roles:
         role = path in self.needed or path == self.mask or path in self.saved or self.is_flag(path, leaf)
         return role or (path in self.kept and path not in self.written)
 
-    def saved_in(self, leaves: Mapping[KeyPath, Tensor]) -> dict[KeyPath, KeyPath]:
-        """Of the done keys that are gathered and in ``leaves``: the done key, by the entry that keeps it as it came."""
-        return {kept: path for path, kept in self.saved.items() if path in leaves}
-
     def is_gathered(self, path: KeyPath) -> bool:
         """Whether an entry is read at the end of the window; a done key may name a whole group that is not."""
         if path[0] != "next" or path in self.kept:
@@ -98,15 +94,10 @@ def find_roles(
         written.add(ORIGINAL_REWARD_PATH)
     if taken := sorted(written & {mask, traj, *rewards, *dones} - {None}):
         raise ValueError(f"no key may name an entry that is written besides, got {', '.join(map(str, taken))}")
-    kept = frozenset((*rewards, *(saved.values() if done_at == "end" else dones)))
+    kept = frozenset(rewards if done_at == "end" else (*rewards, *dones))
     needed = (done, *rewards) if traj is None else (done, *rewards, traj)
     flags = tuple(dict.fromkeys(path[-1] for path in dones))
     return Roles(done, mask, traj, rewards, needed, tuple(dones), flags, originals, saved, kept, frozenset(written))
-
-
-def with_saved(leaves: Mapping[KeyPath, Tensor], saved: Mapping[KeyPath, KeyPath]) -> dict[KeyPath, Tensor]:
-    """Leaves, and those that are in them under another path once more."""
-    return {**leaves, **{kept: leaves[path] for kept, path in saved.items()}}
 
 
 def original(path: KeyPath) -> KeyPath:

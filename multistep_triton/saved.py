@@ -1,6 +1,6 @@
 """The state of frames held back: what is saved of them, and how they are read again.
 
-Owns the layout of that state. May import ``frames``.
+Owns the layout of that state. May import ``carry`` and ``frames``.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from tensordict import is_tensorclass
 
-from multistep_triton.frames import Frames, Held, KeyPath, Node
+from multistep_triton.carry import Carry
+from multistep_triton.frames import Frames, KeyPath, Node, Structure, frames_of
 
 
-def to_state(held: Held) -> dict[str, Any]:
+def to_state(carry: Carry) -> dict[str, Any]:
     """Frames in tensors and plain containers, which ``torch.load`` reads with ``weights_only=True``.
 
     Raises:
         TypeError: a non-tensor entry holds anything else.
     """
-    frames = held.frames()
-    for path, objects in frames.objects.items():
+    frames = frames_of(carry)
+    structure = frames.structure
+    for path, objects in structure.objects.items():
         _check_loadable(path, objects)
     nodes = {
         path: {
@@ -31,13 +33,13 @@ def to_state(held: Held) -> dict[str, Any]:
             "names": node.names,
             "on_device": node.device is not None,
         }
-        for path, node in frames.nodes.items()
+        for path, node in structure.nodes.items()
     }
-    copies = {path: list(objects) for path, objects in frames.objects.items()}
+    copies = {path: list(objects) for path, objects in structure.objects.items()}
     return {"batch_size": list(frames.batch_size), "leaves": frames.leaves, "objects": copies, "nodes": nodes}
 
 
-def from_state(state: dict[str, Any]) -> Held:
+def from_state(state: dict[str, Any]) -> Carry:
     """The frames of :func:`to_state`, copied, on whatever device its tensors are now.
 
     Raises:
@@ -60,7 +62,8 @@ def from_state(state: dict[str, Any]) -> Held:
         raise ValueError(f"the state of frames held back must be one that was saved, got {state!r:.200}") from error
     if not whole or not leaves.keys() >= objects.keys() or not leaves:
         raise ValueError(f"the state of frames held back must be whole, got {state!r:.200}")
-    return Held.of(Frames(batch_size, leaves, nodes, objects).find_layout())
+    structure = Frames(batch_size, leaves, Structure(batch_size[:-1], nodes, objects)).find_layout().structure
+    return Carry.of(leaves, batch_size[-1], structure)
 
 
 def _check_loadable(path: KeyPath, objects: list[Any]) -> None:

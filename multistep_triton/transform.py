@@ -22,7 +22,8 @@ from torchrl.envs.transforms import Transform
 
 from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_gamma, check_positive_int
-from multistep_triton.frames import Held
+from multistep_triton.carry import Carry
+from multistep_triton.frames import frames_of, moved
 from multistep_triton.neighbours import (
     check_around,
     check_holds_n_steps,
@@ -173,7 +174,7 @@ class MultiStepTransform(MultiStepBase, Transform):
             n_steps, gamma, reward_keys, done_key, done_keys, mask_key, backend, done_at, traj_key, match_reward_shape
         )
         # Replaced by every call; the next one may overwrite the frames of the one before.
-        self._carry: Held | None = None
+        self._carry: Carry | None = None
         # A replay buffer calls its transforms outside its own lock.
         self._lock = threading.RLock()
         self._owner: weakref.ref[ReplayBuffer] | None = None
@@ -357,7 +358,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         with self._lock:
             if self._carry is None:
                 return None
-            emitted, self._carry = self._n_step(self._carry.frames(), None, hold=False)
+            emitted, self._carry = self._n_step(frames_of(self._carry), None, hold=False)
         return emitted
 
     def flush_into(self, replay_buffer: ReplayBuffer) -> Tensor:
@@ -479,8 +480,8 @@ class MultiStepTransform(MultiStepBase, Transform):
         super()._apply(fn, recurse)
         with self._lock:
             if self._carry is not None:
-                self._carry = self._carry.to(
-                    lambda leaf: fn(torch.empty(0, dtype=torch.bool, device=leaf.device)).device
+                self._carry = moved(
+                    self._carry, lambda leaf: fn(torch.empty(0, dtype=torch.bool, device=leaf.device)).device
                 )
         return self
 
@@ -492,7 +493,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         """
         with self._lock:
             state: dict[str, Any] = super().__getstate__()
-            state["_carry"] = self._carry and self._carry.clone() if get_spawning_popen() is None else None
+            state["_carry"] = self._carry and self._carry.compact() if get_spawning_popen() is None else None
         del state["_lock"], state["_owner"], state["_checked"]
         return state
 
@@ -512,7 +513,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         """
         with self._lock:
             twin: MultiStepTransform = super().clone()
-            twin._carry = self._carry and self._carry.clone()
+            twin._carry = self._carry and self._carry.compact()
         twin._lock, twin._owner, twin._checked = threading.RLock(), None, None
         return twin
 
@@ -524,8 +525,8 @@ class MultiStepTransform(MultiStepBase, Transform):
     def _buffer(self) -> TensorDict | None:
         """A copy of the frames held back, under the name of torchrl's attribute."""
         with self._lock:
-            frames = None if self._carry is None else self._carry.frames()
-        return None if frames is None else frames.build(frames.leaves, frames.batch_size)
+            frames = None if self._carry is None else frames_of(self._carry)
+        return None if frames is None else frames.structure.build(frames.leaves, frames.batch_size)
 
 
 N_STEP: tuple[type[Transform], ...] = MultiStepTransform, _TorchRLMultiStepTransform

@@ -10,13 +10,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("MULTISTEP_TRITON_BACKEND", None)
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 from hypothesis import Phase, settings
 
-from multistep_triton import reference
 from multistep_triton.backends import BACKEND_VARIABLE
 
 torch.set_num_threads(2)
@@ -28,8 +27,6 @@ settings.register_profile("nightly", deadline=None, max_examples=5000)
 settings.register_profile("unshrunk", settings.get_profile("default"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# What the reference joins: of how many bytes, and how often the frames at the seam count.
-JOINED = {"joined": (1 << 62, 2), "where they lie": (-1, -(1 << 62))}
 POISON = 0xA5
 
 
@@ -83,14 +80,6 @@ def kernels():
             torch.set_default_device(None)
 
 
-@contextmanager
-def reference_reading(how):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in zip(("_JOIN_BYTES", "_SEAM_MOVES"), JOINED[how], strict=True):
-            patch.setattr(reference, name, value)
-        yield
-
-
 @pytest.fixture
 def where(request):
     """The context that a test is given as its parameter, which runs within it."""
@@ -98,15 +87,8 @@ def where(request):
         yield request.param
 
 
-@pytest.fixture(scope="module", params=JOINED)
-def read(request):
-    """Both ways in which the reference reads carry and data, whatever the size of the data."""
-    with reference_reading(request.param):
-        yield
-
-
-@pytest.fixture(scope="module", params=[*JOINED, "kernels"])
+@pytest.fixture(scope="module", params=["reference", "kernels"])
 def path(request):
-    """The reference, in both its ways, and the kernels."""
-    with kernels() if request.param == "kernels" else reference_reading(request.param):
+    """The reference and the kernels."""
+    with kernels() if request.param == "kernels" else nullcontext():
         yield

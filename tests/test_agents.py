@@ -99,7 +99,7 @@ def test_memory_of_agents_is_compact_and_their_own():
         part = part.clone()
         before = part.clone()
         outs.append(transform.inv(part))
-        carry = transform._carry.ring.leaves.values()
+        carry = transform._carry.leaves.values()
         assert all(leaf.untyped_storage().nbytes() == leaf.nbytes for leaf in carry)
         assert not addresses(carry) & storages(part, *outs)
         assert not storages(part) & storages(*outs)

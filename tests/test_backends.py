@@ -9,7 +9,7 @@ from fresh import run
 from rollouts import make_rollout
 from torch.autograd import forward_ad
 
-from multistep_triton import MultiStepTransform, backends, gather_future, n_step_return, reference
+from multistep_triton import MultiStepTransform, backends, eager, gather_future, n_step_return
 from multistep_triton.backends import BACKENDS, resolve_backend
 
 ON_CPU = torch.ones(2, 5)
@@ -145,12 +145,12 @@ def test_an_unchanged_script_is_told_once_what_runs_and_why(environment, told):
 def test_an_unchanged_script_is_verified_where_the_environment_asks_for_it():
     fault = """
 from multistep_triton.kernels import launch as launchers
-launch = launchers.launch_n_step_extend
+launch = launchers.n_step_extend
 def fault(carry, data, task, **options):
     out = launch(carry, data, task, **options)
     out[2][1, 3] += 1
     return out
-launchers.launch_n_step_extend = fault
+launchers.n_step_extend = fault
 """
     done = run(fault + SCRIPT, MULTISTEP_TRITON_BACKEND="verify", TRITON_INTERPRET="1")
     assert (
@@ -176,8 +176,8 @@ def test_a_fallback_on_an_accelerator_is_a_warning(caplog):
 
 
 def no_reference(monkeypatch):
-    for name in ("n_step_extend_reference", "gather_future_reference"):
-        monkeypatch.setattr(reference, name, None)
+    for name in ("n_step_extend", "gather_future"):
+        monkeypatch.setattr(eager, name, None)
 
 
 def test_triton_never_falls_back(monkeypatch):

@@ -118,7 +118,7 @@ def test_flush_into_stores_every_frame(make_buffer, storage, batch):
     assert len(buffer) == rollout.numel()
     # the stream may go on
     buffer.extend(rollout)
-    assert transform._carry.structure.batch_size == (*batch, 4)
+    assert (*transform._carry.structure.batch, transform._carry.count) == (*batch, 4)
 
 
 def test_flush_into_a_list_storage_and_a_priority():

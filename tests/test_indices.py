@@ -8,12 +8,10 @@ import torch
 from conftest import kernels
 from rings import Drawn, Ring, assert_sampled, make_buffer, make_stream
 
-from multistep_triton import dispatch, sampling
-from multistep_triton.dispatch import n_step_sample
+from multistep_triton import eager, engine, spec
 from multistep_triton.kernels.windows import INTERPRETED
-from multistep_triton.ring import Samples
-from multistep_triton.task import Task
-from multistep_triton.verify import different_bits
+from multistep_triton.task import Keys, Samples, Task, blanked, find_there
+from multistep_triton.debug.verify import different_bits
 
 where = pytest.mark.parametrize("where", [nullcontext, kernels], ids=["reference", "kernels"], indirect=True)
 
@@ -111,16 +109,16 @@ def test_an_index_of_no_frame_comes_out_blank(case, batch, marks, monkeypatch):
     stored = buffer.storage[:]
     data = {key if isinstance(key, tuple) else (key,): stored[key] for key in stored.keys(True, True) if key != "index"}
     rewards = [("next", key) for key in ("reward", "cost", "half")]
-    task = Task.of(
+    keys = Keys.of(
         data,
         1 + len(batch),
-        [("next", key) for key in ("done", "terminated", "truncated")],
-        reward_keys=rewards,
-        gathered_keys=[key for key in data if key[0] == "next" and key not in rewards],
-        mask_key=("mask",) if marks else None,
-        traj_key=("collector", "traj_ids") if marks else None,
+        tuple(("next", key) for key in ("done", "terminated", "truncated")),
+        rewards=tuple(rewards),
+        outputs=tuple((key, key, key[0] == "next" and key not in rewards) for key in data),
+        mask=("mask",) if marks else None,
+        traj=("collector", "traj_ids") if marks else None,
     )
-    arguments = {"n_steps": high, "gamma": 0.9}
+    task = Task(keys, high, 0.9, 0, False)
     slots = stored.shape[0]
     indices = drawn(batch)
     own = None if own is None else own[: len(indices[0])].to(indices[0].device)
@@ -132,14 +130,13 @@ def test_an_index_of_no_frame_comes_out_blank(case, batch, marks, monkeypatch):
     picked = samples._replace(
         indices=[index[inside] for index in samples.indices], n_steps=None if own is None else own[inside]
     )
-    expected = n_step_sample(picked, data, task, backend="reference", **arguments)
-    monkeypatch.setattr(dispatch, "_check_indices", lambda *arguments: None)
-    guarded, valid = sampling.frames_of(samples, next(iter(data.values())).shape)
-    assert valid.nonzero().flatten().tolist() == inside
-    outs = [sampling.blanked(sampling._sample_frames(guarded, data, task, **arguments), valid)]
-    out = n_step_sample(samples, data, task, backend="triton", **arguments)
-    outs.append((out.leaves, out.returns, out.steps, out.discount, out.nonterminal))
-    for leaves, returns, steps, discount, nonterminal in outs:
+    expected = spec.n_step_sample(task, picked, data)
+    monkeypatch.setattr(engine, "_check_indices", lambda *arguments: None)
+    there, guarded = find_there(samples, next(iter(data.values())).shape)
+    assert there.nonzero().flatten().tolist() == inside
+    outs = [blanked(each.n_step_sample(task, guarded, data), there) for each in (eager, spec)]
+    outs.append(engine.n_step_sample(task, samples, data, "triton"))
+    for leaves, returns, steps, discount, nonterminal, _ in outs:
         assert steps[isolated].tolist() == [0] * len(isolated)
         assert discount[isolated].tolist() == [1.0] * len(isolated)
         assert not nonterminal[isolated].any()

@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.errors import InterpreterError
 
 from multistep_triton import MultiStepTransform, gather_future, n_step_return
-from multistep_triton.dispatch import n_step_extend, n_step_sample
+from multistep_triton.carry import Carry
+from multistep_triton.engine import n_step_extend, n_step_sample
 from multistep_triton.kernels import launch, rows
-from multistep_triton.kernels.launch import launch_gather_future
+from multistep_triton.kernels.launch import gather_future as launch_gather_future
 from multistep_triton.kernels.windows import INTERPRETED, MOST_PIECE, TILE
-from multistep_triton.ring import Ring, Samples
 from multistep_triton.streams import KINDS, run_kernels
-from multistep_triton.task import Task
+from multistep_triton.task import Keys, Samples, Task
 
 GAMMA = 0.97
 DTYPES = [
@@ -52,30 +52,29 @@ def flags(shape, p, seed=0):
     return torch.rand(shape, generator=generator) < p
 
 
-def make_task(data, dims, done_keys=("done",)):
+def make_task(data, dims, n_steps, gamma=GAMMA, *, done=("done",), hold=True):
     """Of leaves whose names say what they are."""
-    return Task.of(
+    keys = Keys.of(
         data,
         dims,
-        done_keys,
-        reward_keys=[key for key in data if key.startswith("reward")],
-        gathered_keys=[key for key in data if key.startswith("value")],
-        mask_key="mask" if "mask" in data else None,
-        traj_key="traj" if "traj" in data else None,
+        done,
+        rewards=tuple(key for key in data if key.startswith("reward")),
+        outputs=tuple((key, key, key.startswith("value")) for key in data),
+        mask="mask" if "mask" in data else None,
+        traj="traj" if "traj" in data else None,
     )
+    return Task(keys, n_steps, gamma, dims - 1, hold)
 
 
-def emitted_and_held(data, carry, n_steps, **arguments):
+def emitted_and_held(data, carry, n_steps, *, backend="triton", **arguments):
     """What ``n_step_extend`` makes of leaves named done, reward, value and copied, by the kernels."""
     time_dim = data["done"].ndim - 1
-    ring = None
+    before = None
     if carry is not None:
         # Not a copy, which would begin at an address of its own.
         count = carry["done"].shape[time_dim]
-        ring = Ring({key: leaf.contiguous() for key, leaf in carry.items()}, 0, count, count, False)
-    task = make_task(data, time_dim + 1, arguments.pop("done_keys", ("done",)))
-    arguments = {"backend": "triton", **arguments}
-    return n_step_extend(ring, data, task, time_dim=time_dim, n_steps=n_steps, gamma=GAMMA, **arguments)
+        before = Carry({key: leaf.contiguous() for key, leaf in carry.items()}, 0, count, count)
+    return n_step_extend(make_task(data, time_dim + 1, n_steps, **arguments), before, data, backend)
 
 
 def check(carry, data, n_steps, hold=True):
@@ -203,7 +202,7 @@ def test_units_of_a_ring_are_counted_in_32_bits(monkeypatch):
 
 def test_rows_without_elements_of_what_lies_ahead():
     steps = torch.ones(2, 3, dtype=torch.int64)
-    assert launch.launch_gather_future(torch.zeros(2, 3, 0), steps).shape == (2, 3, 0)
+    assert launch.gather_future(torch.zeros(2, 3, 0), steps).shape == (2, 3, 0)
 
 
 def test_more_frames_held_back_than_windows():
@@ -215,7 +214,7 @@ def test_samples_with_an_n_of_their_own_of_several_pieces():
     own = torch.tensor([1, PIECE - 1, PIECE, PIECE + 1, PIECE + 2, PIECE + 6])
     samples = Samples([torch.full((6,), 10)], 199, 200, own)
     data = {"done": done, "reward": torch.ones(200), "value": torch.arange(200)}
-    out = n_step_sample(samples, data, make_task(data, 1), n_steps=PIECE + 6, gamma=1.0, backend="triton")
+    out = n_step_sample(make_task(data, 1, PIECE + 6, 1.0), samples, data, "triton")
     assert torch.equal(out.steps, own)
     assert torch.equal(out.returns["reward"], own.float())
     assert torch.equal(out.leaves["value"], 10 + own - 1)
@@ -224,13 +223,13 @@ def test_samples_with_an_n_of_their_own_of_several_pieces():
 def test_storages_of_other_dimensions_in_turn():
     """The same entries: a kernel is compiled for as many indices as there are dimensions."""
     data = rollout((), 24)
-    task = make_task(data, 1)
+    task = make_task(data, 1, 3, 0.5)
     for lead in ((), (1,), (2,), (2, 3), (), (2, 3)):
         slots = {key: leaf.view(-1, *lead, *leaf.shape[1:]) for key, leaf in data.items()}
         frames = slots["done"].shape[0]
         samples = Samples(torch.unravel_index(torch.arange(24), (frames, *lead)), frames - 1, frames)
         out, expected = (
-            n_step_sample(samples, slots, task, n_steps=3, gamma=0.5, backend=each) for each in ("triton", "reference")
+            n_step_sample(task, samples, slots, each) for each in ("triton", "reference")
         )
         assert torch.equal(out.steps, expected.steps)
         torch.testing.assert_close(out.returns["reward"], expected.returns["reward"])
@@ -245,16 +244,14 @@ def test_a_return_is_the_same_to_the_bit_wherever_its_window_lies(n_steps):
     for cut in (n_steps, n_steps + 1, PIECE, PIECE + 7, 2 * PIECE):
         parts = [{key: leaf[:, :cut] for key, leaf in data.items()}, {key: leaf[:, cut:] for key, leaf in data.items()}]
         first = emitted_and_held(parts[0], None, n_steps)
-        second = n_step_extend(
-            first.carry, parts[1], make_task(data, 2), time_dim=1, n_steps=n_steps, gamma=GAMMA, backend="triton"
-        )
+        second = n_step_extend(make_task(data, 2, n_steps), first.carry, parts[1], "triton")
         returns = torch.cat((first.returns["reward"], second.returns["reward"]), 1)
         assert torch.equal(returns, whole.returns["reward"])
     slots = {key: leaf.transpose(0, 1).contiguous() for key, leaf in data.items()}
     frames = whole.steps.shape[1]
     index = [torch.arange(frames).repeat(2), torch.arange(2).repeat_interleave(frames)]
     samples = Samples(index, 3 * PIECE - 1, 3 * PIECE)
-    sampled = n_step_sample(samples, slots, make_task(slots, 2), n_steps=n_steps, gamma=GAMMA, backend="triton")
+    sampled = n_step_sample(make_task(slots, 2, n_steps), samples, slots, "triton")
     assert torch.equal(sampled.returns["reward"].view(2, frames), whole.returns["reward"])
     assert torch.equal(frame_bytes(sampled.leaves["value"]), frame_bytes(whole.leaves["value"].flatten(0, 1)))
 
@@ -290,7 +287,7 @@ def test_any_of_several_flags(n_steps, marks):
             joined.append({**each, "done": first | others[0] | others[1]})
             parts.append({**each, "done": first, "other": others[0], "third": layout(others[1])})
         expected, out = (
-            emitted_and_held(new, old, n_steps, done_keys=keys)
+            emitted_and_held(new, old, n_steps, done=keys)
             for (old, new), keys in ((joined, ("done",)), (parts, ("done", "other", "third")))
         )
         for name in ("steps", "discount", "nonterminal"):
@@ -529,7 +526,7 @@ def test_sums_are_within_twice_the_error_of_a_loop():
 
 def test_gather_future_keeps_windows_within_their_row_where_it_cannot_check_them():
     value = torch.arange(8).view(2, 4)
-    gathered = launch_gather_future(value, torch.tensor([[-(2**40), 0, 1, 2], [1, 3, 99, 2**40]]))
+    gathered = gather_future(value, torch.tensor([[-(2**40), 0, 1, 2], [1, 3, 99, 2**40]]))
     assert gathered.tolist() == [[0, 1, 2, 3], [4, 7, 7, 7]]
 
 
@@ -590,15 +587,15 @@ class Bounds(TorchDispatchMode):
             self.given.clear()
             self.made.clear()
             for each in arguments:
-                if isinstance(each, Ring):
-                    time_dim, free = options["time_dim"], each.capacity - each.count
+                if isinstance(each, Carry):
+                    time_dim, free = arguments[0].time_dim, each.capacity - each.count
                     self.add(self.made, *each.spare.values())
                     for key in each.leaves:
                         self.add(self.given, *each.pieces(key, time_dim))
                         self.add(self.made, *(each.pieces(key, time_dim, each.count, free) if each.time_first else ()))
                 elif isinstance(each, Samples):
                     # Of the storage, slots that hold frames.
-                    samples, data, _ = arguments
+                    _, samples, data = arguments
                     own = [] if samples.n_steps is None else [samples.n_steps]
                     self.add(self.given, *samples.indices, *own, *(leaf[: samples.live] for leaf in data.values()))
                     break
@@ -631,7 +628,7 @@ def bounds(monkeypatch):
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
-    for name in ("launch_n_step_extend", "launch_n_step_sample", "launch_gather_future"):
+    for name in ("n_step_extend", "n_step_sample", "gather_future"):
         monkeypatch.setattr(launch, name, bounds.launching(getattr(launch, name)))
     return bounds
 
@@ -649,7 +646,7 @@ def test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory(
 
 def test_steps_that_leave_the_row_touch_no_other_memory(bounds):
     steps = torch.tensor([[2, 9, 1], [-3, 2, 7]])
-    assert launch.launch_gather_future(torch.arange(6).view(2, 3), steps).tolist() == [[1, 2, 2], [3, 5, 5]]
+    assert launch.gather_future(torch.arange(6).view(2, 3), steps).tolist() == [[1, 2, 2], [3, 5, 5]]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="addresses are checked in the interpreter")
@@ -662,4 +659,4 @@ def test_an_access_outside_of_the_tensors_is_seen(bounds, monkeypatch):
 
     monkeypatch.setattr(launch, "_run", run_one_row_more)
     with pytest.raises(InterpreterError, match="an address is outside of all tensors"):
-        launch.launch_gather_future(torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.int64))
+        launch.gather_future(torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.int64))

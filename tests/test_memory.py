@@ -56,7 +56,7 @@ def test_outputs_inputs_and_carry_share_no_memory(cuts):
         part = part.clone()
         before = part.clone()
         out = transform.inv(part)
-        carry = transform._carry.ring.leaves
+        carry = transform._carry.leaves
         carried = addresses(carry.values())
         assert not carried & storages(part)
         assert not carried & storages(*outs)
@@ -70,11 +70,11 @@ def test_the_carry_is_compact():
     transform = MultiStepTransform(3, 0.9)
     for part in make_rollout((4,), 2000).split(500, -1):
         transform.inv(part)
-        for leaf in transform._carry.ring.leaves.values():
+        for leaf in transform._carry.leaves.values():
             assert leaf.shape[1] == 3
             assert leaf.untyped_storage().nbytes() == leaf.nbytes
     assert transform._buffer.batch_size == (4, 3)
-    assert not storages(transform._buffer) & addresses(transform._carry.ring.leaves.values())
+    assert not storages(transform._buffer) & addresses(transform._carry.leaves.values())
 
 
 @pytest.mark.parametrize("n_steps", [1, 3])
@@ -158,6 +158,6 @@ def test_a_thousand_extends_hold_no_more_than_n_frames():
             transform.inv(rollout)
     assert (
         memory.alive
-        == sum(leaf.nbytes for leaf in transform._carry.ring.leaves.values())
+        == sum(leaf.nbytes for leaf in transform._carry.leaves.values())
         == rollout.bytes() * 5 // 2000
     )

@@ -69,14 +69,14 @@ def test_the_kernels_run_in_a_graph(monkeypatch):
     from multistep_triton.kernels import launch
 
     launches = []
-    for name in ("launch_n_step_extend", "launch_gather_future"):
+    for name in ("n_step_extend", "gather_future"):
         launch_it = getattr(launch, name)
         monkeypatch.setattr(launch, name, lambda *a, it=launch_it, of=name, **k: launches.append(of) or it(*a, **k))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = [each.to(device) for each in draw()]
     compiled = torch.compile(targets, fullgraph=True, backend="aot_eager")
     assert_equal(compiled(*arguments, backend="triton"), targets(*arguments, backend="reference"))
-    assert launches == ["launch_n_step_extend", "launch_gather_future"]
+    assert launches == ["n_step_extend", "gather_future"]
 
 
 def test_another_n_or_number_of_frames_is_no_new_graph():

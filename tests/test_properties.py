@@ -10,7 +10,6 @@ from torch import Tensor
 
 from multistep_triton import MultiStepTransform, gather_future, n_step_return
 
-pytestmark = pytest.mark.usefixtures("read")
 
 REWARD_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.uint8, torch.bool]
 VALUE_DTYPES = [torch.bool, torch.uint8, torch.int16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]

@@ -197,7 +197,7 @@ def test_a_state_shares_no_memory():
     state = transform.state_dict()
     resumed = make_transform()
     resumed.load_state_dict(state)
-    carried = transform._carry.ring.leaves, state["_extra_state"]["carry"]["leaves"], resumed._carry.ring.leaves
+    carried = transform._carry.leaves, state["_extra_state"]["carry"]["leaves"], resumed._carry.leaves
     own = [addresses(leaves.values()) for leaves in carried]
     assert len(set.union(*own)) == sum(map(len, own)) == 3 * len(carried[0])
 
@@ -327,13 +327,13 @@ def test_to_moves_the_frames_and_keeps_their_dtypes():
     data.auto_device_()
     transform = make_transform()
     transform.inv(data)
-    kinds = {path: (leaf.dtype, leaf.shape) for path, leaf in transform._carry.ring.leaves.items()}
+    kinds = {path: (leaf.dtype, leaf.shape) for path, leaf in transform._carry.leaves.items()}
     for move in (lambda: transform.to(torch.float64), transform.half, lambda: transform.to("cpu", torch.bfloat16)):
         assert move() is transform
-        assert {path: (leaf.dtype, leaf.shape) for path, leaf in transform._carry.ring.leaves.items()} == kinds
+        assert {path: (leaf.dtype, leaf.shape) for path, leaf in transform._carry.leaves.items()} == kinds
     buffer = ReplayBuffer(storage=LazyTensorStorage(100, ndim=2), transform=transform)
     buffer.transform.to("meta")
-    assert {leaf.device.type for leaf in transform._carry.ring.leaves.values()} == {"meta"}
+    assert {leaf.device.type for leaf in transform._carry.leaves.values()} == {"meta"}
     assert transform._buffer.device == torch.device("meta")
     # which is where the data must be now
     with pytest.raises(ValueError, match=r"observation.* on meta, got .* on cpu"):

@@ -4,11 +4,12 @@ import copy
 import pickle
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from conftest import kernels, reference_reading
+from conftest import kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollouts import make_rollout
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from multistep_triton import MultiStepTransform
-from multistep_triton.ring import Ring, find_place
+from multistep_triton.carry import Carry, find_slots
 
 N_STEPS, GAMMA, WIDTH = 5, 0.9, 10_000
 DUPLICATES = [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)), MultiStepTransform.clone]
@@ -70,10 +71,10 @@ def test_the_ring_stays_where_it_is_and_holds_no_more_than_it_must(frames):
     transform, rollout = MultiStepTransform(N_STEPS, GAMMA), stream(frames)
     for _ in range(10):
         transform.inv(rollout)
-    before = transform._carry.ring
+    before = transform._carry
     for _ in range(20):
         transform.inv(rollout)
-        ring = transform._carry.ring
+        ring = transform._carry
         assert ring.count == N_STEPS
         assert ring.capacity <= N_STEPS + frames + 1
         assert all(ring.leaves[key] is before.leaves[key] for key in before.leaves)
@@ -90,7 +91,7 @@ def test_long_calls_on_the_kernels_write_into_two_rings_in_turn(done_at):
         rollout, transform = stream(90), MultiStepTransform(N_STEPS, GAMMA, backend="triton", done_at=done_at)
         for part in rollout.split([10, 10, 6, 5, 16, 13, 10, 20], 1):
             outs.append(transform.inv(part))
-            seen.append(places(transform._carry.ring.leaves))
+            seen.append(places(transform._carry.leaves))
     assert seen[2:] == [seen[0], seen[1]] * 3
     assert not {*seen[0].values()} & {*seen[1].values()}
     expected = MultiStepTransform(N_STEPS, GAMMA, backend="reference", done_at=done_at).inv(rollout)
@@ -151,7 +152,7 @@ def test_whatever_becomes_of_the_two_rings(calls):
 def test_copies_of_a_transform_do_not_write_into_each_others_frames(duplicate, backend):
     frames = 40 if backend == "reference" else 24
     first = MultiStepTransform(N_STEPS, GAMMA, backend=backend)
-    with kernels() if backend == "triton" else reference_reading("joined"):
+    with kernels() if backend == "triton" else nullcontext():
         rollout, other = stream(frames), stream(41)[:, :frames]
         begin = one_by_one(first, rollout[:, :13])
         second = duplicate(first)
@@ -240,12 +241,12 @@ def test_rewards_that_require_grad_keep_their_graph_frame_by_frame():
 
 
 def test_runs_of_slots_turn_at_the_last_one():
-    ring = Ring({"leaf": torch.zeros(8, 2).movedim(0, 1)}, 6, 3, 8, True)
-    assert ring.runs(0, 3) == [(6, 2), (0, 1)]
-    assert ring.runs(2, 1) == [(0, 1)]
-    assert [piece.shape[1] for piece in ring.pieces("leaf", 1)] == [2, 1]
-    assert find_place(ring, [], 2, 4) == (6, 8, 2, True)
-    assert find_place(ring.with_leaves(ring.leaves, free=False), [], 2, 4).stay == 0
+    carry = Carry({"leaf": torch.zeros(8, 2).movedim(0, 1)}, 6, 3, 8, True)
+    assert carry.runs(0, 3) == [(6, 2), (0, 1)]
+    assert carry.runs(2, 1) == [(0, 1)]
+    assert [piece.shape[1] for piece in carry.pieces("leaf", 1)] == [2, 1]
+    assert find_slots(carry, [], 2, 4) == (6, 8, 2, True)
+    assert find_slots(carry.view(carry.leaves, free=False), [], 2, 4).stay == 0
 
 
 @pytest.mark.parametrize(
@@ -264,9 +265,9 @@ def test_runs_of_slots_turn_at_the_last_one():
 )
 def test_where_frames_go(count, new, n_steps, stay):
     """A new place where the ring is too small, or all that is held back is new."""
-    ring = Ring({"leaf": torch.zeros(2, 8)}, 0, count, 8, True)
-    place = find_place(ring, [], new, n_steps)
-    assert place.stay == stay
+    carry = Carry({"leaf": torch.zeros(2, 8)}, 0, count, 8, True)
+    slots = find_slots(carry, [], new, n_steps)
+    assert slots.stay == stay
     held = min(count + new, n_steps)
-    assert place.capacity == 8 if stay else place.capacity >= held
-    assert (place.first + count + new - held) % place.capacity == 0 or stay
+    assert slots.capacity == 8 if stay else slots.capacity >= held
+    assert (slots.first + count + new - held) % slots.capacity == 0 or stay

@@ -216,7 +216,7 @@ class Stream(RuleBasedStateMachine):
             assert held is None
             return
         assert held["observation"][..., 0].tolist() == [[frame.number for frame in row] for row in self.model.held]
-        carry = self.transform._carry.ring.leaves.values()
+        carry = self.transform._carry.leaves.values()
         assert all(leaf.untyped_storage().nbytes() == leaf.nbytes for leaf in carry)
         state = self.transform.state_dict()["_extra_state"]["carry"]["leaves"].values()
         own = [addresses(carry), addresses(state), *map(storages, (held, *self.seen[-6:]))]

@@ -322,7 +322,7 @@ def test_gradients_flow_through_the_reference():
     data = TensorDict({"next": {"reward": reward, "done": torch.zeros(1, 4, dtype=torch.bool)}}, [1, 4])
     transform = MultiStepTransform(2, 0.5, backend="reference")
     transform.inv(data)["next", "reward"].sum().backward()
-    assert not any(leaf.requires_grad for leaf in transform._carry.ring.leaves.values())
+    assert not any(leaf.requires_grad for leaf in transform._carry.leaves.values())
     assert reward.grad.tolist() == [[1.0, 1.5, 0.5, 0.0]]
 
 
@@ -341,9 +341,9 @@ def test_no_rows_and_a_leaf_without_elements(shape):
 
 def test_what_is_found_out_about_a_layout_has_a_bound():
     data = TensorDict({"next": {"reward": torch.zeros(4), "done": torch.zeros(4, dtype=torch.bool)}}, [4])
-    multi_step, layout = MultiStep(0.9, 2), Frames.read(data).layout
+    multi_step, layout = MultiStep(0.9, 2), Frames.read(data).structure.layout
     for i in range(300):
         multi_step.mask_key = f"mask {i}"
         multi_step(data)
         assert len(layout._found) <= 256
-    assert Frames.read(data).layout is layout
+    assert Frames.read(data).structure.layout is layout

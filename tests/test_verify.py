@@ -20,10 +20,9 @@ from multistep_triton import (
     gather_future,
     n_step_return,
 )
-from multistep_triton.dispatch import Extension
+from multistep_triton.carry import Carry
 from multistep_triton.kernels import launch as launchers
-from multistep_triton.ring import Ring
-from multistep_triton.rounding import float64_returns
+from multistep_triton.debug.rounding import float64_returns
 
 GAMMA = 0.9
 N_STEPS = 3
@@ -37,14 +36,12 @@ def on_the_kernels():
 
 
 @contextmanager
-def fault(spoil, launcher="launch_n_step_extend"):
+def fault(spoil, launcher="n_step_extend"):
     """Kernels whose output ``spoil`` changes."""
     launch = getattr(launchers, launcher)
 
     def launch_and_spoil(*arguments, **options):
         out = launch(*arguments, **options)
-        if launcher == "launch_n_step_extend":
-            out = Extension(*out)
         spoil(out)
         return out
 
@@ -161,14 +158,14 @@ def test_a_missed_boundary_is_reported_at_the_first_window_that_crosses_it(misse
     else:
         rollout[key][1, 18:] = 5
 
-    launch = launchers.launch_n_step_extend
+    launch = launchers.n_step_extend
     blind = torch.ones if missed == "mask" else torch.zeros
 
-    def launch_blindly(carry, data, task, **options):
-        return launch(carry, {**data, key: blind(data[key].shape, dtype=data[key].dtype)}, task, **options)
+    def launch_blindly(task, carry, data):
+        return launch(task, carry, {**data, key: blind(data[key].shape, dtype=data[key].dtype)})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launchers, "launch_n_step_extend", launch_blindly)
+        patch.setattr(launchers, "n_step_extend", launch_blindly)
         error = found(rollout, traj_key="ids")
     # The first call returned frames 0 to 8; the window of frame 16 is the first that goes on beyond frame 17.
     assert (error.key, error.frame) == ("steps_to_next_obs", (1, 16 - 9))
@@ -222,7 +219,7 @@ def test_functions():
     assert (caught.value.key, caught.value.frame) == ("reward", (1, 4))
     steps = torch.full((2, 9), 1)
     with (
-        fault(lambda out: out[0, 3].add_(1), "launch_gather_future"),
+        fault(lambda out: out[0, 3].add_(1), "gather_future"),
         pytest.raises(EquivalenceError, match=r"its window ends at t = 3, as steps is 1 there") as caught,
     ):
         gather_future(reward, steps, backend="verify")
@@ -282,17 +279,17 @@ def test_kernels_that_write_where_they_read_are_reported_and_undone():
     transform, steady = (MultiStepTransform(N_STEPS, GAMMA, backend=backend) for backend in ("verify", "triton"))
     for each in (transform, steady):
         each.inv(rollout[:, :12])
-    launch = launchers.launch_n_step_extend
-    for which, what in ((0, "frames held back"), (1, "data")):
+    launch = launchers.n_step_extend
+    for which, what in ((1, "frames held back"), (2, "data")):
 
-        def launch_and_write(*sources, which=which, **options):
-            out = launch(*sources, **options)
-            source = sources[which]
-            (source.pieces(("action",), 1)[0] if isinstance(source, Ring) else source["action",])[0, 0] += 1
+        def launch_and_write(*arguments, which=which):
+            out = launch(*arguments)
+            source = arguments[which]
+            (source.pieces(("action",), 1)[0] if isinstance(source, Carry) else source["action",])[0, 0] += 1
             return out
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launchers, "launch_n_step_extend", launch_and_write)
+            patch.setattr(launchers, "n_step_extend", launch_and_write)
             with pytest.raises(EquivalenceError, match=rf"the kernels wrote into \[\('action',\)\] of the {what}"):
                 transform.inv(rollout[:, 12:])
     assert (transform.inv(rollout[:, 12:]) == steady.inv(rollout[:, 12:])).all()
@@ -301,13 +298,13 @@ def test_kernels_that_write_where_they_read_are_reported_and_undone():
 def test_a_window_that_is_long_shows_where_it_should_have_ended():
     rollout = make_rollout((), 120, p_done=0.0)
     rollout["next", "done"][20] = True
-    launch = launchers.launch_n_step_extend
+    launch = launchers.n_step_extend
 
-    def launch_blindly(carry, data, task, **options):
-        return launch(carry, {**data, ("next", "done"): torch.zeros(120, 1, dtype=torch.bool)}, task, **options)
+    def launch_blindly(task, carry, data):
+        return launch(task, carry, {**data, ("next", "done"): torch.zeros(120, 1, dtype=torch.bool)})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launchers, "launch_n_step_extend", launch_blindly)
+        patch.setattr(launchers, "n_step_extend", launch_blindly)
         with pytest.raises(EquivalenceError, match=r"True +the reference ends it: done\n(.*\n)*.*the kernels end it"):
             MultiStep(GAMMA, 50, backend="verify")(rollout)
 
@@ -414,7 +411,7 @@ def test_a_fault_of_a_sample_is_found_at_its_place(kind):
     spoil, key, what = FAULTS[kind]
     buffer = ring_of_eight()
     # Slot 2, environment 1.
-    spoiled = fault(lambda out: spoil(Extension(*out, None), (5,)), "launch_n_step_sample")
+    spoiled = fault(lambda out: spoil(out, (5,)), "n_step_sample")
     with spoiled, pytest.raises(EquivalenceError) as caught:
         buffer.sample()
     error = caught.value
@@ -428,7 +425,7 @@ def test_the_window_of_a_sample_is_shown_as_it_lies_in_the_ring():
     buffer = ring_of_eight()
     # The newest frame but one lies in slot 0, the oldest in slot 2.
     with (
-        fault(lambda out: out[1][REWARD][0].sub_(1), "launch_n_step_sample"),
+        fault(lambda out: out[1][REWARD][0].sub_(1), "n_step_sample"),
         pytest.raises(EquivalenceError) as caught,
     ):
         buffer.sample()

@@ -1,0 +1,47 @@
+"""Layouts: leaves as the kernels read them, in memory that is counted in rows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from multistep_triton.task import Keys
+
+
+def lie_alike(
+    data: Mapping[Hashable, Tensor], dims: int, time_dim: int, keys: Keys
+) -> tuple[Mapping[Hashable, Tensor], int, int]:
+    """Leaves that lie alike, in memory ``[outer, T, inner, *F]``: those that do not are copied.
+
+    Returns:
+        The leaves, ``inner``, and how many inner environments, agents, share a mark or an id where these are expanded.
+    """
+    sizes = next(iter(data.values())).shape[:dims]
+    every = data.values()
+    if all(map(Tensor.is_contiguous, every)) and not any([*map(Tensor.is_neg, every), *map(Tensor.is_conj, every)]):
+        return data, math.prod(sizes[time_dim + 1 :]), 1
+    data = {key: leaf.resolve_neg().resolve_conj() for key, leaf in data.items()}
+    most = max(data.values(), key=Tensor.numel)
+    at = next((dim for dim in range(dims) if most.movedim(time_dim, dim).is_contiguous()), time_dim)
+    inner = [dim for dim in range(dims) if dim != time_dim][at:]
+    marks = [key for key in (keys.mask, keys.traj) if key is not None]
+    # Either all of them have a row for so many, or each has one for every environment.
+    sharing = {_count_sharing(data[key], inner, time_dim, at) if key not in keys.held else 1 for key in marks}
+    agents = sharing.pop() if len(sharing) == 1 else 1
+    for key, leaf in data.items():
+        if not leaf.movedim(time_dim, at).is_contiguous() and (agents == 1 or key not in marks):
+            leaf = leaf.movedim(time_dim, at).clone(memory_format=torch.contiguous_format)
+            data[key] = leaf.movedim(at, time_dim)
+    return data, math.prod([sizes[dim] for dim in inner]), agents
+
+
+def _count_sharing(mark: Tensor, inner: Sequence[int], time_dim: int, at: int) -> int:
+    """How many of the innermost environments a mark is expanded over, if it lies in order but for that; else 1."""
+    shared = list(itertools.takewhile(lambda dim: mark.shape[dim] == 1 or not mark.stride(dim), reversed(inner)))
+    each = mark[tuple([0 if dim in shared else slice(None) for dim in range(mark.ndim)])]
+    alone = each.movedim(time_dim and -1, at).is_contiguous()
+    return math.prod([mark.shape[dim] for dim in shared]) if alone else 1

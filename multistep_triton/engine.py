@@ -1,0 +1,96 @@
+"""The engine: one task, one backend. Leaves in, leaves out, by whichever backend runs on them.
+
+Every backend computes the same three functions: :func:`n_step_extend` of carry and data, :func:`n_step_sample` of a
+storage, and :func:`gather_future`. May import ``task``, ``carry``, ``backends``, ``eager`` and, inside the branch that
+runs them, the kernels and what verifies them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multistep_triton import eager
+from multistep_triton.backends import resolve_backend
+from multistep_triton.carry import Carry
+from multistep_triton.task import Results, Samples, Task
+
+
+def n_step_extend(task: Task, carry: Carry | None, data: Mapping[Any, Tensor], backend: str = "auto") -> Results:
+    """One step of the stream: ``c`` carried frames and ``T`` new ones in, the ``c + T - n_steps`` oldest out.
+
+    Args:
+        task: what is to be computed; one done key at least.
+        carry: the ``c`` frames held back by the call before, or None. Its free slots and its spare leaves may be
+            written into.
+        data: leaves ``[*B, T, ...]``, the same keys, dtypes, devices and trailing shapes.
+        backend: one of ``BACKENDS``.
+
+    Returns:
+        Results: in new memory, but an output of a call that does not hold back, and is not read at the window's end,
+            is the data's own. Neither the frames of ``carry`` nor ``data`` are modified.
+    """
+    chosen = resolve_backend(backend, data.values(), [data[key] for key in task.keys.rewards])
+    results: Results = implementation_of(chosen).n_step_extend(task, carry, data)
+    return results
+
+
+def n_step_sample(task: Task, samples: Samples, data: Mapping[Any, Tensor], backend: str = "auto") -> Results:
+    """n-step transitions of sampled frames; no window goes beyond the newest frame.
+
+    Args:
+        task: what is to be computed, with ``[C, *R]`` in place of ``[*B, T]``.
+        samples: the frames.
+        data: leaves of the storage, ``[C, *R, ...]``; only slots that hold frames are read.
+        backend: one of ``BACKENDS``.
+
+    Returns:
+        Results: ``[N]`` in place of ``[*B, E]``, in new memory, and no carry.
+
+    Raises:
+        IndexError: an index is that of no frame, on the CPU. On an accelerator the host does not wait to know: such a
+            sample has 0 steps, NaN as its return, discount 1, and zeros for all else.
+    """
+    chosen = resolve_backend(
+        backend, [*data.values(), *samples.indices], [data[key] for key in task.keys.rewards]
+    )
+    _check_indices(samples, next(iter(data.values())).shape)
+    results: Results = implementation_of(chosen).n_step_sample(task, samples, data)
+    return results
+
+
+def gather_future(value: Tensor, steps: Tensor, backend: str = "auto") -> Tensor:
+    """:func:`multistep_triton.gather_future` of windows that lie within their rows; the kernels cut others."""
+    future: Tensor = implementation_of(resolve_backend(backend, (value, steps))).gather_future(value, steps)
+    return future
+
+
+def implementation_of(backend: str) -> Any:
+    """The module that computes what a backend does."""
+    # The compiler does not look into caches.
+    return eager if backend == "reference" else _import(backend)
+
+
+@functools.cache
+def _import(backend: str) -> Any:
+    """The kernels or what verifies, which are imported where they run alone; an import takes its time in every call."""
+    if backend == "verify":
+        from multistep_triton.debug import verify
+
+        return verify
+    from multistep_triton.kernels import launch
+
+    return launch
+
+
+def _check_indices(samples: Samples, sizes: torch.Size) -> None:
+    """Checks that frames lie where they were drawn, but on an accelerator, for which the host would wait."""
+    for index, size in zip(samples.indices, (samples.live, *sizes[1:]), strict=False):
+        if index.is_cpu and index.numel():
+            low, high = (int(each) for each in index.aminmax())
+            if low < 0 or high >= size:
+                raise IndexError(f"a sampler must draw indices within 0 .. {size - 1}, got {low} .. {high}")

@@ -1,0 +1,104 @@
+"""The specification: n-step transitions in the plainest PyTorch, formula by formula, on any device.
+
+It is what the other backends are held to, by the tests and by ``backend="verify"``. Flags are ``[*B, S]``, time last,
+leaves ``[*B, S, *F]``. ``x.roll(-1)`` is the next frame's ``x``; the last frame's is the first one's, which nobody
+reads, as the last frame that is known is a boundary. Boundaries select: a NaN beyond one reaches nothing before it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from multistep_triton.carry import Carry
+from multistep_triton.task import Keys, Results, Samples, Task, return_dtype, sampled_where_frames_are, summed_dtype
+
+
+def find_boundaries(last: Tensor, leaves: dict, keys: Keys) -> Tensor:
+    """Frames after which nothing of the trajectory follows: the last one, done, padding or before it, or of another id."""
+    boundary = last
+    for key in keys.done:
+        boundary = boundary | leaves[key].reshape(last.shape)
+    if keys.mask is not None:
+        valid = leaves[keys.mask].reshape(last.shape)
+        boundary = boundary | ~valid | ~valid.roll(-1, -1)
+    if keys.traj is not None:
+        ids = leaves[keys.traj].reshape(last.shape)
+        boundary = boundary | (ids != ids.roll(-1, -1))
+    return boundary
+
+
+def count_steps(boundary: Tensor, n_steps: int) -> Tensor:
+    """``steps(t)``: 1 at a boundary or where n is 1, else 1 more than the next frame's of n - 1 steps."""
+    steps = torch.ones_like(boundary, dtype=torch.int64)
+    for _ in range(min(n_steps, boundary.shape[-1]) - 1):
+        steps = torch.where(boundary, 1, 1 + steps.roll(-1, -1))
+    return steps
+
+
+def sum_rewards(reward: Tensor, boundary: Tensor, task: Task) -> Tensor:
+    """``R(t)``: ``r(t)`` at a boundary or where n is 1, else ``r(t) + gamma R(t + 1)`` of n - 1 steps."""
+    dim, dtype = boundary.ndim - 1, return_dtype(reward)
+    boundary = boundary.view(*boundary.shape, *[1] * (reward.ndim - boundary.ndim))
+    total = reward = reward.to(summed_dtype(reward))
+    for _ in range(min(task.n_steps, boundary.shape[dim]) - 1):
+        total = torch.where(boundary, reward, reward + task.gamma * total.roll(-1, dim))
+    return total.to(dtype)
+
+
+def gather_future(value: Tensor, steps: Tensor) -> Tensor:
+    """``value(e(t))`` with ``e(t) = t + steps(t) - 1``."""
+    frames = torch.arange(steps.numel(), device=steps.device).view(steps.shape)
+    return value.flatten(0, steps.ndim - 1)[frames + steps - 1]
+
+
+def n_step_extend(task: Task, carry: Carry | None, data: dict) -> Results:
+    """The windows of the frames carried and the new ones, as far as they are known, and what is held back."""
+    dim, keys = task.time_dim, task.keys
+    stream = {key: torch.cat((carry.frames(key, dim), leaf), dim) if carry else leaf for key, leaf in data.items()}
+    shape = next(iter(stream.values())).shape[: dim + 1]
+    known, emitted = shape[-1], max(shape[-1] - task.n_steps, 0) if task.hold else shape[-1]
+    last = (torch.arange(known, device=stream[keys.done[0]].device) == known - 1).expand(shape)
+    boundary = find_boundaries(last, stream, keys)
+    steps = count_steps(boundary, task.n_steps)
+
+    def come_out(value: Tensor) -> Tensor:
+        return value.narrow(dim, 0, emitted).clone()
+
+    leaves = {
+        out: come_out(gather_future(stream[key], steps) if at_end else stream[key]) for out, key, at_end in keys.outputs
+    }
+    returns = {key: come_out(sum_rewards(stream[key], boundary, task)) for key in keys.rewards}
+    held = {key: stream[key].narrow(dim, emitted, known - emitted) for key in keys.held}
+    steps, nonterminal = come_out(steps), come_out(~boundary)
+    carry = Carry.of(held, known - emitted) if task.hold else None
+    return Results(leaves, returns, steps, (task.gamma ** steps.double()).float(), nonterminal, carry)
+
+
+@sampled_where_frames_are
+def n_step_sample(task: Task, samples: Samples, data: dict) -> Results:
+    """The windows of sampled frames: each is the first one of the row of frames that follow it, up to the newest."""
+    keys, live, (time, *others) = task.keys, samples.live, samples.indices
+    ahead = torch.arange(min(task.n_steps + 1, live), device=time.device)
+    slots, after = rows_of(samples, len(ahead))
+    row = {key: data[key][slots] for key in (*keys.flags, *keys.rewards)}
+    boundary = find_boundaries(ahead >= after[:, None], row, keys)
+    nonterminal = ~boundary[:, 0]
+    if samples.n_steps is not None:
+        boundary = boundary | (ahead + 1 >= samples.n_steps[:, None])
+    steps = count_steps(boundary, task.n_steps)[:, 0]
+    end = (time + steps - 1) % live
+    leaves = {out: data[key][(end if at_end else time, *others)] for out, key, at_end in keys.outputs}
+    returns = {key: sum_rewards(row[key], boundary, task)[:, 0].clone() for key in keys.rewards}
+    return Results(leaves, returns, steps.clone(), (task.gamma ** steps.double()).float(), nonterminal)
+
+
+def rows_of(samples: Samples, count: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Index ``[N, count]`` of sampled frames and those after them, and ``[N]``, how many newer ones there are.
+
+    In the place of frames that have not come yet is the newest.
+    """
+    time, *others = samples.indices
+    after = (samples.newest - time) % samples.live
+    ahead = torch.minimum(torch.arange(count, device=time.device), after[:, None])
+    return ((time[:, None] + ahead) % samples.live, *(index[:, None] for index in others)), after
