@@ -143,7 +143,10 @@ def _gather_in_stream(stream: _Stream, lengths: Tensor, n_steps: int) -> Callabl
         seam, near = emitted, known
 
     seam_rows = _end_rows(lengths.narrow(dim, 0, seam), near, 0)
-    data_rows = _end_rows(lengths, new, -carried).clamp_(min=0) if seam < emitted else seam_rows
+    data_rows = _end_rows(lengths, new, -carried) if seam < emitted else seam_rows
+    if seam:
+        # Windows that end in the carry have no row in the data; they get any.
+        data_rows = data_rows.clamp(min=0)
 
     def gather(key: Hashable) -> Tensor:
         joined = stream.copy(key, 0, near).flatten(0, dim) if seam else data[key]

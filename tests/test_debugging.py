@@ -14,12 +14,13 @@ import torch
 from rollouts import frames, make_rollout
 from tensordict import LazyStackedTensorDict, NonTensorData, TensorDict, tensorclass
 
-from multistep_triton import MultiStep, MultiStepTransform, doctor, parity, streams
-from multistep_triton.__main__ import main
-from multistep_triton.explain import find_windows, load_rollout
-from multistep_triton.plot import FRAMES, draw_windows
-from multistep_triton.streams import TORCHRL_KINDS, Result, Stream, run_torchrl
-from multistep_triton.windows import MOST, Row, layout, shortened
+from multistep_triton import MultiStep, MultiStepTransform
+from multistep_triton.debug import doctor, parity, streams
+from multistep_triton.debug.cli import main
+from multistep_triton.debug.explain import find_windows, load_rollout
+from multistep_triton.debug.plot import FRAMES, draw_windows
+from multistep_triton.debug.streams import TORCHRL_KINDS, Result, Stream, run_torchrl
+from multistep_triton.debug.tables import MOST, Row, layout, shortened
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -450,7 +451,7 @@ def test_wrong_arguments_are_refused_with_one_line(capsys, arguments, error):
 def test_a_missing_package_is_named(saved, module):
     command = ["explain", str(saved), "--env", "0", "--t", "0", "--plot", "a.png"]
     command = ["doctor"] if module == "tqdm" else command
-    code = f"import sys; sys.modules['{module}'] = None; from multistep_triton.__main__ import main; main({command})"
+    code = f"import sys; sys.modules['{module}'] = None; from multistep_triton.debug.cli import main; main({command})"
     done = fresh.run(code)
     assert done.returncode == 2
     line = f"""error: this needs {module}: pip install "multistep_triton[debug]"\n"""

@@ -21,7 +21,7 @@ from multistep_triton.engine import n_step_extend, n_step_sample
 from multistep_triton.kernels import launch, rows
 from multistep_triton.kernels.launch import gather_future as launch_gather_future
 from multistep_triton.kernels.windows import INTERPRETED, MOST_PIECE, TILE
-from multistep_triton.streams import KINDS, run_kernels
+from multistep_triton.debug.streams import KINDS, run_kernels
 from multistep_triton.task import Keys, Samples, Task
 
 GAMMA = 0.97

@@ -19,7 +19,7 @@ from multistep_triton.carry import Carry
 from multistep_triton.debug.rounding import float64_returns
 from multistep_triton.engine import implementation_of
 from multistep_triton.task import Results, Samples, Task, find_there
-from multistep_triton.windows import Row, number
+from multistep_triton.debug.tables import Row, number
 
 COPIED = "what is copied is equal, bit for bit"
 

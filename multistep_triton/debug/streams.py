@@ -18,7 +18,7 @@ from torch import Tensor
 from torchrl.data import LazyTensorStorage
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
 
-from multistep_triton.parity import find_difference
+from multistep_triton.debug.parity import find_difference
 from multistep_triton.replay_buffer import NStepReplayBuffer
 from multistep_triton.transform import MultiStepTransform
 

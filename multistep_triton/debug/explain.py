@@ -1,7 +1,7 @@
 """Explain: the window of one frame of a saved rollout, frame by frame.
 
 Owns the reading of the file and what is said; the windows are those of ``MultiStep``. May import ``postproc``,
-``roles`` and ``windows``.
+``roles`` and ``tables``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from multistep_triton.debug.tables import Row, number, shortened
 from multistep_triton.frames import Frames, KeyPath
 from multistep_triton.groups import find_groups
 from multistep_triton.postproc import MultiStep
 from multistep_triton.roles import WINDOW_PATHS
-from multistep_triton.windows import Row, number, shortened
 
 # What torch.save writes of a tensordict besides tensors.
 _CLASSES = {

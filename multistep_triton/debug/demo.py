@@ -21,7 +21,7 @@ from torchrl.envs.transforms import Transform
 from tqdm import tqdm
 
 from multistep_triton import MultiStepTransform
-from multistep_triton.parity import INEXACT_KEYS, find_difference, leaf_keys, ulps
+from multistep_triton.debug.parity import INEXACT_KEYS, find_difference, leaf_keys, ulps
 
 ENVIRONMENTS = 2
 ENVIRONMENT = "CartPole-v1"

@@ -1,6 +1,6 @@
 """The doctor: what is installed, what runs here and why, and whether it computes the same.
 
-May import ``backends``, ``streams``, ``windows`` and tqdm.
+May import ``backends``, ``streams``, ``tables`` and tqdm.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from multistep_triton import __version__
 from multistep_triton.backends import BACKEND_VARIABLE, BACKENDS, choose_backend
-from multistep_triton.streams import Result, run_kernels, run_torchrl
-from multistep_triton.windows import layout
+from multistep_triton.debug.streams import Result, run_kernels, run_torchrl
+from multistep_triton.debug.tables import layout
 
 PACKAGES = ("torch", "triton", "torchrl", "tensordict")
 VARIABLES = (BACKEND_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")

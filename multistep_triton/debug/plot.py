@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from multistep_triton.explain import Windows
+from multistep_triton.debug.explain import Windows
 
 # Frames in a picture, more if the window needs them; lanes that there is room to label.
 FRAMES, LABELLED = 64, 24
