@@ -17,7 +17,7 @@ from tensordict import LazyStackedTensorDict, NonTensorData, TensorDict, tensorc
 from multistep_triton import MultiStep, MultiStepTransform
 from multistep_triton.debug import doctor, parity, streams
 from multistep_triton.debug.cli import main
-from multistep_triton.debug.explain import find_windows, load_rollout
+from multistep_triton.debug.explain import Windows, load_rollout
 from multistep_triton.debug.plot import FRAMES, draw_windows
 from multistep_triton.debug.streams import TORCHRL_KINDS, Result, Stream, run_torchrl
 from multistep_triton.debug.tables import MOST, Row, layout, shortened
@@ -111,7 +111,7 @@ def test_explain_agrees_with_the_transform_on_every_frame():
     rollout = make_rollout((2, 3), 30, p_done=0.3)
     out = MultiStep(0.9, 4)(rollout)
     for env in ((0, 0), (1, 2)):
-        windows = find_windows(rollout, env, None, MultiStep(0.9, 4))
+        windows = Windows(rollout, env, None, MultiStep(0.9, 4))
         assert windows.steps == out["steps_to_next_obs"][env].tolist()
         assert windows.returns["next.reward"] == out["next", "reward"][env].flatten().tolist()
         for t in range(30):
@@ -225,7 +225,7 @@ def test_the_picture_has_a_bar_for_every_window(saved, capsys):
     explain(capsys, saved, "--env", 0, "--t", 2, "--plot", saved.with_suffix(".png"))
     assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
-    windows = find_windows(load_rollout(saved), [0], None, MultiStep(0.5, 3, mask_key="mask", traj_key=None))
+    windows = Windows(load_rollout(saved), [0], None, MultiStep(0.5, 3, mask_key="mask", traj_key=None))
     above, below = draw_windows(windows, 2, "title").axes
     bars = {round(bar.get_x() + 0.4): bar for bar in above.patches if bar.get_height() < 1}
     assert {t: round(bar.get_width() + 0.2) for t, bar in bars.items()} == dict(enumerate([3, 3, 2, 1, 2, 1, 1, 1]))
@@ -241,7 +241,7 @@ def test_the_picture_has_a_bar_for_every_window(saved, capsys):
 
 @pytest.mark.parametrize("t", [0, 100, 199])
 def test_the_picture_of_a_long_row_is_around_the_frame(t):
-    windows = find_windows(make_rollout((), 200), [], None, MultiStep(0.9, 5))
+    windows = Windows(make_rollout((), 200), [], None, MultiStep(0.9, 5))
     low, high = draw_windows(windows, t, "title").axes[0].get_xlim()
     assert low < t < high
     assert round(high - low) == FRAMES
@@ -270,7 +270,7 @@ def test_rewards_that_are_not_finite_are_explained_and_drawn(tmp_path, capsys):
     out = explain(capsys, tmp_path / "a$b_{.pt", "--t", 1, "--n-steps", 2, "--gamma", 1, "--plot", picture)
     assert "next.reward = inf + 1 * -inf = nan (stored as nan)" in out
     assert picture.exists()
-    windows = find_windows(load_rollout(tmp_path / "a$b_{.pt"), [], None, MultiStep(1.0, 2))
+    windows = Windows(load_rollout(tmp_path / "a$b_{.pt"), [], None, MultiStep(1.0, 2))
     crosses = [line for line in draw_windows(windows, 1, "$").axes[1].lines if line.get_marker() == "x"]
     assert crosses[0].get_xdata().tolist() == [0, 1, 2, 3]
     data = frames([1.0, 1.0], [False] * 2)
@@ -280,7 +280,7 @@ def test_rewards_that_are_not_finite_are_explained_and_drawn(tmp_path, capsys):
 
 
 def test_the_picture_shows_the_whole_window():
-    windows = find_windows(make_rollout((), 400, p_done=0.0), [], None, MultiStep(0.9, 150))
+    windows = Windows(make_rollout((), 400, p_done=0.0), [], None, MultiStep(0.9, 150))
     low, high = draw_windows(windows, 100, "title").axes[0].get_xlim()
     assert low < 100
     assert high > 249

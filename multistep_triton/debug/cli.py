@@ -1,16 +1,16 @@
 """The command line: ``python -m multistep_triton demo``, ``doctor`` or ``explain``.
 
-Owns the arguments and the exit status; what a command runs is imported once its arguments are right. May import
-``backends``, ``checks`` and, inside the function that runs it, each command.
+Owns the arguments and the exit status. May import ``backends``, ``checks`` and, inside the function that runs it, each
+command, which may need a package that is missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,10 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: what follows ``python -m multistep_triton``; None reads ``sys.argv``.
+    """Runs what follows ``python -m multistep_triton``, or ``sys.argv``.
 
     Returns:
         The exit status: 0, or 1 if the demo or the doctor found a difference. With wrong arguments, or where a command
@@ -47,12 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for add in (_add_demo, _add_doctor, _add_explain):
         add(commands)
     options = parser.parse_args(arguments)
+    parser = options.parser
     try:
-        status: int = options.run(options)
+        status: int = options.run(parser, options)
         sys.stdout.flush()
     except BrokenPipeError:  # as with "| head"; Python would say so once more when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in REQUIREMENTS:
+            raise
+        extra = "demo" if options.command == "demo" else "debug"
+        parser.error(f'this needs {package}: pip install "multistep_triton[{extra}]"')
     return status
 
 
@@ -63,36 +67,31 @@ def _add_demo(commands: Any) -> None:
         description="Rolls out two CartPole environments, extends a replay buffer with this package's "
         "MultiStepTransform and one with torchrl's, and compares every frame stored.",
     )
-    parser.set_defaults(run=partial(_demo, parser))
+    parser.set_defaults(run=_demo, parser=parser)
     _add_n_steps_and_gamma(parser)
-    for name, default, text in (
-        ("frames-per-chunk", 50, "frames of each environment in one extend"),
-        ("chunks", 100, "number of extends"),
-        ("capacity", 100, "frames that a buffer holds, at least one chunk and at most all of both environments"),
-    ):
-        _add_positive_int(parser, name, default, text)
+    _add_positive_int(parser, "frames-per-chunk", 50, "frames of each environment in one extend")
+    _add_positive_int(parser, "chunks", 100, "number of extends")
+    text = "frames that a buffer holds, at least one chunk and at most all of both environments"
+    _add_positive_int(parser, "capacity", 100, text)
     _add_seed(parser, "seed of the environments and the actions")
     parser.add_argument("--save", metavar="FILE", type=Path, help="save the rollout, to be looked at with explain")
-    parser.add_argument(
-        "--backend",
-        type=_argument(str, check_backend),
-        default="auto",
-        metavar="NAME",
-        help=f"one of {', '.join(BACKENDS)}{DEFAULT}",
-    )
+    backend, text = _argument(str, check_backend), f"one of {', '.join(BACKENDS)}{DEFAULT}"
+    parser.add_argument("--backend", type=backend, default="auto", metavar="NAME", help=text)
 
 
 def _demo(parser: _Parser, options: argparse.Namespace) -> int:
-    if options.n_steps >= options.chunks * options.frames_per_chunk:
+    frames = options.chunks * options.frames_per_chunk
+    if options.n_steps >= frames:
         parser.error(
-            f"argument --n-steps: must be less than the {options.chunks * options.frames_per_chunk} frames that each "
-            f"environment yields (chunks * frames per chunk), got {options.n_steps}"
+            f"argument --n-steps: must be less than the {frames} frames that each environment yields (chunks * frames "
+            f"per chunk), got {options.n_steps}"
         )
     try:
         backend = resolve_backend(options.backend, [torch.empty(0)])  # the environments are on the CPU
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
-    demo = _import(parser, "demo", "demo")
+    from multistep_triton.debug import demo
+
     smallest = demo.ENVIRONMENTS * options.frames_per_chunk
     if options.capacity < smallest:
         parser.error(
@@ -105,7 +104,7 @@ def _demo(parser: _Parser, options: argparse.Namespace) -> int:
         except OSError as error:
             parser.error(f"argument --save: must be a file that can be written, got {error}")
     print(f"backend: {backend} (asked for: {options.backend})")
-    status: int = demo.run(
+    return demo.run(
         n_steps=options.n_steps,
         gamma=options.gamma,
         frames_per_chunk=options.frames_per_chunk,
@@ -115,7 +114,6 @@ def _demo(parser: _Parser, options: argparse.Namespace) -> int:
         backend=options.backend,
         save=options.save,
     )
-    return status
 
 
 def _add_doctor(commands: Any) -> None:
@@ -126,16 +124,16 @@ def _add_doctor(commands: Any) -> None:
         "kernels beside the reference, compiled on every GPU and interpreted on the CPU, and the reference beside "
         "torchrl's transform, where that is right. Exits with 1 if any differ.",
     )
-    parser.set_defaults(run=partial(_doctor, parser))
+    parser.set_defaults(run=_doctor, parser=parser)
     _add_positive_int(parser, "streams", 200, "random streams in each comparison")
     _add_seed(parser, "seed of the first stream")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def _doctor(parser: _Parser, options: argparse.Namespace) -> int:
-    doctor = _import(parser, "doctor", "debug")
-    status: int = doctor.run(streams=options.streams, seed=options.seed, as_json=options.json)
-    return status
+    from multistep_triton.debug import doctor
+
+    return doctor.run(streams=options.streams, seed=options.seed, as_json=options.json)
 
 
 def _add_explain(commands: Any) -> None:
@@ -146,7 +144,7 @@ def _add_explain(commands: Any) -> None:
         "of one frame: its frames, where it ends and why, and its return as a sum. Windows are cut at the rollout's "
         "last frame. Keys are those of the transform, nested names joined by dots.",
     )
-    parser.set_defaults(run=partial(_explain, parser))
+    parser.set_defaults(run=_explain, parser=parser)
     parser.add_argument("file", metavar="FILE", type=Path, help="a tensordict, saved with torch.save")
     text = "the row: an index for each dimension of *B, as in 0 or 3,1"
     parser.add_argument("--env", metavar="I,..", type=_indices, default=[], help=text)
@@ -164,11 +162,13 @@ def _add_explain(commands: Any) -> None:
 
 
 def _explain(parser: _Parser, options: argparse.Namespace) -> int:
-    from multistep_triton.debug import explain
+    from multistep_triton.debug.explain import Windows, load_rollout
     from multistep_triton.postproc import MultiStep
 
-    if options.plot and not options.plot.suffix:
-        parser.error(f"argument --plot: must end in .png or another picture's suffix, got {options.plot}")
+    if options.plot:
+        if not options.plot.suffix:
+            parser.error(f"argument --plot: must end in .png or another picture's suffix, got {options.plot}")
+        from multistep_triton.debug.plot import draw_windows
     try:
         multistep = MultiStep(
             options.gamma,
@@ -180,12 +180,11 @@ def _explain(parser: _Parser, options: argparse.Namespace) -> int:
             traj_key=None if options.traj_key == "none" else options.traj_key,
             backend="reference",
         )
-        windows = explain.find_windows(explain.load_rollout(options.file), options.env, options.agent, multistep)
-        explain.check_index("t", options.t, len(windows.steps))
+        windows = Windows(load_rollout(options.file), options.env, options.agent, multistep)
         title = f"{options.file.name}{windows.where}: n_steps = {options.n_steps}, gamma = {options.gamma:g}"
         text = windows.explain(options.t)
         if options.plot:
-            _import(parser, "plot", "debug").draw_windows(windows, options.t, title).savefig(options.plot, dpi=120)
+            draw_windows(windows, options.t, title).savefig(options.plot, dpi=120)
     except (KeyError, OSError, TypeError, ValueError) as error:
         # str() of a KeyError is the repr of its message.
         parser.error(_one_line(error.args[0] if isinstance(error, KeyError) else error))
@@ -197,16 +196,6 @@ def _explain(parser: _Parser, options: argparse.Namespace) -> int:
 
 def _one_line(message: object) -> str:
     return " ".join(str(message).split())
-
-
-def _import(parser: _Parser, module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(f"multistep_triton.debug.{module}")
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in REQUIREMENTS:
-            raise
-        parser.error(f'this needs {package}: pip install "multistep_triton[{extra}]"')
 
 
 def _add_n_steps_and_gamma(parser: argparse.ArgumentParser) -> None:
@@ -228,10 +217,9 @@ def _argument(parse: Callable[[str], Any], check: Callable[[Any], Any]) -> Calla
     """An argparse ``type`` whose error is the message of ``check``."""
 
     def convert(text: str) -> Any:
-        try:
+        value: Any = text  # what cannot be parsed is what check refuses
+        with suppress(ValueError):
             value = parse(text)
-        except ValueError:
-            value = text
         try:
             return check(value)
         except (TypeError, ValueError) as error:

@@ -1,6 +1,6 @@
 """The demo: the example of torchrl's MultiStepTransform, stored by ours and by torchrl's, and compared.
 
-Owns the environment and the two buffers. May import the package, torchrl, gymnasium and tqdm.
+Owns the environment and the two buffers. May import the package, ``parity``, torchrl, gymnasium and tqdm.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from pathlib import Path
 import gymnasium  # noqa: F401  # torchrl looks for it only when it makes the environment, which is late to miss it
 import torch
 import torchrl
-from tensordict import NestedKey, TensorDictBase
-from torch import Tensor
+from tensordict import TensorDictBase
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import GymEnv, SerialEnv, StepCounter, TransformedEnv
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
-from torchrl.envs.transforms import Transform
 from tqdm import tqdm
 
 from multistep_triton import MultiStepTransform
@@ -38,67 +36,45 @@ def run(
     backend: str,
     save: Path | None,
 ) -> int:
-    """Extends both buffers chunk by chunk and compares what each extend stored.
+    """Extends both buffers chunk by chunk, and compares what each extend stored.
 
-    Keyword Args:
-        n_steps: frames in a full window, less than ``chunks * frames_per_chunk``.
-        gamma: discount per step.
-        frames_per_chunk: frames of each environment in one extend.
-        chunks: number of extends.
-        capacity: frames that each buffer holds, at least ``ENVIRONMENTS * frames_per_chunk``: what an extend stored
-            is read back before a later one overwrites it.
-        seed: of the environments and the actions.
-        backend: backend of our transform.
-        save: where to save the rollouts, as one of 1-step transitions ``[ENVIRONMENTS, chunks * frames_per_chunk]``.
+    A buffer must hold a chunk, ``ENVIRONMENTS * frames_per_chunk`` frames, as a later extend overwrites what it stored.
+    What is saved is one rollout of 1-step transitions, ``[ENVIRONMENTS, chunks * frames_per_chunk]``.
 
     Returns:
         0 if all stored frames are equal, else 1.
     """
     logging.getLogger("torchrl").setLevel(logging.WARNING)  # it logs to stdout what each storage allocates
-    ours = _buffer(MultiStepTransform(n_steps, gamma, backend=backend), capacity)
-    theirs = _buffer(TorchRLMultiStepTransform(n_steps, gamma), capacity)
-    keys: list[NestedKey] = []
-    stored = 0
+    transforms = MultiStepTransform(n_steps, gamma, backend=backend), TorchRLMultiStepTransform(n_steps, gamma)
+    buffers = [ReplayBuffer(storage=LazyTensorStorage(capacity, ndim=2), transform=each) for each in transforms]
     rollouts: Iterable[TensorDictBase] = _rollouts(chunks, frames_per_chunk, seed)
     if save:
         rollouts = list(rollouts)
         torch.save(torch.cat(rollouts, -1), save)
+    stored, expected = 0, chunks * frames_per_chunk - n_steps
     # disable=None: only where stderr is a terminal.
     for rollout in tqdm(rollouts, total=chunks, unit="chunk", leave=False, disable=None):
-        our_rows, their_rows = _store(ours, rollout), _store(theirs, rollout)
-        if not torch.equal(our_rows, their_rows):
-            print(f"different: extend wrote rows {our_rows.tolist()}, torchrl's rows {their_rows.tolist()}")
+        frames, difference = _extend(buffers, rollout, n_steps, stored)
+        if difference:
+            print(f"different: {difference}")
             return 1
-        if len(our_rows):
-            our_frames, their_frames = ours.storage[our_rows], theirs.storage[their_rows]
-            if difference := find_difference(our_frames, their_frames, n_steps):
-                where = ""
-                if difference.frame:
-                    frame, environment = difference.frame
-                    where = f", frame {stored + frame} of environment {environment}"
-                print(f"different: {difference.what}{where}: {difference.values}")
-                return 1
-            keys = leaf_keys(our_frames)
-            stored += len(our_rows)
-    if stored != chunks * frames_per_chunk - n_steps:
-        print(f"different: stored {stored} frames of each environment, not {chunks * frames_per_chunk - n_steps}")
+        stored += frames
+    if stored != expected:
+        print(f"different: stored {stored} frames of each environment, not {expected}")
         return 1
 
-    print("step_count", ours[:]["step_count"][:, :5])
-    print("next step_count", ours[:]["next", "step_count"][:, :5])
-    print(f"stored: {ENVIRONMENTS * stored} frames in {chunks} extends, of which the buffer holds {len(ours)}")
+    held = buffers[0][:]
+    print("step_count", held["step_count"][:, :5])
+    print("next step_count", held["next", "step_count"][:, :5])
+    print(f"stored: {ENVIRONMENTS * stored} frames in {chunks} extends, of which the buffer holds {len(buffers[0])}")
     if n_steps == 1:
         print("nonterminal: compared with not done, as torchrl's is False everywhere for n_steps=1")
-    inexact = len(INEXACT_KEYS)
+    keys, inexact = len(leaf_keys(held)), len(INEXACT_KEYS)
     print(
-        f"compared with torchrl {torchrl.__version__}: {ENVIRONMENTS * stored} frames, {len(keys)} keys each "
-        f"({len(keys) - inexact} exactly, {inexact} within {ulps(n_steps)} float32 ulps): all equal"
+        f"compared with torchrl {torchrl.__version__}: {ENVIRONMENTS * stored} frames, {keys} keys each "
+        f"({keys - inexact} exactly, {inexact} within {ulps(n_steps)} float32 ulps): all equal"
     )
     return 0
-
-
-def _buffer(transform: Transform, capacity: int) -> ReplayBuffer:
-    return ReplayBuffer(storage=LazyTensorStorage(capacity, ndim=2), transform=transform)
 
 
 def _rollouts(chunks: int, frames: int, seed: int) -> Iterator[TensorDictBase]:
@@ -117,7 +93,19 @@ def _rollouts(chunks: int, frames: int, seed: int) -> Iterator[TensorDictBase]:
         env.close()
 
 
-def _store(buffer: ReplayBuffer, rollout: TensorDictBase) -> Tensor:
-    """Extends the buffer; returns the rows that were written, one per time step, in the order of time."""
-    indices: Tensor = buffer.extend(rollout.clone())
-    return indices[::ENVIRONMENTS, 0]
+def _extend(buffers: list[ReplayBuffer], rollout: TensorDictBase, n_steps: int, stored: int) -> tuple[int, str | None]:
+    """Extends ours and torchrl's after ``stored`` frames: how many frames of each environment came, what differs."""
+    # The rows that were written, one per time step, in the order of time.
+    ours, theirs = (buffer.extend(rollout.clone())[::ENVIRONMENTS, 0] for buffer in buffers)
+    if not torch.equal(ours, theirs):
+        return 0, f"extend wrote rows {ours.tolist()}, torchrl's rows {theirs.tolist()}"
+    if not len(ours):
+        return 0, None
+    difference = find_difference(buffers[0].storage[ours], buffers[1].storage[theirs], n_steps)
+    if difference is None:
+        return len(ours), None
+    where = ""
+    if difference.frame:
+        frame, environment = difference.frame
+        where = f", frame {stored + frame} of environment {environment}"
+    return 0, f"{difference.what}{where}: {difference.values}"

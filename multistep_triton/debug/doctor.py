@@ -27,29 +27,25 @@ from multistep_triton.backends import BACKEND_VARIABLE, BACKENDS, choose_backend
 from multistep_triton.debug.streams import Result, run_kernels, run_torchrl
 from multistep_triton.debug.tables import layout
 
-PACKAGES = ("torch", "triton", "torchrl", "tensordict")
+PACKAGES = ("triton", "torchrl", "tensordict")
 VARIABLES = (BACKEND_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 CPU = torch.device("cpu")
 
 
 def run(*, streams: int, seed: int, as_json: bool) -> int:
-    """Prints the report.
-
-    Args:
-        streams: random streams in every comparison.
-        seed: of the first stream; the others follow.
-        as_json: print one JSON object instead of tables.
+    """Prints the report, with as many streams in every comparison, from ``seed`` on.
 
     Returns:
         0 if what could be compared is equal, and ``auto`` can run on every device; else 1.
     """
     devices = [CPU, *_accelerators()]
-    versions = {"python": platform.python_version(), "multistep_triton": __version__}
-    versions.update({name: _version(name) for name in PACKAGES})
-    # Its metadata leave out for which CUDA or ROCm it was built.
-    versions["torch"] = torch.__version__
     report: dict[str, Any] = {
-        "versions": versions,
+        "versions": {
+            "python": platform.python_version(),
+            "multistep_triton": __version__,
+            "torch": torch.__version__,  # its metadata leave out for which CUDA or ROCm it was built
+            **{name: _version(name) for name in PACKAGES},
+        },
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "backends": [_backend(device, name) for device in devices for name in BACKENDS],
     }
@@ -71,17 +67,15 @@ def _print_machine(report: dict[str, Any]) -> None:
     print("Versions\n" + layout(["package", "version"], [[*each] for each in report["versions"].items()]))
     for name, value in report["environment"].items():
         print(f"  {name}={value}")
-    print("\nBackends")
-    rows = [[each["device"], each["backend"], each["runs"] or "-", each["why"]] for each in report["backends"]]
-    print(layout(["device", "backend", "runs", "why"], rows) + "\n", flush=True)
+    rows = [[value or "-" for value in each.values()] for each in report["backends"]]
+    print("\nBackends\n" + layout(["device", "backend", "runs", "why"], rows) + "\n", flush=True)
 
 
 def _print_equivalence(report: dict[str, Any]) -> None:
-    print("Equivalence")
     columns = ["compared", "device", "result", "streams", "frames", "seconds"]
-    found = report["equivalence"]
-    print(layout([*columns, ""], [[*(str(each[name]) for name in columns), each["why"]] for each in found]))
-    for each in found:
+    rows = [[*(str(each[name]) for name in columns), each["why"]] for each in report["equivalence"]]
+    print("Equivalence\n" + layout([*columns, ""], rows))
+    for each in report["equivalence"]:
         if each["difference"]:
             print(f"\n{each['compared']}, {each['device']}: {each['difference']}")
     print(f"\n{_verdict(report)}")
@@ -99,9 +93,7 @@ def _verdict(report: dict[str, Any]) -> str:
 
 def _accelerators() -> list[torch.device]:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return []
-    return [torch.device(accelerator.type, index) for index in range(torch.accelerator.device_count())]
+    return [torch.device(accelerator.type, i) for i in range(torch.accelerator.device_count())] if accelerator else []
 
 
 def _describe(device: torch.device) -> str:
@@ -119,12 +111,12 @@ def _version(package: str) -> str:
 
 def _backend(device: torch.device, backend: str) -> dict[str, str | None]:
     """What runs on a device if ``backend`` is asked for, and why, or why nothing does."""
-    row = {"device": _describe(device), "backend": backend}
+    runs: str | None
     try:
         runs, why, _ = choose_backend(backend, [torch.empty(0, device=device)])
     except (RuntimeError, ValueError) as error:
-        return {**row, "runs": None, "why": str(error)}
-    return {**row, "runs": runs, "why": why}
+        runs, why = None, str(error)
+    return {"device": _describe(device), "backend": backend, "runs": runs, "why": why}
 
 
 def _comparisons(devices: list[torch.device]) -> Iterator[tuple[Any, ...]]:
@@ -139,15 +131,9 @@ def _comparisons(devices: list[torch.device]) -> Iterator[tuple[Any, ...]]:
 @contextmanager
 def _interpreter() -> Iterator[Callable[..., Iterable[Any]]]:
     """A ``map`` into processes with Triton's interpreter, which must be chosen before Triton is imported."""
-    with (
-        patch.dict(os.environ, TRITON_INTERPRET="1"),
-        ProcessPoolExecutor(
-            min(4, os.cpu_count() or 1),
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=torch.set_num_threads,
-            initargs=(1,),
-        ) as pool,
-    ):
+    workers, spawn = min(4, os.cpu_count() or 1), multiprocessing.get_context("spawn")
+    with patch.dict(os.environ, TRITON_INTERPRET="1"):
+        pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
         try:
             yield pool.map
         finally:

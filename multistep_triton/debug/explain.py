@@ -1,15 +1,13 @@
 """Explain: the window of one frame of a saved rollout, frame by frame.
 
 Owns the reading of the file and what is said; the windows are those of ``MultiStep``. May import ``postproc``,
-``roles`` and ``tables``.
+``roles``, ``groups``, ``frames`` and ``tables``.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +23,68 @@ from multistep_triton.roles import WINDOW_PATHS
 
 # What torch.save writes of a tensordict besides tensors.
 _CLASSES = {
-    f"tensordict.{name}"
-    for name in (
-        "_lazy.LazyStackedTensorDict",
-        "_reductions._make_td",
-        "_td.TensorDict",
-        "tensorclass.NonTensorData",
-        "tensorclass.NonTensorStack",
-        "utils._LockedSchema",
-    )
+    "tensordict._lazy.LazyStackedTensorDict",
+    "tensordict._reductions._make_td",
+    "tensordict._td.TensorDict",
+    "tensordict.tensorclass.NonTensorData",
+    "tensordict.tensorclass.NonTensorStack",
+    "tensordict.utils._LockedSchema",
 }
 
 
-@dataclass(frozen=True)
 class Windows:
-    """One row of frames of a rollout, and the windows that begin there."""
+    """The windows of one row of a rollout, cut at its last frame.
 
-    where: str
-    """Environment and agent, in words, after a comma."""
-    n_steps: int
-    gamma: float
-    row: Row
-    steps: list[int]
-    discounts: list[float]
-    nonterminal: list[bool]
-    rewards: dict[str, list[float]]
-    """Of every frame, by key and feature; ``returns`` likewise."""
-    returns: dict[str, list[float]]
-    done_keys: dict[str, list[bool]]
-    """The one that ends windows comes first."""
-    gathered: list[str]
-    """Names of the entries that are read at the window's end."""
+    Args:
+        data: 1-step transitions, ``[*B, T]``.
+        env: an index for each dimension of ``*B``.
+        agent: which one, where each has a done flag; else None.
+        multistep: computes the windows, and knows the keys.
+
+    Raises:
+        KeyError, TypeError, ValueError: the data is no rollout, or an index is not one of it.
+    """
+
+    def __init__(self, data: TensorDictBase, env: Sequence[int], agent: int | None, multistep: MultiStep) -> None:
+        rollout = _row_of(data, env)
+        frames = Frames.read(rollout)
+        leaves, roles = frames.leaves, multistep._roles_in(frames.leaves)
+        if written := [_name(path) for path in WINDOW_PATHS if path in leaves]:
+            raise ValueError(f"the rollout must hold 1-step transitions, got n-step ones, with {', '.join(written)}")
+        group = find_groups(frames, roles)[0]
+        _check_agent(agent, group.agents, leaves[roles.done], len(rollout))
+        out = multistep(rollout)
+
+        def own(tensor: Tensor) -> Tensor:
+            """The agent's part of an entry, ``[T, F]``."""
+            part = tensor if agent is None else tensor.flatten(1, len(group.agents))[:, agent]
+            return part.reshape(len(rollout), -1)
+
+        def columns(entries: Any, paths: Iterable[KeyPath]) -> dict[str, list[Any]]:
+            """A value for every frame, by the names of the entries, numbered where one has several features."""
+            features = {path: own(entries[path]).T.tolist() for path in paths}
+            return {
+                _name(path) + (f"[{i}]" if len(rows) > 1 else ""): values
+                for path, rows in features.items()
+                for i, values in enumerate(rows)
+            }
+
+        rewards = [path for path in roles.rewards if path in group.paths]
+        paths = [path for path in group.paths if path in leaves]
+        flags = [path for path in paths if path in roles.kept and path not in (roles.done, *rewards)]
+        dones = [roles.done, *(path for path in flags if own(leaves[path]).shape[1] == 1)]
+        mask, traj = (leaves.get(path) if path else None for path in (roles.mask, roles.traj))
+        where = [f", env {', '.join(map(str, env))}"] * bool(env) + [f", agent {agent}"] * (agent is not None)
+        self.where = "".join(where)
+        self.n_steps, self.gamma = multistep.n_steps, multistep.gamma
+        self.row = Row.read({path[-1]: own(leaves[path]) for path in group.flags}, mask, traj, _name(roles.done))
+        self.steps: list[int]
+        self.steps, self.discounts, self.nonterminal = columns(out, WINDOW_PATHS).values()
+        self.rewards, self.returns = columns(leaves, rewards), columns(out, rewards)
+        self.dones = columns(leaves, dones)
+        """The flag that ends windows comes first."""
+        self.gathered = [_name(path) for path in paths if roles.is_gathered(path)]
+        """What is read at the window's end."""
 
     def end(self, t: int) -> int:
         """``e(t)``."""
@@ -67,42 +96,46 @@ class Windows:
 
     def explain(self, t: int) -> str:
         """The window that begins at ``t`` in words."""
+        _check_index("t", t, len(self.steps))
         end, steps = self.end(t), self.steps[t]
-        columns: dict[str, Callable[[int], str]] = {}
-        for name, rewards in self.rewards.items():
-            columns[name] = partial(_cell, rewards)
-        columns["discount"] = lambda s: number(self.gamma ** (s - t)) if s <= end else "-"
-        for name, flags in [*self.done_keys.items()][1:]:
-            columns[name] = partial(_cell, flags)
+        terminal = "" if self.nonterminal[t] else f": t = {t} is {self.row.boundary(t) or 'the last known frame'}"
+        return "\n".join(
+            (
+                f"window t = {t} .. {end}, {steps} of {self.n_steps} frames; ends: {self.why(t)}",
+                "",
+                self._table(t),
+                "",
+                *(self._sum(name, t) for name in self.rewards),
+                f"steps_to_next_obs = {steps}",
+                f"gamma = {number(self.gamma)} ** {steps} = {number(self.discounts[t], 7)}",
+                f"nonterminal = {self.nonterminal[t]}{terminal}",
+                f"next entries are those of t = {end}: {', '.join(self.gathered) or 'none'}",
+                *(
+                    f'{name} = {flags[t]} with done_at="start", {flags[end]} with done_at="end"'
+                    for name, flags in self.dones.items()
+                ),
+            )
+        )
+
+    def _table(self, t: int) -> str:
+        """The frames of the window, and the one after it."""
+        end = self.end(t)
+        columns: dict[str, Callable[[int], object]] = {name: of.__getitem__ for name, of in self.rewards.items()}
+        columns["discount"] = lambda s: self.gamma ** (s - t) if s <= end else "-"
+        columns |= {name: flags.__getitem__ for name, flags in [*self.dones.items()][1:]}
         notes = {t: ["this frame"]}
         notes.setdefault(end, []).append(f"the window ends: {self.why(t)}")
-        last = min(end + 1, len(self.steps) - 1)
-        if last > end:
-            notes[last] = ["not in the window"]
-        lines = [
-            f"window t = {t} .. {end}, {steps} of {self.n_steps} frames; ends: {self.why(t)}",
-            "",
-            self.row.table(t, last, columns, notes),
-            "",
-        ]
-        for name, rewards in self.rewards.items():
-            terms = [
-                number(reward) if i == 0 else f"{number(self.gamma**i)} * {number(reward)}"
-                for i, reward in enumerate(rewards[t : end + 1])
-            ]
-            total = sum(self.gamma**i * reward for i, reward in enumerate(rewards[t : end + 1]))
-            stored = number(self.returns[name][t], 7)
-            lines.append(f"{name} = {' + '.join(shortened(terms))} = {number(total, 7)} (stored as {stored})")
-        lines += [
-            f"steps_to_next_obs = {steps}",
-            f"gamma = {number(self.gamma)} ** {steps} = {number(self.discounts[t], 7)}",
-            f"nonterminal = {self.nonterminal[t]}"
-            + ("" if self.nonterminal[t] else f": t = {t} is {self.row.boundary(t) or 'the last known frame'}"),
-            f"next entries are those of t = {end}: {', '.join(self.gathered) or 'none'}",
-        ]
-        for name, flags in self.done_keys.items():
-            lines.append(f'{name} = {flags[t]} with done_at="start", {flags[end]} with done_at="end"')
-        return "\n".join(lines)
+        if end + 1 < len(self.steps):
+            notes[end + 1] = ["not in the window"]
+        return self.row.table(t, max(notes), columns, notes)
+
+    def _sum(self, name: str, t: int) -> str:
+        """The return of a reward, term by term."""
+        terms = [(self.gamma**i, reward) for i, reward in enumerate(self.rewards[name][t : self.end(t) + 1])]
+        (_, first), *others = terms
+        summed = shortened([number(first), *(f"{number(discount)} * {number(reward)}" for discount, reward in others)])
+        total, stored = sum(discount * reward for discount, reward in terms), self.returns[name][t]
+        return f"{name} = {' + '.join(summed)} = {number(total, 7)} (stored as {number(stored, 7)})"
 
 
 def load_rollout(path: Path) -> TensorDictBase:
@@ -129,80 +162,28 @@ def load_rollout(path: Path) -> TensorDictBase:
     return data
 
 
-def find_windows(data: TensorDictBase, env: Sequence[int], agent: int | None, multistep: MultiStep) -> Windows:
-    """The windows of one row of a rollout, cut at its last frame.
+def _check_index(name: str, index: int, size: int) -> None:
+    if not 0 <= index < size:
+        raise ValueError(f"{name} must be an int in 0 .. {size - 1}, got {index}")
 
-    Args:
-        data: 1-step transitions, ``[*B, T]``.
-        env: an index for each dimension of ``*B``.
-        agent: which one, where each has a done flag; else None.
-        multistep: computes the windows, and knows the keys.
 
-    Raises:
-        KeyError, TypeError, ValueError: the data is no rollout, or an index is not one of it.
-    """
+def _row_of(data: TensorDictBase, env: Sequence[int]) -> TensorDictBase:
     *batch, count = data.batch_size or [0]
     if not count:
         raise ValueError(f"the rollout must hold frames, [*B, T], got batch size {list(data.batch_size)}")
     if len(env) != len(batch):
         raise ValueError(f"env must be one index for each dimension of *B = {batch}, got {[*env]}")
     for index, size in zip(env, batch, strict=True):
-        check_index("env", index, size)
-    rollout = data[tuple(env)] if env else data
-    frames = Frames.read(rollout)
-    leaves, roles = frames.leaves, multistep._roles_in(frames.leaves)
-    if written := [_name(path) for path in WINDOW_PATHS if path in leaves]:
-        raise ValueError(f"the rollout must hold 1-step transitions, got n-step ones, with {', '.join(written)}")
-    group = find_groups(frames, roles)[0]
-    agents = group.agents
+        _check_index("env", index, size)
+    return data[tuple(env)] if env else data
+
+
+def _check_agent(agent: int | None, agents: torch.Size, done: Tensor, count: int) -> None:
     if (agent is None) != (not agents):
         rule = "one of those that have a done flag each" if agents else "left out, as one done flag is for all"
-        got = f"{agent} (done {list(leaves[roles.done].shape)}, batch size {list(frames.batch_size)} = [T])"
-        raise ValueError(f"agent must be {rule}, got {got}")
+        raise ValueError(f"agent must be {rule}, got {agent} (done {list(done.shape)}, batch size [{count}] = [T])")
     if agent is not None:
-        check_index("agent", agent, agents.numel())
-    out = multistep(rollout)
-
-    def row(tensor: Tensor) -> Tensor:
-        """Its frames ``[T, F]``, of the agent."""
-        return (tensor.flatten(1, len(agents))[:, agent] if agents else tensor).reshape(count, -1)
-
-    def features(path: KeyPath, tensor: Tensor) -> Iterator[tuple[str, list[float]]]:
-        for i, values in enumerate(columns := row(tensor).T.tolist()):
-            yield _name(path) + (f"[{i}]" if len(columns) > 1 else ""), values
-
-    def window(path: KeyPath) -> list[Any]:
-        return row(out[path])[:, 0].tolist()
-
-    rewards = [path for path in roles.rewards if path in group.paths]
-    dones = [roles.done]
-    for path in filter(leaves.__contains__, group.paths):
-        if path in roles.kept and path not in (roles.done, *rewards) and row(leaves[path]).shape[1] == 1:
-            dones.append(path)
-    mask, traj = (leaves.get(path) if path else None for path in (roles.mask, roles.traj))
-    where = [f"env {', '.join(map(str, env))}"] * bool(env) + [f"agent {agent}"] * (agent is not None)
-    return Windows(
-        where="".join(f", {each}" for each in where),
-        n_steps=multistep.n_steps,
-        gamma=multistep.gamma,
-        row=Row.read({path[-1]: row(leaves[path]) for path in group.flags}, mask, traj, _name(roles.done)),
-        steps=window(WINDOW_PATHS[0]),
-        discounts=window(WINDOW_PATHS[1]),
-        nonterminal=window(WINDOW_PATHS[2]),
-        rewards=dict(each for path in rewards for each in features(path, leaves[path])),
-        returns=dict(each for path in rewards for each in features(path, out[path])),
-        done_keys={_name(path): row(leaves[path])[:, 0].tolist() for path in dones},
-        gathered=[_name(path) for path in group.paths if path in leaves and roles.is_gathered(path)],
-    )
-
-
-def check_index(name: str, index: int, size: int) -> None:
-    if not 0 <= index < size:
-        raise ValueError(f"{name} must be an int in 0 .. {size - 1}, got {index}")
-
-
-def _cell(values: Sequence[float | bool], t: int) -> str:
-    return number(values[t])
+        _check_index("agent", agent, agents.numel())
 
 
 def _name(path: KeyPath) -> str:

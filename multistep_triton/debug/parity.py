@@ -1,4 +1,4 @@
-"""Ours beside torchrl's: n-step transitions of both, compared key by key. May import ``verify``."""
+"""The comparison with torchrl: n-step transitions of both, key by key. May import ``verify``."""
 
 from __future__ import annotations
 
@@ -30,15 +30,9 @@ def leaf_keys(frames: TensorDictBase) -> list[NestedKey]:
 
 
 def find_difference(ours: TensorDictBase, theirs: TensorDictBase, n_steps: int) -> Difference | None:
-    """Compares the same frames of our transform and of torchrl's; rewards must not be negative.
+    """What differs first in the same frames of both transforms, whose one reward must not be negative.
 
-    Args:
-        ours, theirs: n-step transitions with one reward key, the same batch size.
-        n_steps: frames in a full window.
-
-    Returns:
-        What differs first, None if nothing does: all exactly, but for the returns and discounts, within
-        :func:`ulps`.
+    All must be equal, but for returns and discounts, which must be within :func:`ulps`.
     """
     our_keys, their_keys = set(leaf_keys(ours)), set(leaf_keys(theirs))
     if our_keys != their_keys | {DOCUMENTED_REWARD}:
@@ -48,8 +42,7 @@ def find_difference(ours: TensorDictBase, theirs: TensorDictBase, n_steps: int) 
     for key in leaf_keys(ours):
         got: Tensor = ours.get(key)
         expected: Tensor = theirs.get(WRITTEN_REWARD if key == DOCUMENTED_REWARD else key)
-        if key == "nonterminal" and n_steps == 1:
-            # torchrl's is False everywhere.
+        if key == "nonterminal" and n_steps == 1:  # torchrl's is False everywhere
             expected = ~theirs.get(("next", "done")).squeeze(-1)
         if got.shape != expected.shape or got.dtype != expected.dtype:
             values = f"{got.dtype} {list(got.shape)}, torchrl's {expected.dtype} {list(expected.shape)}"
@@ -64,11 +57,10 @@ def find_difference(ours: TensorDictBase, theirs: TensorDictBase, n_steps: int) 
 
 def ulps(n_steps: int) -> int:
     """How far apart two right answers can be, in float32 ulps, taking an ulp as eps times the value."""
-    # A rounding is half an ulp, and rewards are not negative, so that nothing cancels. In our sum up to n - 1 parts are
-    # joined to others, with a power of gamma, a product and a sum: 3 (n - 1) roundings. torchrl's
-    # convolution rounds each power, each product and n - 1 sums: n + 1. Together 4 n - 2 roundings, 2 n - 1 ulps. The
-    # discount is less: ours is rounded once; torchrl's, gamma rounded and raised to the n-th power, n times and the
-    # power itself, which is good to 2 ulps: n / 2 + 2.5 ulps.
+    # A rounding is half an ulp, and rewards are not negative, so that nothing cancels. Our sum joins up to n - 1 parts
+    # to others, each with a power of gamma, a product and a sum: 3 (n - 1) roundings. torchrl's convolution rounds each
+    # power, each product and n - 1 sums: n + 1. Together 2 n - 1 ulps. Discounts take n / 2 + 2.5: we round once;
+    # torchrl rounds gamma, which the power repeats n times, and raises it to within 2 ulps.
     return 2 * n_steps + 2
 
 

@@ -1,6 +1,6 @@
 """Random streams: on the kernels beside the reference, extended and sampled, and on the reference beside torchrl.
 
-May import the package and torchrl.
+May import the package, ``parity`` and torchrl.
 """
 
 from __future__ import annotations
@@ -95,17 +95,18 @@ class Stream:
         self.torchrl = torchrl
         """Whether rewards are what torchrl sums right: finite and, so that it can be compared closely, not negative."""
         self._generator = torch.Generator("cpu").manual_seed(seed)
-        self._name = ("agents",) if self.kind.agents else ()
+        self._group = ("agents",) if self.kind.agents else ()
+        """Where done flags and rewards lie."""
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Of a transform or a buffer of this stream's kind."""
         kind = self.kind
-        done_keys: list[NestedKey] = [(*self._name, "done"), (*self._name, "terminated")]
+        done_keys: list[NestedKey] = [(*self._group, "done"), (*self._group, "terminated")]
         return {
             "n_steps": kind.n_steps,
             "gamma": self.gamma,
-            "reward_keys": [(*self._name, f"reward{i or ''}") for i in range(len(kind.rewards))],
+            "reward_keys": [(*self._group, f"reward{i or ''}") for i in range(len(kind.rewards))],
             "done_key": done_keys[0],
             "done_keys": done_keys,
             "done_at": kind.done_at,
@@ -115,13 +116,12 @@ class Stream:
 
     def buffer(self, device: torch.device) -> NStepReplayBuffer:
         """A buffer for some of the stream, sampled once; every other one has windows of all lengths up to n."""
-        chance = random.Random(self.kind.n_steps + sum(self.cuts))
-        capacity = torch.Size(self.batch).numel() * chance.randint(
-            self.kind.n_steps, self.kind.n_steps + sum(self.cuts)
-        )
+        n_steps, most = self.kind.n_steps, self.kind.n_steps + sum(self.cuts)
+        chance = random.Random(most)
+        capacity = torch.Size(self.batch).numel() * chance.randint(n_steps, most)
         arguments = self.arguments
         if chance.random() < 0.5:
-            arguments["n_steps"] = (1, self.kind.n_steps)
+            arguments["n_steps"] = (1, n_steps)
         return NStepReplayBuffer(
             **arguments,
             backend="verify",
@@ -135,28 +135,27 @@ class Stream:
         kind, agents = self.kind, (self.kind.agents,) if self.kind.agents else ()
         for frames in self.cuts:
             shape = (*self.batch, frames)
+            data = TensorDict(batch_size=shape)
             done = self._flags((*shape, *agents, 1), self.p_done)
-            root: dict[NestedKey, Any] = {"observation": self._values((*shape, *kind.observation), kind.dtype)}
-            future: dict[NestedKey, Any] = {"observation": self._values((*shape, *kind.observation), kind.dtype)}
-            future[(*self._name, "done")] = done
+            data["observation"] = self._values((*shape, *kind.observation), kind.dtype)
+            data["next", "observation"] = self._values((*shape, *kind.observation), kind.dtype)
+            data[("next", *self._group, "done")] = done
             # To torchrl's transform a flag beside ``done`` ends nothing.
             other = self._flags(done.shape, 0.5 if self.torchrl else self.p_done / 2)
-            future[(*self._name, "terminated")] = done & other if self.torchrl else other
+            data[("next", *self._group, "terminated")] = done & other if self.torchrl else other
             for i, dtype in enumerate(kind.rewards):
-                future[(*self._name, f"reward{i or ''}")] = self._rewards((*shape, *agents, *kind.features), dtype)
+                rewards = self._rewards((*shape, *agents, *kind.features), dtype)
+                data[("next", *self._group, f"reward{i or ''}")] = rewards
             if agents:
-                future["agents", "observation"] = self._values((*shape, *agents, 2), kind.dtype)
+                data["next", "agents", "observation"] = self._values((*shape, *agents, 2), kind.dtype)
             if kind.mask:
-                root["mask"] = self._flags(shape, 0.9)
+                data["mask"] = self._flags(shape, 0.9)
             if kind.traj:
-                root["traj_ids"] = self._flags(shape, 0.15).cumsum(-1).to(kind.traj)
-            yield self._laid_out({**root, "next": future}, shape).to(device)
+                data["traj_ids"] = self._flags(shape, 0.15).cumsum(-1).to(kind.traj)
+            yield self._laid_out(data).to(device)
 
-    def _laid_out(self, entries: dict[NestedKey, Any], shape: tuple[int, ...]) -> TensorDict:
-        data = TensorDict(batch_size=shape)
-        for key, value in entries.items():
-            data[key] = TensorDict(batch_size=shape).update(value) if isinstance(value, dict) else value
-        time = len(shape) - 1
+    def _laid_out(self, data: TensorDict) -> TensorDict:
+        time = data.ndim - 1
         if self.kind.layout == "time-major":
             return data.apply(lambda leaf: leaf.movedim(time, 0).contiguous().movedim(0, time))
         if self.kind.layout == "channels-last":
@@ -169,11 +168,8 @@ class Stream:
     def _values(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Any bits."""
         count = torch.Size(shape).numel() * dtype.itemsize
-        return (
-            torch.randint(256, (count,), dtype=torch.uint8, generator=self._generator, device="cpu")
-            .view(dtype)
-            .view(shape)
-        )
+        values = torch.randint(256, (count,), dtype=torch.uint8, generator=self._generator, device="cpu")
+        return values.view(dtype).view(shape)
 
     def _rewards(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         rewards = torch.randn(shape, generator=self._generator, device="cpu")
@@ -210,32 +206,24 @@ def run_kernels(seed: int, device: torch.device) -> Result:
 def run_torchrl(seed: int, device: torch.device) -> Result:
     """Stream ``seed`` on the reference and on torchrl's transform."""
     stream = Stream(seed, TORCHRL_KINDS, torchrl=True)
-    frames = 0
+    where, frames = f"stream {seed}, {stream.kind}", 0
     try:
-        # torchrl's return is a convolution, which a GPU would otherwise compute of rounded operands.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for frames, difference in _beside_torchrl(stream, device):
-                if difference:
-                    return Result(frames, f"stream {seed}, {stream.kind}, {difference}")
+        ours = MultiStepTransform(backend="reference", **stream.arguments)
+        theirs = TorchRLMultiStepTransform(
+            ours.n_steps, ours.gamma, reward_keys=ours.reward_keys, done_key=ours.done_key, done_keys=ours.done_keys
+        )
+        for call, rollout in enumerate(stream.rollouts(device)):
+            # torchrl's return is a convolution, which a GPU would otherwise compute of rounded operands.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                got, expected = ours.inv(rollout), theirs.inv(rollout)
+            if got is None or expected is None:
+                if got is not expected:
+                    alone = "torchrl" if got is None else "the reference"
+                    return Result(frames, f"{where}, call {call}: {alone} alone returned frames")
+            elif found := find_difference(got, expected, ours.n_steps):
+                return Result(frames, f"{where}, call {call}, {found.what}, frame {found.frame}: {found.values}")
+            else:
+                frames += got.numel()
+        return Result(frames)
     except Exception as error:  # another version of torchrl, or a device that it does not run on
-        return Result(frames, f"stream {seed}, {stream.kind}: {type(error).__name__}: {error}")
-    return Result(frames)
-
-
-def _beside_torchrl(stream: Stream, device: torch.device) -> Iterator[Result]:
-    """What came of the stream so far, after every call."""
-    ours = MultiStepTransform(backend="reference", **stream.arguments)
-    theirs = TorchRLMultiStepTransform(
-        ours.n_steps, ours.gamma, reward_keys=ours.reward_keys, done_key=ours.done_key, done_keys=ours.done_keys
-    )
-    frames = 0
-    for call, rollout in enumerate(stream.rollouts(device)):
-        got, expected = ours.inv(rollout), theirs.inv(rollout)
-        if got is None or expected is None:
-            alone = "torchrl" if got is None else "the reference"
-            yield Result(frames, None if got is expected else f"call {call}: {alone} alone returned frames")
-        elif difference := find_difference(got, expected, ours.n_steps):
-            yield Result(frames, f"call {call}, {difference.what}, frame {difference.frame}: {difference.values}")
-        else:
-            frames += got.numel()
-            yield Result(frames)
+        return Result(frames, f"{where}: {type(error).__name__}: {error}")

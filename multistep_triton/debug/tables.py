@@ -61,12 +61,12 @@ class Row(NamedTuple):
         return "end of data" if end + 1 == len(self.done) else "nothing ends it"
 
     def table(
-        self, begin: int, last: int, columns: Mapping[str, Callable[[int], str]], notes: Mapping[int, Sequence[str]]
+        self, begin: int, last: int, columns: Mapping[str, Callable[[int], object]], notes: Mapping[int, Sequence[str]]
     ) -> str:
         """Frames ``begin .. last``: the columns given, the flags, and notes; of many, those with notes and around."""
-        flags = {self.name: self.done, "mask": self.valid, "trajectory": self.traj}
-        shown = {name: flag for name, flag in flags.items() if flag is not None}
-        header = ["t", *columns, *shown, ""]
+        flags = ((self.name, self.done), ("mask", self.valid), ("trajectory", self.traj))
+        shown = [*columns.items(), *((name, flag.__getitem__) for name, flag in flags if flag is not None)]
+        header = ["t", *(name for name, _ in shown), ""]
         lines = []
         frames = list(range(begin, last + 1))
         if len(frames) > MOST:
@@ -75,13 +75,12 @@ class Row(NamedTuple):
         for before, t in zip([begin, *frames], frames, strict=False):
             if t > before + 1:
                 lines.append(["..."] * (len(header) - 1) + [""])
-            cells = [*(column(t) for column in columns.values()), *(str(flag[t]) for flag in shown.values())]
-            lines.append([str(t), *cells, "; ".join(notes.get(t, ()))])
+            lines.append([str(t), *(number(cell(t)) for _, cell in shown), "; ".join(notes.get(t, ()))])
         return layout(header, lines)
 
 
 def number(value: Any, digits: int = 6) -> str:
-    """A scalar: a tensor's with as many digits as tell it from its neighbours, a float's with as many as given."""
+    """A scalar as text: a tensor's with the digits that tell it from its neighbours, a float's with those given."""
     if isinstance(value, Tensor):
         value, digits = value.item(), _DIGITS[min(value.dtype.itemsize, 8)]
     return f"{value:.{digits}g}" if isinstance(value, float | complex) else str(value)
