@@ -71,23 +71,10 @@ class MultiStep(MultiStepBase, nn.Module):
         match_reward_shape: bool = False,
     ) -> None:
         super().__init__()
-        self._set_arguments(
-            n_steps, gamma, reward_keys, done_key, done_keys, mask_key, backend, done_at, traj_key, match_reward_shape
-        )
+        self._set_arguments(locals())
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """The n-step transitions of ``tensordict``, ``[*B, T]``.
-
-        Example:
-            >>> import torch
-            >>> from tensordict import TensorDict
-            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
-            >>> multi_step = MultiStep(gamma=1.0, n_steps=2)
-            >>> multi_step(frames)["next", "reward"]
-            tensor([2., 2., 1.])
-            >>> multi_step(frames)["next", "reward"]  # no frame of the call before
-            tensor([2., 2., 1.])
-        """
+        """The n-step transitions of ``tensordict``, ``[*B, T]``."""
         if not isinstance(tensordict, TensorDictBase) or not tensordict.ndim:
             got = f"batch size {list(tensordict.batch_size)}" if hasattr(tensordict, "batch_size") else tensordict
             raise ValueError(f"data must be a TensorDict of batch size [*B, T], got {got}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, TensorDictRoundRobinWriter
 from torchrl.envs.transforms import Transform
 
-from multistep_triton.arguments import Arguments
+from multistep_triton.arguments import ARGUMENTS, Argument
 from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_not_captured, check_steps
 from multistep_triton.frames import Frames, KeyPath
@@ -37,7 +37,7 @@ Steps = int | tuple[int, int]
 _steps_of_call: ContextVar[Steps | None] = ContextVar("n_steps of a call", default=None)
 
 _INDEX = ("index",)
-_ARGUMENTS = frozenset(name for name, value in vars(Arguments).items() if isinstance(value, property)) | {"_storage"}
+_COUNTED = {*ARGUMENTS, "_storage"}
 
 
 class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
@@ -121,6 +121,12 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         tensor([2., 4., 4., 8.])
         >>> rb.sample(4, n_steps=1)["next", "reward"]
         tensor([1., 2., 4., 8.])
+        >>> rb.n_steps = 3
+        >>> rb.sample(4)["next", "reward"]
+        tensor([3., 4., 4., 8.])
+        >>> rb.n_steps = 2, 3  # every sampled frame draws its own
+        >>> rb.sample(4)["steps_to_next_obs"][1:]
+        tensor([2, 1, 1])
     """
 
     def __init__(
@@ -144,49 +150,20 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         # As of which change of the arguments the data that comes has been checked, and of what transforms, too.
         self._checked = -1
         self._checked_beside: tuple[Any, ...] = ()
-        self._set_arguments(
-            n_steps,
-            gamma,
-            reward_keys,
-            done_key,
-            done_keys,
-            mask_key,
-            backend,
-            done_at,
-            traj_key,
-            match_reward_shape,
-        )
+        self._set_arguments(locals())
         super().__init__(**kwargs)
 
-    @property  # type: ignore[override]
-    def n_steps(self) -> Steps:
-        """Frames in a full window, or between which numbers of them each sampled frame draws its own.
-
-        Example:
-            >>> import torch
-            >>> from tensordict import TensorDict
-            >>> from torchrl.data import LazyTensorStorage
-            >>> frames = TensorDict({"next": {"reward": torch.ones(8), "done": torch.zeros(8, dtype=torch.bool)}}, [8])
-            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(8))
-            >>> indices = rb.extend(frames)
-            >>> rb.n_steps = 3, 5
-            >>> steps = rb.sample(1000)["steps_to_next_obs"]
-            >>> steps.unique()  # 1 and 2 where the newest frame is nearer
-            tensor([1, 2, 3, 4, 5])
-        """
-        steps: Steps = self._n_steps
-        return steps
-
-    @n_steps.setter
-    def n_steps(self, value: Steps) -> None:
+    @Argument
+    def n_steps(self, value: Steps) -> Steps:  # type: ignore[override]
+        """Frames in a full window, or between which numbers of them each sampled frame draws its own."""
         value = check_steps("n_steps", value)
         self._check_room(n_steps=value)
-        self._n_steps = value
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute and, if it is one of the arguments or the storage, counts that."""
         super().__setattr__(name, value)
-        if name in _ARGUMENTS:
+        if name in _COUNTED:
             # Batches that were prefetched before are of the arguments before.
             self._changes += 1
 
@@ -201,19 +178,6 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
 
         Returns:
             TensorDict ``[batch_size]``; a tuple of this and the sampler's info if ``return_info``.
-
-        Example:
-            >>> import torch
-            >>> from tensordict import TensorDict
-            >>> from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
-            >>> sampler = SamplerWithoutReplacement(shuffle=False)
-            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4), sampler=sampler)
-            >>> done = torch.zeros(3, dtype=torch.bool)
-            >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
-            >>> rb.sample(3)["next", "reward"]
-            tensor([2., 2., 1.])
-            >>> rb.sample(3, n_steps=3)["next", "reward"]
-            tensor([3., 2., 1.])
         """
         roles = self._roles_in(())
         check_mixing(calls(), roles.rewards, roles.dones, self._done_at)

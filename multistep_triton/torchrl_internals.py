@@ -428,14 +428,6 @@ class OrderedReplayBuffer(ReplayBuffer):
 
         Raises:
             TypeError: the frames of the storage lie in no order.
-
-        Example:
-            >>> from multistep_triton import NStepReplayBuffer
-            >>> from torchrl.data import LazyMemmapStorage, LazyTensorStorage
-            >>> rb = NStepReplayBuffer(n_steps=3, gamma=0.99, storage=LazyTensorStorage(100), batch_size=4)
-            >>> _ = rb.set_storage(LazyMemmapStorage(50))
-            >>> rb.storage.max_size
-            50
         """
         check_parts(storage, self.writer, self.sampler)
         before, dim_extend, collate = self._storage, self.dim_extend, self._collate_fn
@@ -467,14 +459,6 @@ class OrderedReplayBuffer(ReplayBuffer):
 
         Raises:
             TypeError: it does not store in order.
-
-        Example:
-            >>> from multistep_triton import NStepReplayBuffer
-            >>> from torchrl.data import LazyTensorStorage, TensorDictRoundRobinWriter
-            >>> rb = NStepReplayBuffer(n_steps=3, gamma=0.99, storage=LazyTensorStorage(100), batch_size=4)
-            >>> _ = rb.set_writer(TensorDictRoundRobinWriter(track_generations=True))
-            >>> rb.writer.tracks_generations
-            True
         """
         check_parts(self.storage, writer, self.sampler)
         with self._replay_lock:
@@ -483,44 +467,17 @@ class OrderedReplayBuffer(ReplayBuffer):
         return before
 
     def set_sampler(self, sampler: Sampler) -> Any:
-        """Exchanges the sampler, as in torchrl; one that consumes or alters what it samples is a TypeError.
-
-        Example:
-            >>> from multistep_triton import NStepReplayBuffer
-            >>> from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
-            >>> rb = NStepReplayBuffer(n_steps=3, gamma=0.99, storage=LazyTensorStorage(100), batch_size=4)
-            >>> _ = rb.set_sampler(SamplerWithoutReplacement())
-            >>> type(rb.sampler).__name__
-            'SamplerWithoutReplacement'
-        """
+        """Exchanges the sampler, as in torchrl; one that consumes or alters what it samples is a TypeError."""
         check_parts(self.storage, self.writer, sampler)
         return super().set_sampler(sampler)
 
     def append_transform(self, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
-        """Appends a transform, as in torchrl; one that is wrong beside windows is a ValueError.
-
-        Example:
-            >>> from multistep_triton import NStepReplayBuffer
-            >>> from torchrl.data import LazyTensorStorage
-            >>> from torchrl.envs.transforms import DoubleToFloat
-            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
-            >>> len(rb.append_transform(DoubleToFloat()).transform)
-            1
-        """
+        """Appends a transform, as in torchrl; one that is wrong beside windows is a ValueError."""
         self._check_given(transform, invert)
         return super().append_transform(transform, invert=invert)
 
     def insert_transform(self, index: int, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
-        """Inserts a transform, as in torchrl; one that is wrong beside windows is a ValueError.
-
-        Example:
-            >>> from multistep_triton import NStepReplayBuffer
-            >>> from torchrl.data import LazyTensorStorage
-            >>> from torchrl.envs.transforms import DoubleToFloat
-            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
-            >>> len(rb.insert_transform(0, DoubleToFloat()).transform)
-            1
-        """
+        """Inserts a transform, as in torchrl; one that is wrong beside windows is a ValueError."""
         self._check_given(transform, invert)
         return super().insert_transform(index, transform, invert=invert)
 
@@ -611,22 +568,7 @@ class OrderedReplayBuffer(ReplayBuffer):
             order.torn = (position.newest + 1 + free) % position.slots, max(torn, order.torn[1])
 
     def empty(self, empty_write_count: bool = True) -> None:
-        """Empties the buffer, and drops what was prefetched from it.
-
-        Example:
-            >>> import torch
-            >>> from multistep_triton import NStepReplayBuffer
-            >>> from tensordict import TensorDict
-            >>> from torchrl.data import LazyTensorStorage
-            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
-            >>> done = torch.zeros(3, dtype=torch.bool)
-            >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
-            >>> len(rb)
-            3
-            >>> rb.empty()
-            >>> len(rb)
-            0
-        """
+        """Empties the buffer, and drops what was prefetched from it."""
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             super().empty(empty_write_count)
@@ -684,82 +626,24 @@ class OrderedReplayBuffer(ReplayBuffer):
         return id(entries), len(storage), storage._mutation_revision, versions
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torchrl, and which frame is the newest, whatever the writer.
-
-        Example:
-            >>> import torch
-            >>> from multistep_triton import NStepReplayBuffer
-            >>> from tensordict import TensorDict
-            >>> from torchrl.data import LazyTensorStorage
-            >>> rb, resumed = (NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4)) for _ in range(2))
-            >>> done = torch.zeros(3, dtype=torch.bool)
-            >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
-            >>> resumed.load_state_dict(rb.state_dict())
-            >>> len(resumed)
-            3
-        """
+        """As in torchrl, and which frame is the newest, whatever the writer."""
         with self._settled():
             return {**super().state_dict(), "_ring": self._ring_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torchrl, whose buffers' states are taken, too.
-
-        Example:
-            >>> import torch
-            >>> from multistep_triton import NStepReplayBuffer
-            >>> from tensordict import TensorDict
-            >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-            >>> theirs = TensorDictReplayBuffer(storage=LazyTensorStorage(4))
-            >>> done = torch.zeros(3, dtype=torch.bool)
-            >>> indices = theirs.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
-            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
-            >>> rb.load_state_dict(theirs.state_dict())
-            >>> len(rb)
-            3
-        """
+        """As in torchrl, whose buffers' states are taken, too."""
         with self._loading():
             super().load_state_dict(state_dict)
             self._load_ring(state_dict.get("_ring"))
 
     def dumps(self, path: str | Path) -> None:
-        """As in torchrl, and which frame is the newest, whatever the writer.
-
-        Example:
-            >>> import tempfile, torch
-            >>> from multistep_triton import NStepReplayBuffer
-            >>> from tensordict import TensorDict
-            >>> from torchrl.data import LazyTensorStorage
-            >>> rb, resumed = (NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4)) for _ in range(2))
-            >>> done = torch.zeros(3, dtype=torch.bool)
-            >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     rb.dumps(folder)
-            ...     resumed.loads(folder)
-            >>> len(resumed)
-            3
-        """
+        """As in torchrl, and which frame is the newest, whatever the writer."""
         with self._settled():
             super().dumps(path)
             (Path(path) / _RING_FILE).write_text(json.dumps(self._ring_state()))
 
     def loads(self, path: str | Path) -> None:
-        """As in torchrl, whose buffers' files are taken, too.
-
-        Example:
-            >>> import tempfile, torch
-            >>> from multistep_triton import NStepReplayBuffer
-            >>> from tensordict import TensorDict
-            >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-            >>> theirs = TensorDictReplayBuffer(storage=LazyTensorStorage(4))
-            >>> done = torch.zeros(3, dtype=torch.bool)
-            >>> indices = theirs.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
-            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4))
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     theirs.dumps(folder)
-            ...     rb.loads(folder)
-            >>> len(rb)
-            3
-        """
+        """As in torchrl, whose buffers' files are taken, too."""
         with self._loading():
             super().loads(path)
             file = Path(path) / _RING_FILE
@@ -790,20 +674,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, OrderedReplayBuffer):
         tensordict.set("index", placed.squeeze(dim) if single else placed)
 
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
-        """As in torchrl, which takes the time of a frame for its place where there are several environments.
-
-        Example:
-            >>> import torch
-            >>> from multistep_triton import NStepReplayBuffer
-            >>> from tensordict import TensorDict
-            >>> from torchrl.data import LazyTensorStorage
-            >>> rb = NStepReplayBuffer(n_steps=2, gamma=1.0, storage=LazyTensorStorage(4), batch_size=2)
-            >>> done = torch.zeros(3, dtype=torch.bool)
-            >>> indices = rb.extend(TensorDict({"next": {"reward": torch.ones(3), "done": done}}, [3]))
-            >>> rb.update_tensordict_priority(rb.sample().set("td_error", torch.ones(2)))
-            >>> len(rb)
-            3
-        """
+        """As in torchrl, which takes the time of a frame for its place where there are several environments."""
         index = data.get("index", None)
         super().update_tensordict_priority(data.reshape(-1) if index is not None and index.ndim > 2 else data)
 

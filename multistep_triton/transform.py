@@ -139,7 +139,7 @@ class MultiStepTransform(MultiStepBase, Transform):
     Example:
         >>> import torch
         >>> from tensordict import TensorDict
-        >>> transform = MultiStepTransform(n_steps=2, gamma=0.5)
+        >>> from torchrl.data import LazyTensorStorage, ReplayBuffer
         >>> frames = TensorDict({
         ...     "observation": torch.arange(4),
         ...     "next": {
@@ -148,9 +148,19 @@ class MultiStepTransform(MultiStepBase, Transform):
         ...         "done": torch.tensor([False, True, False, False]).unsqueeze(-1),
         ...     },
         ... }, batch_size=[4])
-        >>> out = transform.inv(frames)
-        >>> out["next", "reward"].squeeze(-1), out["next", "observation"], out["steps_to_next_obs"]
-        (tensor([1.5000, 1.0000]), tensor([2, 2]), tensor([2, 1]))
+        >>> transform = MultiStepTransform(n_steps=2, gamma=0.5)
+        >>> rb = ReplayBuffer(storage=LazyTensorStorage(8), transform=transform)
+        >>> rb.extend(frames)  # the last 2 are held back
+        tensor([0, 1])
+        >>> transform.flush_into(rb)  # at the end of the stream
+        tensor([2, 3])
+        >>> rb[:]["next", "reward"].squeeze(-1), rb[:]["next", "observation"], rb[:]["steps_to_next_obs"]
+        (tensor([1.5000, 1.0000, 1.5000, 1.0000]), tensor([2, 2, 4, 4]), tensor([2, 1, 2, 1]))
+        >>> transform.n_steps = 3
+        >>> transform.inv(frames)["next", "reward"].squeeze(-1)  # as the buffer calls it
+        tensor([1.5000])
+        >>> transform.flush()["next", "reward"].squeeze(-1)
+        tensor([1.0000, 1.5000, 1.0000])
     """
 
     ENV_ERR = _TorchRLMultiStepTransform.ENV_ERR
@@ -170,9 +180,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         match_reward_shape: bool = False,
     ) -> None:
         super().__init__()
-        self._set_arguments(
-            n_steps, gamma, reward_keys, done_key, done_keys, mask_key, backend, done_at, traj_key, match_reward_shape
-        )
+        self._set_arguments(locals())
         # Replaced by every call; the next one may overwrite the frames of the one before.
         self._carry: Carry | None = None
         # A replay buffer calls its transforms outside its own lock.
@@ -187,13 +195,6 @@ class MultiStepTransform(MultiStepBase, Transform):
 
         Returns:
             TensorDict: ``[*B, E]``, or None where all frames are held back.
-
-        Example:
-            >>> import torch
-            >>> from tensordict import TensorDict
-            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
-            >>> MultiStepTransform(n_steps=2, gamma=1.0).inv(frames)["next", "reward"]
-            tensor([2.])
         """
         # The frames are not modified, so they need not be copied before, as torchrl's does: a subclass that writes into
         # what its _inv_call gets is to copy it.
@@ -229,10 +230,6 @@ class MultiStepTransform(MultiStepBase, Transform):
 
         Raises:
             ValueError: it belongs to another one, or holds back frames of one; or it would be wrong in this buffer.
-
-        Example:
-            >>> MultiStepTransform(n_steps=3, gamma=0.99).train(False).training
-            False
         """
         super().train(mode)
         if (taking := taking_buffer()) is not None:
@@ -305,32 +302,13 @@ class MultiStepTransform(MultiStepBase, Transform):
         self._checked = checked
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """What is sampled, as it is.
-
-        Example:
-            >>> from tensordict import TensorDict
-            >>> sample = TensorDict(batch_size=[4])
-            >>> MultiStepTransform(n_steps=3, gamma=0.99)(sample) is sample
-            True
-        """
+        """What is sampled, as it is."""
         self._check_owner(tensordict, calls())
         out: TensorDictBase = super().forward(tensordict)
         return out
 
     def clear(self) -> None:
-        """Drops the frames held back.
-
-        Example:
-            >>> import torch
-            >>> from tensordict import TensorDict
-            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
-            >>> transform = MultiStepTransform(n_steps=3, gamma=1.0)
-            >>> transform.inv(frames) is None  # all 3 are held back
-            True
-            >>> transform.clear()
-            >>> transform.flush() is None
-            True
-        """
+        """Drops the frames held back."""
         with self._lock:
             self._carry = None
 
@@ -342,18 +320,6 @@ class MultiStepTransform(MultiStepBase, Transform):
 
         Raises:
             KeyError, TypeError, ValueError, RuntimeError: as in a call; the frames are still held back.
-
-        Example:
-            >>> import torch
-            >>> from tensordict import TensorDict
-            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
-            >>> transform = MultiStepTransform(n_steps=3, gamma=1.0)
-            >>> transform.inv(frames) is None  # all 3 are held back
-            True
-            >>> transform.flush()["next", "reward"]
-            tensor([3., 2., 1.])
-            >>> transform.flush() is None
-            True
         """
         with self._lock:
             if self._carry is None:
@@ -377,20 +343,6 @@ class MultiStepTransform(MultiStepBase, Transform):
             TypeError: not a replay buffer.
             ValueError: the buffer has an n-step transform, and not this one.
             Exception: whatever the buffer raises when it stores; the frames are still held back then.
-
-        Example:
-            >>> import torch
-            >>> from tensordict import TensorDict
-            >>> from torchrl.data import LazyTensorStorage, ReplayBuffer
-            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
-            >>> transform = MultiStepTransform(n_steps=2, gamma=1.0)
-            >>> rb = ReplayBuffer(storage=LazyTensorStorage(8), transform=transform)
-            >>> rb.extend(frames)
-            tensor([0])
-            >>> transform.flush_into(rb)
-            tensor([1, 2])
-            >>> rb[:]["next", "reward"]
-            tensor([2., 2., 1.])
         """
         if not isinstance(replay_buffer, ReplayBuffer):
             raise TypeError(f"replay_buffer must be a torchrl ReplayBuffer, got {type(replay_buffer).__name__}")
@@ -421,39 +373,13 @@ class MultiStepTransform(MultiStepBase, Transform):
 
         Raises:
             TypeError: a non-tensor entry holds what ``torch.load`` would not read.
-
-        Example:
-            >>> import torch
-            >>> from tensordict import TensorDict
-            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
-            >>> transform = MultiStepTransform(n_steps=2, gamma=0.5)
-            >>> stored = transform.inv(frames)
-            >>> state = transform.get_extra_state()
-            >>> state["n_steps"], state["gamma"], state["carry"] is None
-            (2, 0.5, False)
-            >>> transform.state_dict()["_extra_state"].keys() == state.keys()
-            True
         """
         with self._lock:
             carry = None if self._carry is None else to_state(self._carry)
             return {"n_steps": self._n_steps, "gamma": float(self._gamma), "carry": carry}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`get_extra_state` returned; the next call continues its stream.
-
-        Example:
-            >>> import torch
-            >>> from tensordict import TensorDict
-            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
-            >>> transform = MultiStepTransform(n_steps=2, gamma=1.0)
-            >>> stored = transform.inv(frames)
-            >>> resumed = MultiStepTransform(n_steps=5, gamma=0.0)
-            >>> resumed.set_extra_state(transform.get_extra_state())
-            >>> resumed.n_steps, resumed.gamma
-            (2, 1.0)
-            >>> resumed.inv(frames)["next", "reward"]  # 2 held back and 3 new ones, of which 2 are held back
-            tensor([2., 2., 2.])
-        """
+        """Takes over what :meth:`get_extra_state` returned; the next call continues its stream."""
         if not isinstance(state, dict) or state.keys() != {"n_steps", "gamma", "carry"}:
             raise ValueError(f"the state must be one of a MultiStepTransform, got {state!r:.200}")
         n_steps, gamma = check_positive_int("n_steps", state["n_steps"]), check_gamma(state["gamma"])
@@ -498,19 +424,7 @@ class MultiStepTransform(MultiStepBase, Transform):
         return state
 
     def clone(self) -> MultiStepTransform:
-        """A copy without parent and container, with a copy of the frames held back.
-
-        Example:
-            >>> import torch
-            >>> from tensordict import TensorDict
-            >>> frames = TensorDict({"next": {"reward": torch.ones(3), "done": torch.zeros(3, dtype=torch.bool)}}, [3])
-            >>> transform = MultiStepTransform(n_steps=2, gamma=1.0)
-            >>> stored = transform.inv(frames)
-            >>> twin = transform.clone()
-            >>> transform.clear()
-            >>> twin.flush()["next", "reward"]
-            tensor([2., 1.])
-        """
+        """A copy without parent and container, with a copy of the frames held back."""
         with self._lock:
             twin: MultiStepTransform = super().clone()
             twin._carry = self._carry and self._carry.compact()
