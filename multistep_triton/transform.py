@@ -1,17 +1,11 @@
 """MultiStepTransform: n-step transitions on ``ReplayBuffer.extend``.
 
-Owns the carry, and whose stream it is of. May import ``base``, ``frames``, ``saved``, ``neighbours`` and
-``torchrl_internals``.
+Owns what a call emits and what is flushed. May import ``frames``, ``ownership``, ``neighbours`` and ``torchrl_internals``.
 """
 
 from __future__ import annotations
 
-import gc
-import threading
-import weakref
-from collections.abc import Callable, Sequence
-from multiprocessing.context import get_spawning_popen
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -20,36 +14,20 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs.transforms import MultiStepTransform as _TorchRLMultiStepTransform
 from torchrl.envs.transforms import Transform
 
-from multistep_triton.base import MultiStepBase
-from multistep_triton.checks import check_gamma, check_positive_int
-from multistep_triton.carry import Carry
-from multistep_triton.frames import frames_of, moved
-from multistep_triton.neighbours import (
-    check_around,
-    check_holds_n_steps,
-    check_mixing,
-    check_order,
-    check_transforms,
-    facts_of,
-)
-from multistep_triton.roles import TRAJ_PATH
-from multistep_triton.saved import from_state, to_state
-from multistep_triton.stored import check_time_dim
+from multistep_triton.frames import frames_of
+from multistep_triton.neighbours import check_holds_n_steps
+from multistep_triton.ownership import OwnedTransform
 from multistep_triton.torchrl_internals import (
-    Calls,
     calls,
     lock_of,
     refuse_other_ways,
-    sample_unit_of,
     store,
-    taking_buffer,
     transforms_in,
     update_priority,
-    using_buffer,
 )
 
 
-class MultiStepTransform(MultiStepBase, Transform):
+class MultiStepTransform(OwnedTransform):
     """Turns the 1-step transitions that extend a replay buffer into n-step ones.
 
     A drop-in replacement for ``torchrl.envs.transforms.MultiStepTransform``. With ``n = n_steps`` and ``e(t)`` the
@@ -181,14 +159,6 @@ class MultiStepTransform(MultiStepBase, Transform):
     ) -> None:
         super().__init__()
         self._set_arguments(locals())
-        # Replaced by every call; the next one may overwrite the frames of the one before.
-        self._carry: Carry | None = None
-        # A replay buffer calls its transforms outside its own lock.
-        self._lock = threading.RLock()
-        self._owner: weakref.ref[ReplayBuffer] | None = None
-        """The buffer whose stream this is."""
-        self._checked: tuple[Any, ...] | None = None
-        """What shared it with this transform when that was checked last."""
 
     def inv(self, tensordict: TensorDictBase) -> TensorDict | None:
         """The n-step transitions whose windows are known by now; ``[*B, T]`` frames in, which stay as they are.
@@ -225,92 +195,11 @@ class MultiStepTransform(MultiStepBase, Transform):
             return None
         return emitted.squeeze(-1) if single else emitted
 
-    def train(self, mode: bool = True) -> MultiStepTransform:
-        """As in torch; a replay buffer calls it when it takes a transform, and becomes the one that this belongs to.
-
-        Raises:
-            ValueError: it belongs to another one, or holds back frames of one; or it would be wrong in this buffer.
-        """
-        super().train(mode)
-        if (taking := taking_buffer()) is not None:
-            buffer, inverted = taking
-            if inverted:
-                raise ValueError("invert must be False for an n-step transform, which runs when a buffer is extended")
-            with self._lock:
-                self._join(buffer)
-        return self
-
-    def _join(self, buffer: ReplayBuffer) -> None:
-        owner = self._find_owner()
-        if owner not in (None, buffer):
-            # It may be garbage that is not collected yet.
-            del owner
-            gc.collect()
-            owner = self._find_owner()
-        if owner not in (None, buffer) or (self._owner and owner is None and self._carry is not None):
-            remedy = "clear() it, as the other one is gone" if owner is None else "give each a transform of its own"
-            raise ValueError(
-                f"a MultiStepTransform must belong to one replay buffer, as it holds back frames of one stream, got a "
-                f"second one: {remedy}"
-            )
-        # The data may hold ids, which are looked for when it comes; and a buffer has its transforms only now and then.
-        check_around(buffer, sample_unit_of(buffer), self._done_at, self._roles_in(()).dones, True)
-        self._owner, self._checked = weakref.ref(buffer), None
-
-    def _find_owner(self) -> ReplayBuffer | None:
-        """The buffer whose stream this is, unless it is gone, could not be made, or has the transform no more."""
-        owner = None if self._owner is None else self._owner()
-        if owner is None or not owner.initialized or self not in transforms_in(owner.transform):
-            return None
-        return owner
-
-    def _check_owner(self, data: TensorDictBase, calling: Calls) -> None:
-        """Checks what shares the buffer with this transform, if anything is another one than the last time.
-
-        A copy that belongs to none, such as a worker's, becomes that of the buffer which calls it.
-        """
-        if not calling and self._owner is None:
-            return  # it is used alone
-        roles = self._roles_in(())
-        check_mixing(calling, roles.rewards, roles.dones, self._done_at)
-        buffer, caller = self._find_owner(), using_buffer(calling, self)
-        if caller is not None and caller is not buffer:
-            self._join(caller)
-            buffer = caller
-        if buffer is None:
-            return
-        if "extend" in calling and caller is not None:
-            check_time_dim(data, buffer.storage, buffer.dim_extend)
-        entries = data.keys(True)
-        ids = any(key in entries for key in (TRAJ_PATH, "episode"))
-        transforms, unit = transforms_in(buffer.transform), sample_unit_of(buffer)
-        parts = map(facts_of, (buffer.sampler, unit, buffer.storage.checkpointer, *transforms))
-        keys = *self._reward_keys, self._done_key, *self._done_keys
-        checked = (*parts, bool(len(buffer.storage)), ids, self._done_at, *keys)
-        if checked == self._checked:
-            return
-        if transforms.count(self) > 1:
-            raise ValueError(
-                "a MultiStepTransform must be in a buffer's list once, got it twice: leave one of them out"
-            )
-        check_around(buffer, unit, self._done_at, roles.dones, ids)
-        others = [each for each in transforms if each is not self]
-        check_transforms(others, roles.rewards, roles.dones, self._done_at)
-        before = transforms[: transforms.index(self)] if self in transforms else []
-        check_order(before, roles.rewards, roles.dones, self._done_at)
-        check_holds_n_steps(buffer)
-        self._checked = checked
-
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """What is sampled, as it is."""
         self._check_owner(tensordict, calls())
         out: TensorDictBase = super().forward(tensordict)
         return out
-
-    def clear(self) -> None:
-        """Drops the frames held back."""
-        with self._lock:
-            self._carry = None
 
     def flush(self) -> TensorDict | None:
         """The n-step transitions of the frames held back, with windows cut at the last one; holds back none after.
@@ -367,80 +256,6 @@ class MultiStepTransform(MultiStepBase, Transform):
                 raise
         update_priority(replay_buffer, indices, data)
         return indices
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """What :meth:`state_dict` holds: the frames held back, ``n_steps`` and ``gamma``, as of now.
-
-        Raises:
-            TypeError: a non-tensor entry holds what ``torch.load`` would not read.
-        """
-        with self._lock:
-            carry = None if self._carry is None else to_state(self._carry)
-            return {"n_steps": self._n_steps, "gamma": float(self._gamma), "carry": carry}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`get_extra_state` returned; the next call continues its stream."""
-        if not isinstance(state, dict) or state.keys() != {"n_steps", "gamma", "carry"}:
-            raise ValueError(f"the state must be one of a MultiStepTransform, got {state!r:.200}")
-        n_steps, gamma = check_positive_int("n_steps", state["n_steps"]), check_gamma(state["gamma"])
-        carry = None if state["carry"] is None else from_state(state["carry"])
-        with self._lock:
-            self._n_steps, self._gamma, self._carry = n_steps, gamma, carry
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        *arguments: Any,
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *arguments)
-        # A state of torchrl's class has no entry; one that holds back nothing may resume from it.
-        if self._carry is None and (key := f"{prefix}_extra_state") in missing_keys:
-            missing_keys.remove(key)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiStepTransform:
-        """Moves the frames held back to another device; their dtypes are the data's, whatever that of a module."""
-        super()._apply(fn, recurse)
-        with self._lock:
-            if self._carry is not None:
-                self._carry = moved(
-                    self._carry, lambda leaf: fn(torch.empty(0, dtype=torch.bool, device=leaf.device)).device
-                )
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the lock, and the frames held back copied: every copy has its own.
-
-        A process that is being started, such as a collector's worker, begins a stream of its own and gets none: each
-        of several workers would emit them once more.
-        """
-        with self._lock:
-            state: dict[str, Any] = super().__getstate__()
-            state["_carry"] = self._carry and self._carry.compact() if get_spawning_popen() is None else None
-        del state["_lock"], state["_owner"], state["_checked"]
-        return state
-
-    def clone(self) -> MultiStepTransform:
-        """A copy without parent and container, with a copy of the frames held back."""
-        with self._lock:
-            twin: MultiStepTransform = super().clone()
-            twin._carry = self._carry and self._carry.compact()
-        twin._lock, twin._owner, twin._checked = threading.RLock(), None, None
-        return twin
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """What :meth:`__getstate__` returned, and a new lock."""
-        super().__setstate__({**state, "_lock": threading.RLock(), "_owner": None, "_checked": None})
-
-    @property
-    def _buffer(self) -> TensorDict | None:
-        """A copy of the frames held back, under the name of torchrl's attribute."""
-        with self._lock:
-            frames = None if self._carry is None else frames_of(self._carry)
-        return None if frames is None else frames.structure.build(frames.leaves, frames.batch_size)
 
 
 N_STEP: tuple[type[Transform], ...] = MultiStepTransform, _TorchRLMultiStepTransform

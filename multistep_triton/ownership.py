@@ -1,0 +1,125 @@
+"""Whose stream a transform holds back frames of: the one replay buffer that it is given to, and what shares that one.
+
+May import ``carrying``, ``neighbours``, ``roles``, ``stored`` and ``torchrl_internals``.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from tensordict import TensorDictBase
+from torchrl.data import ReplayBuffer
+
+from multistep_triton.carrying import CarryingTransform
+from multistep_triton.neighbours import (
+    check_around,
+    check_holds_n_steps,
+    check_mixing,
+    check_order,
+    check_transforms,
+    facts_of,
+)
+from multistep_triton.roles import TRAJ_PATH
+from multistep_triton.stored import check_time_dim
+from multistep_triton.torchrl_internals import Calls, sample_unit_of, taking_buffer, transforms_in, using_buffer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class OwnedTransform(CarryingTransform):
+    """A transform that belongs to one replay buffer; a copy of it belongs to none yet."""
+
+    _owner: weakref.ref[ReplayBuffer] | None = None
+    """The buffer whose stream this is."""
+    _checked: tuple[Any, ...] | None = None
+    """What shared it with this transform when that was checked last."""
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; a replay buffer calls it when it takes a transform, and becomes the one that this belongs to.
+
+        Raises:
+            ValueError: it belongs to another one, or holds back frames of one; or it would be wrong in this buffer.
+        """
+        super().train(mode)
+        if (taking := taking_buffer()) is not None:
+            buffer, inverted = taking
+            if inverted:
+                raise ValueError("invert must be False for an n-step transform, which runs when a buffer is extended")
+            with self._lock:
+                self._join(buffer)
+        return self
+
+    def _join(self, buffer: ReplayBuffer) -> None:
+        owner = self._find_owner()
+        if owner not in (None, buffer):
+            # It may be garbage that is not collected yet.
+            del owner
+            gc.collect()
+            owner = self._find_owner()
+        if owner not in (None, buffer) or (self._owner and owner is None and self._carry is not None):
+            remedy = "clear() it, as the other one is gone" if owner is None else "give each a transform of its own"
+            raise ValueError(
+                f"a MultiStepTransform must belong to one replay buffer, as it holds back frames of one stream, got a "
+                f"second one: {remedy}"
+            )
+        # The data may hold ids, which are looked for when it comes; and a buffer has its transforms only now and then.
+        check_around(buffer, sample_unit_of(buffer), self._done_at, self._roles_in(()).dones, True)
+        self._owner, self._checked = weakref.ref(buffer), None
+
+    def _find_owner(self) -> ReplayBuffer | None:
+        """The buffer whose stream this is, unless it is gone, could not be made, or has the transform no more."""
+        owner = None if self._owner is None else self._owner()
+        if owner is None or not owner.initialized or self not in transforms_in(owner.transform):
+            return None
+        return owner
+
+    def _check_owner(self, data: TensorDictBase, calling: Calls) -> None:
+        """Checks what shares the buffer with this transform, if anything is another one than the last time.
+
+        A copy that belongs to none, such as a worker's, becomes that of the buffer which calls it.
+        """
+        if not calling and self._owner is None:
+            return  # it is used alone
+        roles = self._roles_in(())
+        check_mixing(calling, roles.rewards, roles.dones, self._done_at)
+        buffer, caller = self._find_owner(), using_buffer(calling, self)
+        if caller is not None and caller is not buffer:
+            self._join(caller)
+            buffer = caller
+        if buffer is None:
+            return
+        if "extend" in calling and caller is not None:
+            check_time_dim(data, buffer.storage, buffer.dim_extend)
+        entries = data.keys(True)
+        ids = any(key in entries for key in (TRAJ_PATH, "episode"))
+        transforms, unit = transforms_in(buffer.transform), sample_unit_of(buffer)
+        parts = map(facts_of, (buffer.sampler, unit, buffer.storage.checkpointer, *transforms))
+        keys = *self._reward_keys, self._done_key, *self._done_keys
+        checked = (*parts, bool(len(buffer.storage)), ids, self._done_at, *keys)
+        if checked == self._checked:
+            return
+        if transforms.count(self) > 1:
+            raise ValueError(
+                "a MultiStepTransform must be in a buffer's list once, got it twice: leave one of them out"
+            )
+        check_around(buffer, unit, self._done_at, roles.dones, ids)
+        others = [each for each in transforms if each is not self]
+        check_transforms(others, roles.rewards, roles.dones, self._done_at)
+        before = transforms[: transforms.index(self)] if self in transforms else []
+        check_order(before, roles.rewards, roles.dones, self._done_at)
+        check_holds_n_steps(buffer)
+        self._checked = checked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the owner."""
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in ("_owner", "_checked")}
+
+    def clone(self) -> Self:
+        """A copy without parent, container and owner, with a copy of the frames held back."""
+        twin = super().clone()
+        twin._owner = twin._checked = None
+        return twin
