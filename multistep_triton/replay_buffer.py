@@ -1,6 +1,7 @@
 """NStepReplayBuffer: single steps are stored, n-step transitions are sampled.
 
-Owns where frames lie in a storage, and how a replay buffer samples. May import ``base``, ``frames`` and ``dispatch``.
+Owns what is sampled of frames, and which data may be stored. May import ``base``, ``frames``, ``groups``,
+``neighbours``, ``stored`` and ``sampled_buffer``.
 """
 
 from __future__ import annotations
@@ -22,14 +23,10 @@ from multistep_triton.frames import Frames, KeyPath
 from multistep_triton.groups import n_step_sample_groups, steps_at
 from multistep_triton.neighbours import check_mixing, check_transforms, facts_of
 from multistep_triton.roles import check_single_steps
+from multistep_triton.sampled_buffer import SampledReplayBuffer
 from multistep_triton.stored import Leaves, Position, check_index, check_slots
 from multistep_triton.task import Samples, Task
-from multistep_triton.torchrl_internals import (
-    SampledReplayBuffer,
-    calls,
-    refuse_other_ways,
-    transforms_in,
-)
+from multistep_triton.torchrl_internals import calls, refuse_other_ways, transforms_in
 
 Steps = int | tuple[int, int]
 

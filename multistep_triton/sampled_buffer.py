@@ -1,0 +1,130 @@
+"""SampledReplayBuffer: how a buffer is sampled of which something else than the frames themselves is.
+
+Owns what is read under the buffer's locks, and what of that is prefetched. Reaches into private attributes of torchrl's
+buffers. May import torchrl, ``stored`` and ``checkpoints``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_nn_modules
+from torch import Tensor
+from torchrl.data import TensorDictReplayBuffer
+
+from multistep_triton.checkpoints import CheckpointedReplayBuffer
+from multistep_triton.stored import Position
+
+
+class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
+    """One of which something else than the frames themselves is sampled: what that is is up to a subclass."""
+
+    def _n_step_at(self, index: Any, position: Position) -> TensorDictBase:
+        """What is sampled of the frames at an index of the storage."""
+        raise NotImplementedError
+
+    def _set_index_in_td(self, tensordict: TensorDictBase, index: Tensor | int | None) -> None:
+        # torchrl's takes the indices, which are those of frames with time first, for some with time last.
+        ndim, dim = self._storage.ndim, self.dim_extend
+        if ndim == 1 or not isinstance(index, Tensor):
+            super()._set_index_in_td(tensordict, index)
+            return
+        lead = [*tensordict.batch_size[:ndim]]
+        single = len(lead) < ndim or index.shape[0] != tensordict.batch_size[:ndim].numel()
+        if single:
+            # One frame, which has no time.
+            lead = lead[: ndim - 1]
+            lead.insert(dim, 1)
+        lead[0], lead[dim] = lead[dim], lead[0]
+        placed = index.view(*lead, ndim).transpose(0, dim)
+        tensordict.set("index", placed.squeeze(dim) if single else placed)
+
+    def update_tensordict_priority(self, data: TensorDictBase) -> None:
+        """As in torchrl, which takes the time of a frame for its place where there are several environments."""
+        index = data.get("index", None)
+        super().update_tensordict_priority(data.reshape(-1) if index is not None and index.ndim > 2 else data)
+
+    def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict[str, Any]]:
+        # Another process may have laid the storage out, which the sampler does not see.
+        self._order.entries()
+        with self._replay_lock, self._write_lock:
+            position = self._check_whole()
+            index, info = self._sampler.sample(self._storage, batch_size)
+            if self._sample_unit is not None:
+                index, info = self._sample_unit.expand(index, info, self._storage)
+            if taken := [key for key in info if key[0] == "next"]:
+                raise TypeError(
+                    f"sampler must leave the entries under 'next' to the windows, got {type(self._sampler).__name__}, "
+                    f"which writes {taken}"
+                )
+            info["index"] = index
+            data = self._read(info, position)
+        return self._finished(data, info)
+
+    def _read(self, info: dict[str, Any], position: Position | None) -> TensorDictBase:
+        """What is sampled of the frames that lie where ``info`` says, which is told how old they are."""
+        if self._writer.tracks_generations:
+            info["index_generation"] = self._writer.generations_of(info["index"])
+        if position is None:
+            raise RuntimeError("storage must hold frames to be sampled, got an empty one")
+        return self._n_step_at(info["index"], position)
+
+    def _check_whole(self) -> Position | None:
+        """Checks that all frames are there, in order, before anything is drawn."""
+        self._check_neighbours()
+        position, (first, torn) = self._order.position(), self._order.torn
+        if torn:
+            raise RuntimeError(
+                f"a write that failed has overwritten frames in part: extend the buffer, whose next frames overwrite "
+                f"them wholly, before it is sampled again ({torn} slots from {first} on), or empty it"
+            )
+        return position
+
+    def _finished(self, data: TensorDictBase, info: dict[str, Any]) -> tuple[TensorDictBase, dict[str, Any]]:
+        """What was read from the storage, as a sample of torchrl's buffer leaves it."""
+        data = self._collate_fn(data)
+        if self._transform is not None and len(self._transform):
+            with data.unlock_(), set_dispatch_td_nn_modules(True):
+                data = self._transform(data)
+        if self._pin_memory and data.device == torch.device("cpu"):
+            data = data.pin_memory()
+        return data, info
+
+    @contextlib.contextmanager
+    def _up_to_date(self, changes: int, anew: bool) -> Iterator[None]:
+        """Within, the next batch in the queue is one that was computed after so many changes, or ``anew``.
+
+        Batches of frames that are gone, since another buffer emptied the storage, are dropped.
+
+        It is of the slots that were drawn for it, no sampler draws anew, and of the frames that lie there now.
+        """
+        if not self._prefetch:
+            yield
+            return
+        with self._futures_lock:
+            queue, begun = self._prefetch_queue, self._order.begun
+            if any(getattr(future, "begun", begun) != begun for future in queue):
+                self._clear_prefetch_queue_locked()
+            # What was loaded may be of any arguments.
+            of_before = [future for future in queue if getattr(future, "changes", None) != changes]
+            while queue and (anew or queue[0] in of_before):
+                if queue[0].exception() is not None:
+                    queue.popleft()
+                    continue
+                info = dict(queue[0].result()[1])
+                with self._replay_lock, self._write_lock:
+                    data = self._read(info, self._check_whole())
+                computed: Future[Any] = Future()
+                computed.set_result(self._finished(data, info))
+                queue[0] = computed
+                break
+            yield
+            for future in queue:
+                future.begun = begun
+                if future not in of_before:
+                    future.changes = changes
