@@ -13,7 +13,8 @@ from benchmarks.cases import Case, make_rollout
 from benchmarks.contenders import CONTENDERS, REFERENCE, TORCHRL
 from benchmarks.gate import check
 from benchmarks.measure import Operators, in_turns, set_up
-from multistep_triton import reference
+from multistep_triton import eager
+from multistep_triton.task import Results
 
 CASE = Case("state", 1, 64, 0.0)
 SECONDS = 3.0
@@ -36,21 +37,21 @@ def main() -> None:
             print(f"    {calls:3d} {operator}")
 
     # With the reference's result at hand, what is left is reading and building tensordicts.
-    compute, recorded = reference.n_step_extend_reference, []
+    compute, recorded = eager.n_step_extend, []
 
-    def record(*args, **kwargs):
-        leaves, returns, *rest = compute(*args, **kwargs)
-        recorded[:] = leaves.copy(), returns.copy(), *rest
-        return leaves, returns, *rest
+    def record(*arguments):
+        results = compute(*arguments)
+        recorded[:] = results.leaves.copy(), results.returns.copy(), *results[2:]
+        return results
 
-    def replay(*args, **kwargs):
+    def replay(*arguments):
         leaves, returns, *rest = recorded
-        return leaves.copy(), returns.copy(), *rest
+        return Results(leaves.copy(), returns.copy(), *rest)
 
     call = partial(subjects[REFERENCE].call, rollout)
-    reference.n_step_extend_reference = record
+    eager.n_step_extend = record
     call()
-    reference.n_step_extend_reference = replay
+    eager.n_step_extend = replay
     rest = in_turns({REFERENCE: call}, SECONDS)[REFERENCE]
     print(f"{REFERENCE}, without what it computes: {rest.median * 1e6:.0f} us")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from multistep_triton.carry import Carry, next_carry
 from multistep_triton.kernels import rows, windows
 from multistep_triton.kernels.layout import lie_alike
-from multistep_triton.task import Keys, Results, Samples, Task
+from multistep_triton.samples import Samples
+from multistep_triton.task import Keys, Leaves, Results, Task
 
 # Which addresses are multiples of 16 is compiled into a kernel. Rows are counted in 31 bits, units of a leaf in 32.
 ALIGNMENT, MOST_ROWS, MOST_UNITS = 16, 2**31 - 1, 2**32 - 1
@@ -67,7 +68,7 @@ def _plan(
     )
 
 
-def n_step_extend(task: Task, carry: Carry | None, data: Mapping[Hashable, Tensor]) -> Results:
+def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     """Computes :func:`multistep_triton.engine.n_step_extend`."""
     keys, n_steps, _, time_dim, hold = task
     *lead, new = data[keys.done[0]].shape[: time_dim + 1]
@@ -81,7 +82,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Mapping[Hashable, Tenso
     return _launch(task, data, (*lead,), carry, held, None, counts)
 
 
-def n_step_sample(task: Task, samples: Samples, data: Mapping[Hashable, Tensor]) -> Results:
+def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     """Computes :func:`multistep_triton.engine.n_step_sample`."""
     live, count = samples.live, samples.indices[0].shape[0]
     _, *lead = next(iter(data.values())).shape[: len(samples.indices)]
@@ -111,7 +112,7 @@ def gather_future(value: Tensor, steps: Tensor) -> Tensor:
 
 def _launch(
     task: Task,
-    data: Mapping[Hashable, Tensor],
+    data: Leaves,
     lead: tuple[int, ...],
     carry: Carry | None,
     held: Carry | None,
@@ -131,20 +132,11 @@ def _launch(
 
     # In a stream as many frames come out as go in, and what is like these is the cheapest to make.
     alike = not picked and emitted == known - carried and inner == 1
-
     leaves = {} if every else {out: data[key] for out, key, _ in keys.outputs}
-    if alike:
-        leaves.update([(out, torch.empty_like(data[key])) for out, key, _, _ in plan.copies])
-        returns = {key: torch.empty_like(data[key], dtype=dtype) for key, _, dtype in plan.returns}
-    else:
-        leaves.update([(out, torch.empty(shape + f, dtype=dtype, device=device)) for out, _, f, dtype in plan.copies])
-        returns = {key: torch.empty(shape + f, dtype=dtype, device=device) for key, f, dtype in plan.returns}
-    steps = torch.empty(shape, dtype=torch.int64, device=device)
-    discount = torch.empty_like(steps, dtype=torch.float32)
-    nonterminal = torch.empty_like(steps, dtype=torch.bool)
+    results = _allocate(plan, data, leaves, held, shape, device, alike)
     if not count and not held_rows:
-        return Results(leaves, returns, steps, discount, nonterminal, held)
-
+        return results
+    _, returns, steps, discount, nonterminal, _ = results
     olds = carry.leaves if carry else data
     dones, rewards = [tuple([(data[key], olds[key]) for key in of_kind]) for of_kind in (keys.done, keys.rewards)]
     masks, ids = [() if key is None else ((data[key], olds[key]),) for key in (keys.mask, keys.traj)]
@@ -186,6 +178,27 @@ def _launch(
             _copy_rows(plan, jobs, picked is None, lists, count, held_rows, carry_ring[1] * envs, *ring)
     for key, wide in widened.items():
         returns[key] = wide.to(torch.bfloat16)
+    return results
+
+
+def _allocate(
+    plan: _Plan,
+    data: Leaves,
+    leaves: dict[Any, Tensor],
+    held: Carry | None,
+    shape: tuple[int, ...],
+    device: torch.device,
+    alike: bool,
+) -> Results:
+    """Memory for what comes out besides ``leaves``; of the shape of the data if it is ``alike``."""
+    if alike:
+        leaves.update([(out, torch.empty_like(data[key])) for out, key, _, _ in plan.copies])
+        returns = {key: torch.empty_like(data[key], dtype=dtype) for key, _, dtype in plan.returns}
+    else:
+        leaves.update([(out, torch.empty(shape + f, dtype=dtype, device=device)) for out, _, f, dtype in plan.copies])
+        returns = {key: torch.empty(shape + f, dtype=dtype, device=device) for key, f, dtype in plan.returns}
+    steps = torch.empty(shape, dtype=torch.int64, device=device)
+    discount, nonterminal = torch.empty_like(steps, dtype=torch.float32), torch.empty_like(steps, dtype=torch.bool)
     return Results(leaves, returns, steps, discount, nonterminal, held)
 
 

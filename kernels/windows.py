@@ -143,6 +143,25 @@ def store_returns(
 
 
 @triton.jit
+def find_picked(block, exists, picked, others, envs, known, first):
+    """Environment and frame of each picked frame, and whether there is such a frame; for no other is anything read."""
+    slot = tl.load(picked[0] + block, mask=exists, other=0)
+    live = exists & (slot >= 0) & (slot < known)
+    begin = slot.to(tl.int32) - first
+    begin = tl.where(begin < 0, begin + known, begin)
+    outermost = envs
+    for d in tl.static_range(len(others)):
+        outermost = outermost // others[d]
+    env = block * 0
+    for d in tl.static_range(1, len(picked)):
+        size = outermost if d == 1 else others[d - 2]
+        index = tl.load(picked[d] + block, mask=exists, other=0)
+        live &= (index >= 0) & (index < size)
+        env = env * size + index.to(tl.int32)
+    return env, begin, live
+
+
+@triton.jit
 def list_held(own_ptr, rows, envs, inner, stream, DATA: tl.constexpr, TILE: tl.constexpr):
     """Lists the rows of the last frames that are known, in the order of the slots that hold them back."""
     count = rows // envs
@@ -177,23 +196,10 @@ def n_step_windows_kernel(
     limit = n_steps
     if PICKED:
         exists = block < emitted
-        slot = tl.load(picked[0] + block, mask=exists, other=0)
-        live = exists & (slot >= 0) & (slot < known)  # for any other index nothing is read
-        begin = slot.to(tl.int32) - data_first
-        begin = tl.where(begin < 0, begin + known, begin)
-        outermost = envs
-        for d in tl.static_range(len(others)):
-            outermost = outermost // others[d]
-        env = block * 0
-        for d in tl.static_range(1, len(picked)):
-            size = outermost if d == 1 else others[d - 2]
-            index = tl.load(picked[d] + block, mask=exists, other=0)
-            live &= (index >= 0) & (index < size)
-            env = env * size + index.to(tl.int32)
+        env, begin, live = find_picked(block, exists, picked, others, envs, known, data_first)
         if len(limits) > 0:
             limit = tl.minimum(tl.load(limits[0] + block, mask=exists, other=1), n_steps).to(tl.int32)
-        rows = emitted
-        place = block + lane * 0
+        rows, place = emitted, block + lane * 0
         written = exists & (lane == 0)
     else:
         length = LANES + 1 - tl.minimum(n_steps, 1 << PIECE)

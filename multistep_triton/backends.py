@@ -45,7 +45,7 @@ class EquivalenceError(RuntimeError):
         frame: indices ``(*b, t)`` of the first frame that differs, in that tensor; with a done flag per agent,
             ``(*b, agent, t)``; of a sample, its number.
         kernels, reference: the two values of the first element that differs there: that of the kernels or, where they
-            cannot run, of the fast path, and that of the specification.
+            cannot run, of the reference, and that of the specification.
         tolerance: how far apart they may be; 0 where they must be equal.
 
     Example:
@@ -97,7 +97,8 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
     """The backend that runs on ``tensors``, of which ``rewards`` are summed.
 
     ``"auto"``, if the environment variable does not say otherwise, is Triton for tensors on an accelerator where
-    Triton can run, else the reference. ``"verify"`` always runs: where the kernels cannot, of the fast path.
+    Triton can run, else the reference. ``"verify"`` always runs: where the kernels cannot, of the
+    reference.
 
     Raises:
         ValueError: the name, or the one in the environment variable, is none of ``BACKENDS``.
@@ -115,9 +116,12 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
     obstacle = find_obstacle(tensors, rewards)
     if obstacle is None:
         return _asked_for(backend, asker) if backend != "auto" else _ON_ACCELERATOR
+    if backend == "verify" and (is_transformed() or any(tensor.is_meta for tensor in tensors)):
+        why = "a transform of torch.func, or on the device meta, where values cannot be compared"
+        return Choice("reference", f"{asker} asks for 'verify' inside {why}", logging.WARNING)
     if backend == "verify":
         level = logging.INFO if all(tensor.is_cpu for tensor in tensors) else logging.WARNING
-        return Choice("verify", f"{asker} asks for it, of the fast path, as the kernels cannot run: {obstacle}", level)
+        return Choice("verify", f"{asker} asks for it, of the reference, as the kernels cannot run: {obstacle}", level)
     if backend == "auto":
         return Choice("reference", f"the kernels cannot run: {obstacle}", logging.WARNING)
     otherwise = "use backend='reference'" if asker.startswith("backend") else f"unset {BACKEND_VARIABLE}"

@@ -13,8 +13,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from multistep_triton.arguments import Arguments
-from multistep_triton.checks import check_not_captured
 from multistep_triton.carry import Carry
+from multistep_triton.checks import check_not_captured
 from multistep_triton.frames import Frames, KeyPath, hold_back
 from multistep_triton.groups import Group, Windows, find_groups, n_step_extend_groups
 from multistep_triton.roles import (
@@ -23,15 +23,11 @@ from multistep_triton.roles import (
     MASK_PATH,
     ORIGINAL_REWARD_PATH,
     TRAJ_PATH,
-    WINDOW_PATHS,
     Roles,
     check_single_steps,
     find_roles,
 )
 from multistep_triton.task import Results, Task
-
-Place = tuple[int, KeyPath, Sequence[KeyPath], list[KeyPath]]
-"""Where windows are written: of which group, under which name, as which entries, and with which rewards."""
 
 
 class MultiStepBase(Arguments):
@@ -59,75 +55,43 @@ class MultiStepBase(Arguments):
         """
         if hold:
             check_not_captured("a MultiStepTransform")
+        roles = self._roles_in(())
         if isinstance(data, Frames):
             frames = data
         else:
-            frames = Frames.read(data, without=self._roles_in(()).written)
+            frames = Frames.read(data, without=roles.written)
             check_single_steps(frames.left_out)
-        roles = self._roles_in(frames.leaves)
-        groups, places = self._groups_in(frames, roles)
+        if TRAJ_PATH in frames.leaves or MASK_PATH in frames.leaves:
+            roles = self._roles_in(frames.leaves)
+        groups = self._groups_in(frames, roles)
         if carry is not None:
             frames.follow(carry)
         time_dim, structure = len(frames.batch_size) - 1, frames.structure
         task = Task(groups[0].keys, self._n_steps, float(self._gamma), time_dim, hold)
         results, windows = n_step_extend_groups(task, groups, carry, frames.leaves, self._backend)
         shape = results.steps.shape[: time_dim + 1]
-        emitted = structure.build(self._output_leaves(results, roles, groups, places, windows), shape)
+        emitted = structure.build(self._output_leaves(results, roles, groups, windows), shape)
         held = results.carry
         return emitted, hold_back(held, structure) if held is not None and held.count else None
 
-    def _groups_in(self, frames: Frames, roles: Roles) -> tuple[list[Group], list[Place]]:
-        """The groups of the entries, and where their windows are written."""
-
-        def find() -> tuple[list[Group], list[Place]]:
-            groups = find_groups(frames, roles)
-            return groups, self._find_places(groups, roles, frames.structure.layout.kinds)
-
-        found: tuple[list[Group], list[Place]] = frames.structure.layout.find((roles, self._match_reward_shape), find)
-        return found
-
-    def _find_places(self, groups: Sequence[Group], roles: Roles, leaves: Container[KeyPath]) -> list[Place]:
-        """Where windows are written.
-
-        Those of the done key's group are at the root; those of another, ``("next", *name)``, under its name if it has
-        flags of its own and rewards, of agents or, if there are none, those that agents share. If they are to be in the
-        shape of the first reward, its are at the root.
-        """
-        root = groups[0]
-        places: list[Place] = []
-        if self._match_reward_shape:
-            # What agents share with the done key at theirs is of another shape than its windows, which is told.
-            of_first = next(group for group in groups if roles.rewards[0] in group.paths)
-            root = root if of_first.flags == root.flags else of_first
-        for at, group in enumerate(groups):
-            name, own = group.flags[0][1:-1], [path for path in roles.rewards if path in group.paths]
-            if group is root:
-                places.append((at, (), WINDOW_PATHS, [*roles.rewards]))
-            taken = group.flags == groups[0].flags or any(place[1] == name for place in places)
-            if name and own and not (taken if group.shared else group is root and not at):
-                places.append((at, name, [(*name, *path) for path in WINDOW_PATHS], own))
-                if name in leaves:
-                    raise ValueError(
-                        f"data must not hold a tensor at {name}, where the windows of that group are written"
-                    )
-        return places
+    def _groups_in(self, frames: Frames, roles: Roles) -> list[Group]:
+        """The groups of the entries."""
+        layout, match = frames.structure.layout, self._match_reward_shape
+        groups: list[Group] = layout.find((roles, match), lambda: find_groups(frames, roles, match))
+        return groups
 
     def _output_leaves(
-        self,
-        results: Results,
-        roles: Roles,
-        groups: Sequence[Group],
-        places: Sequence[Place],
-        windows: Sequence[Windows],
+        self, results: Results, roles: Roles, groups: Sequence[Group], windows: Sequence[Windows]
     ) -> dict[KeyPath, Tensor]:
         """What comes out, by path."""
-        leaves = results.leaves
-        for at, _, paths, rewards in places:
-            written: Sequence[Tensor] = windows[at]
-            if (groups[at].agents and not groups[at].shared) or self._match_reward_shape:
-                like = results.returns[rewards[0]] if self._match_reward_shape else leaves[groups[at].flags[0]]
-                written = [_expand(window, like.shape) for window in written]
-            leaves.update(zip(paths, written, strict=True))
+        leaves, match = results.leaves, self._match_reward_shape
+        for group, of_group in zip(groups, windows, strict=True):
+            for paths, reward in group.written:
+                written: Sequence[Tensor] = of_group
+                if match or (group.agents and not group.shared):
+                    like = results.returns[reward] if match else leaves[group.flags[0]]
+                    written = [_expand(window, like.shape) for window in of_group]
+                leaves.update(zip(paths, written, strict=True))
         for path, returns in results.returns.items():
             leaves[roles.originals[path]] = leaves[path]
             leaves[path] = returns

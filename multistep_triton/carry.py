@@ -105,9 +105,11 @@ class Carry:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, time_dim)
 
 
-def _copied(leaves: dict[Any, Tensor], *slots: Any) -> Carry:
-    *slots, structure = slots
-    return Carry(leaves, *slots, structure=structure, stream=current_stream(leaves.values()))
+def _copied(
+    leaves: dict[Any, Tensor], first: int, count: int, capacity: int, time_first: bool, structure: Any
+) -> Carry:
+    stream = current_stream(leaves.values())
+    return Carry(leaves, first, count, capacity, time_first, structure=structure, stream=stream)
 
 
 def current_stream(leaves: Iterable[Tensor]) -> Any:
@@ -172,7 +174,12 @@ def find_slots(carry: Carry | None, frames: Collection[Tensor], new: int, n_step
 
 
 def next_carry(
-    carry: Carry | None, data: Mapping[Hashable, Tensor], held: Iterable[Hashable], new: int, n_steps: int, time_dim: int
+    carry: Carry | None,
+    data: Mapping[Hashable, Tensor],
+    held: Iterable[Hashable],
+    new: int,
+    n_steps: int,
+    time_dim: int,
 ) -> tuple[Carry, int]:
     """The carry of leaves ``held`` after ``new`` frames, ``data``, came, to be written; how many lie there already.
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torchrl.envs.transforms import Transform
 
 from multistep_triton.base import MultiStepBase
-from multistep_triton.checks import check_gamma, check_positive_int
 from multistep_triton.carry import Carry
+from multistep_triton.checks import check_gamma, check_positive_int
 from multistep_triton.frames import Frames, KeyPath, Node, Structure, frames_of, moved
 
 if TYPE_CHECKING:

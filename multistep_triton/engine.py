@@ -1,14 +1,13 @@
 """The engine: one task, one backend. Leaves in, leaves out, by whichever backend runs on them.
 
 Every backend computes the same three functions: :func:`n_step_extend` of carry and data, :func:`n_step_sample` of a
-storage, and :func:`gather_future`. May import ``task``, ``carry``, ``backends``, ``eager`` and, inside the branch that
-runs them, the kernels and what verifies them.
+storage, and :func:`gather_future`. May import ``task``, ``carry``, ``samples``, ``backends``, ``eager``
+and, inside the branch that runs them, the kernels and what verifies them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from torch import Tensor
 from multistep_triton import eager
 from multistep_triton.backends import resolve_backend
 from multistep_triton.carry import Carry
-from multistep_triton.task import Results, Samples, Task
+from multistep_triton.samples import Samples
+from multistep_triton.task import Leaves, Results, Task
 
 
-def n_step_extend(task: Task, carry: Carry | None, data: Mapping[Any, Tensor], backend: str = "auto") -> Results:
+def n_step_extend(task: Task, carry: Carry | None, data: Leaves, backend: str = "auto") -> Results:
     """One step of the stream: ``c`` carried frames and ``T`` new ones in, the ``c + T - n_steps`` oldest out.
 
     Args:
@@ -39,7 +39,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Mapping[Any, Tensor], b
     return results
 
 
-def n_step_sample(task: Task, samples: Samples, data: Mapping[Any, Tensor], backend: str = "auto") -> Results:
+def n_step_sample(task: Task, samples: Samples, data: Leaves, backend: str = "auto") -> Results:
     """n-step transitions of sampled frames; no window goes beyond the newest frame.
 
     Args:
@@ -55,9 +55,7 @@ def n_step_sample(task: Task, samples: Samples, data: Mapping[Any, Tensor], back
         IndexError: an index is that of no frame, on the CPU. On an accelerator the host does not wait to know: such a
             sample has 0 steps, NaN as its return, discount 1, and zeros for all else.
     """
-    chosen = resolve_backend(
-        backend, [*data.values(), *samples.indices], [data[key] for key in task.keys.rewards]
-    )
+    chosen = resolve_backend(backend, [*data.values(), *samples.indices], [data[key] for key in task.keys.rewards])
     _check_indices(samples, next(iter(data.values())).shape)
     results: Results = implementation_of(chosen).n_step_sample(task, samples, data)
     return results

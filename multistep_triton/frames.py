@@ -8,7 +8,7 @@ tensorclasses, non-tensor entries) and no maths. May import tensordict, torch an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -157,11 +157,9 @@ class Frames:
         return frames.find_layout(), non_tensors
 
     @classmethod
-    def _read_all(
-        cls, data: TensorDictBase, ndim: int, without: Collection[KeyPath]
-    ) -> tuple[Frames, dict[KeyPath, Any]]:
-        sizes = data.batch_size
-        frames, non_tensors = cls(sizes[:ndim], {}, Structure(sizes[: ndim - 1])), {}
+    def _read_all(cls, data: TensorDictBase, ndim: int, without: Collection[KeyPath]) -> tuple[Frames, dict[Any, Any]]:
+        sizes, non_tensors = data.batch_size, dict[KeyPath, Any]()
+        frames = cls(sizes[:ndim], {}, Structure(sizes[: ndim - 1]))
         frames._read(data, (), ndim, without, non_tensors)
         return frames, non_tensors
 
@@ -246,8 +244,7 @@ def hold_back(carry: Carry, structure: Structure) -> Carry:
 def frames_of(carry: Carry) -> Frames:
     """A copy of the frames of a carry, ``[*B, c]``, in order."""
     copy = carry.compact()
-    structure = copy.structure
-    return Frames(torch.Size((*structure.batch, copy.count)), copy.leaves, structure)
+    return Frames(torch.Size((*copy.structure.batch, copy.count)), copy.leaves, copy.structure)
 
 
 def moved(carry: Carry, device_of: Callable[[Tensor], torch.device]) -> Carry:
@@ -257,8 +254,8 @@ def moved(carry: Carry, device_of: Callable[[Tensor], torch.device]) -> Carry:
     device = next((leaf.device for leaf in leaves.values()), None)
     old: Structure = carry.structure
     nodes = {path: node._replace(device=node.device and device) for path, node in old.nodes.items()}
-    batch_size = torch.Size((*old.batch, carry.count))
-    new = Frames(batch_size, leaves, Structure(old.batch, nodes, old.objects)).find_layout().structure
+    batch_size, new = torch.Size((*old.batch, carry.count)), Structure(old.batch, nodes, old.objects)
+    Frames(batch_size, leaves, new).find_layout()
     return replace(carry, leaves=leaves, spare={}, structure=new, stream=current_stream(leaves.values()))
 
 

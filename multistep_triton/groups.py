@@ -3,8 +3,8 @@
 A group under "next" that has a done flag of its own is governed by it, and by the other done keys of its shape beside
 it; any other entry by the flags of the nearest group above. Where the flags are one per agent, each agent is a row of
 its own: leaves ``[*B, T, *A, ...]`` are read as ``[*B, *A, T, ...]``, views in another order, so that what computes
-windows knows rows and neither groups nor agents. May import ``roles``, ``frames``, ``carry``, ``task``, ``checks`` and
-``engine``.
+windows knows rows and neither groups nor agents. May import ``roles``, ``frames``, ``carry``, ``task``, ``samples``,
+``checks`` and ``engine``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multistep_triton.checks import check_flag, check_ids, check_reward, is_per_frame
 from multistep_triton.carry import Carry
+from multistep_triton.checks import check_flag, check_ids, check_reward, is_per_frame
 from multistep_triton.engine import n_step_extend, n_step_sample
 from multistep_triton.frames import Frames, KeyPath
-from multistep_triton.roles import Roles
-from multistep_triton.task import Keys, Results, Samples, Task
+from multistep_triton.roles import WINDOW_PATHS, Roles
+from multistep_triton.samples import Samples
+from multistep_triton.task import Keys, Results, Task
 
 
 class Group(NamedTuple):
@@ -40,13 +41,15 @@ class Group(NamedTuple):
     """Which of entries and marks is what."""
     sampled: Keys = Keys((), ())
     """The same where they are sampled."""
+    written: Sequence[tuple[Sequence[KeyPath], KeyPath]] = ()
+    """The entries that the windows are written as, and the reward whose shape these take if they are to match it."""
 
 
 Windows = tuple[Tensor, Tensor, Tensor]
 """Steps, discount and nonterminal, ``[*B, E, *A]``."""
 
 
-def find_groups(frames: Frames, roles: Roles) -> list[Group]:
+def find_groups(frames: Frames, roles: Roles, match_reward_shape: bool = False) -> list[Group]:
     """Checks the entries that play a role, and finds the groups of all; the first one is that of the done key.
 
     Raises:
@@ -73,7 +76,38 @@ def find_groups(frames: Frames, roles: Roles) -> list[Group]:
         of_agent = path[: len(parent)] == parent and leaf.shape[: len(sizes)] == sizes
         (own if of_agent or parent not in shared else shared)[parent].paths.append(path)
     groups = [group for parent in own for group in (own[parent], shared.get(parent)) if group and group.paths]
-    return [_with_keys(group, leaves, len(lead), roles) for group in groups]
+    groups = [_with_keys(group, leaves, len(lead), roles) for group in groups]
+    return _with_written(groups, leaves, roles, match_reward_shape)
+
+
+def _with_written(
+    groups: list[Group], leaves: Mapping[KeyPath, Tensor], roles: Roles, match_reward_shape: bool
+) -> list[Group]:
+    """Groups, with where their windows are written.
+
+    Those of the done key's group are at the root; those of another, ``("next", *name)``, under its name if it has flags
+    of its own and rewards, of agents or, if there are none, those that agents share. If they are to be in the shape of
+    the first reward, its are at the root.
+    """
+    first, root = groups[0], 0
+    if match_reward_shape:
+        # What agents share with the done key at theirs is of another shape than its windows, which is told.
+        of_first = next(at for at, group in enumerate(groups) if roles.rewards[0] in group.paths)
+        root = 0 if groups[of_first].flags == first.flags else of_first
+    names: list[KeyPath] = []
+    for at, group in enumerate(groups):
+        name, own = group.flags[0][1:-1], [path for path in roles.rewards if path in group.paths]
+        written: list[tuple[Sequence[KeyPath], KeyPath]] = []
+        if at == root:
+            written.append((WINDOW_PATHS, (roles.rewards or ((),))[0]))
+        taken = group.flags == first.flags or name in names
+        if name and own and not (taken if group.shared else at == root == 0):
+            if name in leaves:
+                raise ValueError(f"data must not hold a tensor at {name}, where the windows of that group are written")
+            written.append((tuple((*name, *path) for path in WINDOW_PATHS), own[0]))
+            names.append(name)
+        groups[at] = group._replace(written=written)
+    return groups
 
 
 def _check_entries(frames: Frames, roles: Roles) -> None:
@@ -219,7 +253,8 @@ def _with_keys(group: Group, leaves: Mapping[Any, Tensor], dims: int, roles: Rol
     flags = group.flags if group.shared else ()
     group = group._replace(marks=tuple(key for key in (mask, traj, *flags) if key is not None))
     outputs = [(path, path, roles.is_gathered(path)) for path in group.paths]
-    outputs += [(roles.saved[path], path, False) for path in group.paths if path in roles.saved]
+    gathered_dones = [path for path in roles.dones if path in group.paths and roles.is_gathered(path)]
+    outputs += [(roles.originals[path], path, False) for path in gathered_dones]
     keys = partial(
         Keys.of,
         dims=dims + (0 if group.shared else len(group.agents)),

@@ -3,7 +3,7 @@
 A transform that runs when a buffer is sampled is right beside n-step transitions if it commutes with the windows:
 applied to single steps, of which windows are then made, it must give what it gives applied to n-step transitions. Owns
 which ones do not, and what to do instead; ``docs/neighbours.md`` is the table of all of torchrl's. May import torchrl,
-by its public names alone, ``base``, ``roles`` and ``torchrl_internals``.
+by its public names alone, ``base`` and what it may, and ``torchrl_internals``.
 """
 
 from __future__ import annotations

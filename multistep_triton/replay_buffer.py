@@ -1,7 +1,7 @@
 """NStepReplayBuffer: single steps are stored, n-step transitions are sampled.
 
-Owns what is sampled of frames, and which data may be stored. May import ``base``, ``frames``, ``groups``,
-``neighbours``, ``stored`` and ``sampled_buffer``.
+Owns what is sampled of frames, and which data may be stored. May import ``base`` and what it may,
+``samples``, ``neighbours``, ``stored``, ``sampled_buffer`` and ``torchrl_internals``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from multistep_triton.groups import n_step_sample_groups, steps_at
 from multistep_triton.neighbours import check_mixing, check_transforms, facts_of
 from multistep_triton.roles import check_single_steps
 from multistep_triton.sampled_buffer import SampledReplayBuffer
+from multistep_triton.samples import Samples
 from multistep_triton.stored import Leaves, Position, check_index, check_slots
-from multistep_triton.task import Samples, Task
+from multistep_triton.task import Task
 from multistep_triton.torchrl_internals import calls, refuse_other_ways, transforms_in
 
 Steps = int | tuple[int, int]
@@ -88,7 +89,8 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
             ``"start"``: those of frame ``t``. Defaults to ``"end"``.
         match_reward_shape: whether ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` have the shape of the first
             reward, and are of its windows at the root. Defaults to False.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which runs both and compares every sample.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which holds every sample to the
+            specification.
         **kwargs: those of :class:`torchrl.data.TensorDictReplayBuffer`. The storage is a ``LazyTensorStorage``,
             ``LazyMemmapStorage`` or another ``TensorStorage`` of a tensordict, the writer a ``RoundRobinWriter`` (the
             default one is) or, for a storage that is filled before, an ``ImmutableDatasetWriter``.
@@ -227,13 +229,13 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         frames, objects = Frames.read_storage(data, ndim, {*written, _INDEX} if indexed else written)
         check_single_steps(frames.left_out)
         roles = self._roles_in(frames.leaves)
-        groups, places = self._groups_in(frames, roles)
+        groups = self._groups_in(frames, roles)
         indices = check_index(index, ndim, frames.leaves[roles.done].device)
         shape = indices[0].shape
         samples, high = self._samples([dim.reshape(-1) for dim in indices], position)
         task = Task(groups[0].keys, high, float(self._gamma), 0, False)
         results, windows = n_step_sample_groups(task, groups, samples, frames.leaves, self._backend)
-        entries: dict[KeyPath, Any] = self._output_leaves(results, roles, groups, places, windows)
+        entries: dict[KeyPath, Any] = self._output_leaves(results, roles, groups, windows)
         if indexed:
             entries[_INDEX] = samples.indices[0]
         for path, value in objects.items():

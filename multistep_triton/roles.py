@@ -44,10 +44,8 @@ class Roles:
     flags: tuple[str, ...]
     """The names of done flags, that of ``done`` first: an entry of such a name in any group under "next" is one."""
     originals: dict[KeyPath, KeyPath]
-    """Where rewards are kept as they came, by their paths."""
-    saved: dict[KeyPath, KeyPath]
-    """Where done keys are gathered: the entry that keeps the flag as it came, by the done key."""
-    kept: frozenset[KeyPath]
+    """Of rewards, and of done keys that are gathered, the entries that keep them as they came."""
+    at_start: frozenset[KeyPath]
     """Entries under "next" that are not gathered."""
     written: frozenset[KeyPath]
     """Entries that are written, and not read where they are there already."""
@@ -59,14 +57,14 @@ class Roles:
 
     def is_role(self, path: KeyPath, leaf: Any) -> bool:
         """Whether an entry plays a role in data that holds it."""
-        role = path in self.needed or path == self.mask or path in self.saved or self.is_flag(path, leaf)
-        return role or (path in self.kept and path not in self.written)
+        role = path in self.needed or path == self.mask or path in self.originals or self.is_flag(path, leaf)
+        return role or path in self.at_start
 
     def is_gathered(self, path: KeyPath) -> bool:
         """Whether an entry is read at the end of the window; a done key may name a whole group that is not."""
-        if path[0] != "next" or path in self.kept:
+        if path[0] != "next" or path in self.at_start:
             return False
-        return len(path) == 2 or not any(path[:names] in self.kept for names in range(2, len(path)))
+        return len(path) == 2 or not any(path[:names] in self.at_start for names in range(2, len(path)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -87,22 +85,17 @@ def find_roles(
     traj = None if traj_key is None else as_path(traj_key)
     rewards = tuple(dict.fromkeys(as_path("next", key) for key in reward_keys))
     dones = dict.fromkeys((done, *(as_path("next", key) for key in done_keys)))
-    saved = {path: original(path) for path in dones if path not in rewards} if done_at == "end" else {}
-    originals = {path: original(path) for path in rewards}
-    written = {*WINDOW_PATHS, *originals.values(), *saved.values()}
+    gathered_dones = dones if done_at == "end" else ()
+    originals = {path: (*path[:-1], f"{path[-1]}_orig") for path in (*rewards, *gathered_dones)}
+    written = {*WINDOW_PATHS, *originals.values()}
     if len(rewards) == 1:
         written.add(ORIGINAL_REWARD_PATH)
     if taken := sorted(written & {mask, traj, *rewards, *dones} - {None}):
         raise ValueError(f"no key may name an entry that is written besides, got {', '.join(map(str, taken))}")
-    kept = frozenset(rewards if done_at == "end" else (*rewards, *dones))
+    at_start = frozenset(rewards if done_at == "end" else (*rewards, *dones))
     needed = (done, *rewards) if traj is None else (done, *rewards, traj)
     flags = tuple(dict.fromkeys(path[-1] for path in dones))
-    return Roles(done, mask, traj, rewards, needed, tuple(dones), flags, originals, saved, kept, frozenset(written))
-
-
-def original(path: KeyPath) -> KeyPath:
-    """The entry that keeps what came at ``path``."""
-    return (*path[:-1], f"{path[-1]}_orig")
+    return Roles(done, mask, traj, rewards, needed, tuple(dones), flags, originals, at_start, frozenset(written))
 
 
 def check_single_steps(entries: Container[KeyPath]) -> None:

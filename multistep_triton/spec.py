@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from multistep_triton.carry import Carry
-from multistep_triton.task import Keys, Results, Samples, Task, return_dtype, sampled_where_frames_are, summed_dtype
+from multistep_triton.samples import Samples, sampled_where_frames_are
+from multistep_triton.task import Keys, Leaves, Results, Task, return_dtype, summed_dtype
 
 
-def find_boundaries(last: Tensor, leaves: dict, keys: Keys) -> Tensor:
-    """Frames after which nothing of the trajectory follows: the last one, done, padding or before it, or of another id."""
+def find_boundaries(last: Tensor, leaves: Leaves, keys: Keys) -> Tensor:
+    """Frames after which nothing of the trajectory follows: the ``last``, done, padding or before it or another id."""
     boundary = last
     for key in keys.done:
         boundary = boundary | leaves[key].reshape(last.shape)
@@ -38,12 +39,12 @@ def count_steps(boundary: Tensor, n_steps: int) -> Tensor:
 
 def sum_rewards(reward: Tensor, boundary: Tensor, task: Task) -> Tensor:
     """``R(t)``: ``r(t)`` at a boundary or where n is 1, else ``r(t) + gamma R(t + 1)`` of n - 1 steps."""
-    dim, dtype = boundary.ndim - 1, return_dtype(reward)
+    dim = boundary.ndim - 1
     boundary = boundary.view(*boundary.shape, *[1] * (reward.ndim - boundary.ndim))
-    total = reward = reward.to(summed_dtype(reward))
+    total = now = reward.to(summed_dtype(reward))
     for _ in range(min(task.n_steps, boundary.shape[dim]) - 1):
-        total = torch.where(boundary, reward, reward + task.gamma * total.roll(-1, dim))
-    return total.to(dtype)
+        total = torch.where(boundary, now, now + task.gamma * total.roll(-1, dim))
+    return total.to(return_dtype(reward))
 
 
 def gather_future(value: Tensor, steps: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def gather_future(value: Tensor, steps: Tensor) -> Tensor:
     return value.flatten(0, steps.ndim - 1)[frames + steps - 1]
 
 
-def n_step_extend(task: Task, carry: Carry | None, data: dict) -> Results:
+def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     """The windows of the frames carried and the new ones, as far as they are known, and what is held back."""
     dim, keys = task.time_dim, task.keys
     stream = {key: torch.cat((carry.frames(key, dim), leaf), dim) if carry else leaf for key, leaf in data.items()}
@@ -61,22 +62,17 @@ def n_step_extend(task: Task, carry: Carry | None, data: dict) -> Results:
     last = (torch.arange(known, device=stream[keys.done[0]].device) == known - 1).expand(shape)
     boundary = find_boundaries(last, stream, keys)
     steps = count_steps(boundary, task.n_steps)
-
-    def come_out(value: Tensor) -> Tensor:
-        return value.narrow(dim, 0, emitted).clone()
-
-    leaves = {
-        out: come_out(gather_future(stream[key], steps) if at_end else stream[key]) for out, key, at_end in keys.outputs
-    }
-    returns = {key: come_out(sum_rewards(stream[key], boundary, task)) for key in keys.rewards}
+    whole = {out: gather_future(stream[key], steps) if at_end else stream[key] for out, key, at_end in keys.outputs}
+    leaves = {out: leaf.narrow(dim, 0, emitted).clone() for out, leaf in whole.items()}
+    returns = {key: sum_rewards(stream[key], boundary, task).narrow(dim, 0, emitted).clone() for key in keys.rewards}
     held = {key: stream[key].narrow(dim, emitted, known - emitted) for key in keys.held}
-    steps, nonterminal = come_out(steps), come_out(~boundary)
+    steps, nonterminal = steps[..., :emitted].clone(), ~boundary[..., :emitted]
     carry = Carry.of(held, known - emitted) if task.hold else None
     return Results(leaves, returns, steps, (task.gamma ** steps.double()).float(), nonterminal, carry)
 
 
 @sampled_where_frames_are
-def n_step_sample(task: Task, samples: Samples, data: dict) -> Results:
+def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     """The windows of sampled frames: each is the first one of the row of frames that follow it, up to the newest."""
     keys, live, (time, *others) = task.keys, samples.live, samples.indices
     ahead = torch.arange(min(task.n_steps + 1, live), device=time.device)

@@ -1,6 +1,6 @@
 """What is stored: the parts of a buffer whose frames lie in order, and the data that goes on from what is there.
 
-Owns these checks; knows no windows. May import torchrl, by its public names alone.
+Owns these checks; knows no windows. May import ``frames`` and torchrl, by its public names alone.
 """
 
 from __future__ import annotations

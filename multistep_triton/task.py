@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from multistep_triton.carry import Carry
+
+Leaves = Mapping[Any, Tensor]
+"""Tensors of the same frames, by keys that mean nothing to what computes."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -39,6 +42,7 @@ class Keys:
     """Leaves that come out, each once."""
 
     def __post_init__(self) -> None:
+        """Finds them."""
         object.__setattr__(self, "held", tuple(dict.fromkeys([key for _, key, _ in self.outputs])))
 
     @property
@@ -47,7 +51,7 @@ class Keys:
         return [*self.done, *(key for key in (self.mask, self.traj) if key is not None)]
 
     @classmethod
-    def of(cls, leaves: Mapping[Any, Tensor], dims: int, done: Sequence[Hashable], **others: Any) -> Keys:
+    def of(cls, leaves: Leaves, dims: int, done: tuple[Hashable, ...], **others: Any) -> Keys:
         """Keys of leaves such as these, whose first ``dims`` dimensions are those of frames."""
         return cls(tuple([(key, leaf.dtype, tuple(leaf.shape[dims:])) for key, leaf in leaves.items()]), done, **others)
 
@@ -64,19 +68,6 @@ class Task(NamedTuple):
     """The position of the time dimension in ``[*B, T]``, ``len(B)``."""
     hold: bool = True
     """Whether the last ``n_steps`` frames are held back. If not, windows are cut at the last frame."""
-
-
-class Samples(NamedTuple):
-    """Frames that were sampled from a storage ``[C, *R]``, a ring of ``C`` slots."""
-
-    indices: Sequence[Tensor]
-    """Where they lie: of every dimension, time first, int64 ``[N]``, on the device of the leaves."""
-    newest: int
-    """The slot of the newest frame, after which comes the oldest, or nothing yet."""
-    live: int
-    """Slots that hold frames: all, or those up to the newest."""
-    n_steps: Tensor | None = None
-    """int64 ``[N]``: frames in the full window of each, if that is not one number for all."""
 
 
 class Results(NamedTuple):
@@ -104,43 +95,3 @@ def return_dtype(reward: Tensor) -> torch.dtype:
 def summed_dtype(reward: Tensor) -> torch.dtype:
     """That in which a reward is summed."""
     return torch.float64 if return_dtype(reward) == torch.float64 else torch.float32
-
-
-def sampled_where_frames_are(compute: Callable[[Task, Samples, Any], Results]) -> Callable[..., Results]:
-    """Of samples on an accelerator, which nobody has checked: those of no frame come out blank."""
-
-    def n_step_sample(task: Task, samples: Samples, data: Mapping[Any, Tensor]) -> Results:
-        if samples.indices[0].is_cpu:
-            return compute(task, samples, data)
-        there, guarded = find_there(samples, next(iter(data.values())).shape)
-        return blanked(compute(task, guarded, data), there)
-
-    n_step_sample.__doc__ = compute.__doc__
-    return n_step_sample
-
-
-def find_there(samples: Samples, sizes: Sequence[int]) -> tuple[Tensor, Samples]:
-    """Which samples are of a frame, bool ``[N]``, and samples of which the others are of the first frame."""
-    there = torch.ones_like(samples.indices[0], dtype=torch.bool)
-    for index, size in zip(samples.indices, (samples.live, *sizes[1:]), strict=False):
-        there = there & (index >= 0) & (index < size)
-    return there, samples._replace(indices=[torch.where(there, index, 0) for index in samples.indices])
-
-
-def blanked(results: Results, there: Tensor) -> Results:
-    """What was sampled, with 0 steps and NaN as the return where there is no frame, and zeros for all else."""
-
-    def blank(value: Tensor, other: float) -> Tensor:
-        return torch.where(there.view(-1, *[1] * (value.ndim - 1)), value, other)
-
-    def zero(leaf: Tensor) -> Tensor:
-        # By their bytes, as torch selects among few of the dtypes.
-        return blank(leaf.unsqueeze(-1).view(torch.uint8), 0).view(leaf.dtype).squeeze(-1)
-
-    return Results(
-        {key: zero(leaf) for key, leaf in results.leaves.items()},
-        {key: blank(value, torch.nan) for key, value in results.returns.items()},
-        blank(results.steps, 0),
-        blank(results.discount, 1),
-        there & results.nonterminal,
-    )

@@ -1,6 +1,7 @@
 """MultiStepTransform: n-step transitions on ``ReplayBuffer.extend``.
 
-Owns what a call emits and what is flushed. May import ``frames``, ``ownership``, ``neighbours`` and ``torchrl_internals``.
+Owns what a call emits and what is flushed. May import ``frames``, ``ownership``, ``neighbours`` and
+``torchrl_internals``.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class MultiStepTransform(OwnedTransform):
         mask_key: root entry, bool ``[*B, T]`` or ``[*B, T, 1]``, False where a frame is padding; ignored if it is
             not in the data. An invalid frame's window is itself. Defaults to ``"mask"`` or, if that is not in the data,
             ``("collector", "mask")``.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which runs both and compares every call.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which holds every call to the
+            specification.
         done_at: ``"start"``, torchrl's rule, leaves the done keys those of frame ``t``: the last ``n - 1`` frames
             before a termination then bootstrap from where the episode ended. With ``"end"`` they are those of frame
             ``e(t)``, which is what a bootstrapped target needs. Defaults to ``"start"``.

@@ -16,6 +16,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import Phase, settings
 
+from multistep_triton import engine, spec
 from multistep_triton.backends import BACKEND_VARIABLE
 
 torch.set_num_threads(2)
@@ -80,6 +81,14 @@ def kernels():
             torch.set_default_device(None)
 
 
+@contextmanager
+def specification():
+    """The reference is the specification."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "eager", spec)
+        yield
+
+
 @pytest.fixture
 def where(request):
     """The context that a test is given as its parameter, which runs within it."""
@@ -87,8 +96,18 @@ def where(request):
         yield request.param
 
 
+PATHS = {"reference": nullcontext, "kernels": kernels, "specification": specification}
+
+
 @pytest.fixture(scope="module", params=["reference", "kernels"])
 def path(request):
     """The reference and the kernels."""
-    with kernels() if request.param == "kernels" else nullcontext():
+    with PATHS[request.param]():
+        yield
+
+
+@pytest.fixture(scope="module", params=PATHS)
+def every_path(request):
+    """The reference, the kernels, and the specification."""
+    with PATHS[request.param]():
         yield

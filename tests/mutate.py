@@ -119,7 +119,7 @@ MUTATIONS = (
     Mutation("sampled: inside", "windows", "exists = block < emitted", "exists = block <= emitted"),
     Mutation("sampled: below the first slot", "windows", "(slot >= 0) & (slot < known)", "(slot < known)"),
     Mutation("sampled: beyond the last one", "windows", "(slot >= 0) & (slot < known)", "(slot >= 0)"),
-    Mutation("sampled: from the oldest on", "windows", "slot.to(tl.int32) - data_first", "slot.to(tl.int32)"),
+    Mutation("sampled: from the oldest on", "windows", "slot.to(tl.int32) - first", "slot.to(tl.int32)"),
     Mutation("sampled: before the oldest", "windows", "tl.where(begin < 0, ", "tl.where(begin <= 0, "),
     Mutation("sampled: below the first row", "windows", "(index >= 0) & (index < size)", "(index < size)"),
     Mutation("sampled: beyond the last row", "windows", "(index >= 0) & (index < size)", "(index >= 0)"),
@@ -162,31 +162,36 @@ MUTATIONS = (
     Mutation("future: inside", "rows", "row + steps - 1, mask=row < rows", "row + steps - 1, mask=row <= rows"),
     # what is launched, and how leaves lie
     Mutation("several pieces", "launch", "longest > 1 << piece, ", "False, "),
-    Mutation("layout: strides in order", "ring", "(first, *(dim for dim in range(len(sizes)) if dim != first))",
+    Mutation("layout: strides in order", "carry", "(first, *(dim for dim in range(len(sizes)) if dim != first))",
              "(*range(len(sizes)),)"),
-    Mutation("layout: leaf that lies otherwise", "ring", "if not leaf.movedim(time_dim, at).is_contiguous() and",
+    Mutation("layout: leaf that lies otherwise", "layout", "if not leaf.movedim(time_dim, at).is_contiguous() and",
              "if not leaf.is_contiguous() and"),
-    Mutation("layout: inner environments", "ring", "if dim != time_dim][at:]", "if dim != time_dim][at + 1 :]"),
-    Mutation("layout: bytes of a view", "ring", "leaf.resolve_neg().resolve_conj()", "leaf.resolve_neg()"),
-    Mutation("layout: agents that share a mark", "ring", "math.prod([mark.shape[dim] for dim in shared]) if",
+    Mutation("layout: inner environments", "layout", "if dim != time_dim][at:]", "if dim != time_dim][at + 1 :]"),
+    Mutation("layout: bytes of a view", "layout", "leaf.resolve_neg().resolve_conj()", "leaf.resolve_neg()"),
+    Mutation("layout: agents that share a mark", "layout", "math.prod([mark.shape[dim] for dim in shared]) if",
              "math.prod(mark.shape) if"),
-    Mutation("layout: one number for mask and ids", "ring", "sharing.pop() if len(sharing) == 1",
+    Mutation("layout: one number for mask and ids", "layout", "sharing.pop() if len(sharing) == 1",
              "max(sharing) if sharing"),
-    Mutation("layout: marks that lie otherwise", "ring", "for dim in shared]) if alone else 1", "for dim in shared])"),
-    Mutation("layout: inner environments, in order", "ring", "math.prod(sizes[time_dim + 1 :])", "1"),
-    Mutation("rings: of other slots", "ring",
-             "(self.capacity, self.time_first) == (ring.capacity, ring.time_first)", "True"),
-    Mutation("rings: which is read", "ring", "memory, spare = carry.spare, carry.leaves",
+    Mutation("layout: marks that lie otherwise", "layout", "for dim in shared]) if alone else 1",
+             "for dim in shared])"),
+    Mutation("layout: inner environments, in order", "layout", "math.prod(sizes[time_dim + 1 :])", "1"),
+    Mutation("rings: of other slots", "carry",
+             "(slots.capacity, slots.time_first) == (carry.capacity, carry.time_first)", "True"),
+    Mutation("rings: which is read", "carry", "memory, spare = carry.spare, carry.leaves",
              "memory, spare = carry.leaves, carry.leaves"),
-    Mutation("rings: taken twice", "ring", "memory, spare = carry.spare, carry.leaves",
+    Mutation("rings: taken twice", "carry", "memory, spare = carry.spare, carry.leaves",
              "memory, spare = carry.spare, carry.spare"),
     Mutation("outputs like the data", "launch", "emitted == known - carried and inner == 1", "inner == 1"),
-    Mutation("layout: slots that are free", "ring", "known <= carry.capacity <=", "known <= carry.capacity + 1 <="),
+    Mutation("layout: slots that are free", "carry", "known <= carry.capacity <=", "known <= carry.capacity + 1 <="),
 )  # fmt: skip
 
 
 def source(mutation: Mutation, root: Path = ROOT) -> Path:
-    return root / ("multistep_triton" if mutation.file == "ring" else "kernels") / f"{mutation.file}.py"
+    return (
+        root
+        / ("kernels" if (ROOT / "kernels" / f"{mutation.file}.py").exists() else "multistep_triton")
+        / f"{mutation.file}.py"
+    )
 
 
 def line_number(mutation: Mutation) -> int:

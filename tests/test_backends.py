@@ -146,8 +146,8 @@ def test_an_unchanged_script_is_verified_where_the_environment_asks_for_it():
     fault = """
 from multistep_triton.kernels import launch as launchers
 launch = launchers.n_step_extend
-def fault(carry, data, task, **options):
-    out = launch(carry, data, task, **options)
+def fault(*arguments):
+    out = launch(*arguments)
     out[2][1, 3] += 1
     return out
 launchers.n_step_extend = fault
@@ -159,10 +159,24 @@ launchers.n_step_extend = fault
     )
 
 
-def test_verify_is_refused_where_the_kernels_cannot_run():
-    done = run(SCRIPT, MULTISTEP_TRITON_BACKEND="verify", CUDA_VISIBLE_DEVICES="")
-    assert "RuntimeError: backend 'verify' cannot run: Triton finds no GPU" in done.stderr
-    assert "set TRITON_INTERPRET=1 before Python starts, or unset MULTISTEP_TRITON_BACKEND" in done.stderr
+def test_the_fast_path_is_verified_where_the_kernels_cannot_run():
+    fault = """
+from multistep_triton import eager
+compute = eager.n_step_extend
+def fault(*arguments):
+    out = compute(*arguments)
+    out.steps[1, 3] += 1
+    return out
+"""
+    environment = {"MULTISTEP_TRITON_BACKEND": "verify", "TRITON_INTERPRET": None, "CUDA_VISIBLE_DEVICES": ""}
+    done = run(fault + SCRIPT, **environment)
+    assert done.stdout == "36.0\n"
+    assert "asks for it, of the reference, as the kernels cannot run: Triton finds no GPU" in done.stderr
+    done = run(fault + "eager.n_step_extend = fault\n" + SCRIPT, **environment)
+    assert (
+        "EquivalenceError: the reference and the specification differ at steps (steps_to_next_obs), frame (1, 3): 3 and"
+        in done.stderr
+    )
 
 
 def test_a_fallback_on_an_accelerator_is_a_warning(caplog):
@@ -289,3 +303,12 @@ def test_the_backend_can_change_between_calls(channels_last):
                     torch.testing.assert_close(out[key], expected[key])
                 else:
                     assert torch.equal(out[key], expected[key]), key
+
+
+def test_where_values_cannot_be_compared_the_reference_runs():
+    reward, done = torch.randn(3, 5), torch.zeros(3, 5, dtype=torch.bool)
+    windows = partial(n_step_return, gamma=0.9, n_steps=2)
+    expected = windows(reward, done).reward
+    verified = partial(windows, backend="verify")
+    assert torch.equal(torch.func.vmap(lambda *row: verified(*row).reward)(reward, done), expected)
+    assert verified(reward.to("meta"), done.to("meta")).reward.shape == (3, 5)

@@ -213,8 +213,8 @@ print(json.dumps({
 def test_launches_and_operators_of_a_sample(n_steps):
     """Two launches, and besides them the allocation of what is returned, and what draws and returns indices."""
     operators, launched, tensors = run(f"""
-from multistep_triton import dispatch
-dispatch._check_indices = lambda *arguments: None  # on a GPU, for which the host would wait, there is none
+from multistep_triton import engine
+engine._check_indices = lambda *arguments: None  # on a GPU, for which the host would wait, there is none
 rb = buffer({n_steps}, slots=128)
 rb.sample(4)
 driver.launches = 0

@@ -291,6 +291,12 @@ def doctored(capsys, *arguments):
     return status, json.loads(capsys.readouterr().out)
 
 
+COMPARED = (
+    ("kernels, interpreted,", "specification"),
+    ("reference", "torchrl"),
+)
+
+
 def test_the_doctor_reports_what_runs_and_that_it_is_equal(capsys):
     status, report = doctored(capsys, "--streams", "4")
     assert status == 0
@@ -302,7 +308,7 @@ def test_the_doctor_reports_what_runs_and_that_it_is_equal(capsys):
     assert on_cpu["auto"]["runs"] == "reference"
     assert on_cpu["auto"]["why"] == "the tensors are on the CPU, where it is the fast one"
     compared = {each["compared"]: each for each in report["equivalence"]}
-    assert {"kernels, interpreted, with reference", "reference with torchrl"} <= compared.keys()
+    assert {f"{one} with {other}" for one, other in COMPARED} <= compared.keys()
     for each in report["equivalence"]:
         assert (each["result"], each["streams"], each["difference"]) == ("equal", 4, None)
         assert each["frames"] > 50
@@ -328,7 +334,7 @@ def test_the_doctor_finds_a_kernel_that_is_wrong():
     with mutate.altered_copy(mutate.MUTATIONS[0]) as copy:
         done = mutate.run_python(copy, "-m", "multistep_triton", "doctor", "--streams", "8")
     assert done.returncode == 1, done.stderr
-    assert "kernels, interpreted, with reference" in done.stdout
+    assert "kernels, interpreted, with specification" in done.stdout
     assert "different" in done.stdout
     assert "the kernels and the reference differ at steps" in done.stdout
     assert "the reference ends it: done" in done.stdout
@@ -337,7 +343,7 @@ def test_the_doctor_finds_a_kernel_that_is_wrong():
 
 def test_the_doctor_where_triton_is_missing(monkeypatch, capsys):
     """Nothing is wrong: the kernels cannot run, auto takes the reference."""
-    why = "backend 'verify' cannot run: Triton is missing"
+    why = "backend 'triton' cannot run: Triton is missing"
     monkeypatch.setattr(
         doctor, "_backend", lambda device, name: {"device": "cpu", "backend": name, "runs": name == "auto", "why": why}
     )
@@ -345,8 +351,9 @@ def test_the_doctor_where_triton_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "_accelerators", list)
     status, report = doctored(capsys, "--streams", "2")
     assert status == 0
-    assert [(each["result"], each["why"]) for each in report["equivalence"]] == [("skipped", why), ("equal", "")]
-    assert doctor._verdict(report) == "all that was compared is equal; 1 of 2 comparisons cannot run here"
+    found = [(each["result"], each["why"]) for each in report["equivalence"]]
+    assert found == [("skipped", why), ("equal", ""), ("equal", "")]
+    assert doctor._verdict(report) == "all that was compared is equal; 1 of 3 comparisons cannot run here"
 
 
 def test_the_doctor_refuses_a_wrong_variable(monkeypatch, capsys):
@@ -421,7 +428,7 @@ def test_the_readme_shows_what_a_wrong_kernel_gives(monkeypatch):
     with mutate.altered_copy(mutate.MUTATIONS[0]) as copy:
         done = mutate.run_python(copy, "-m", "multistep_triton", "demo")
     assert done.returncode == 1
-    assert done.stderr.endswith(f"\nmultistep_triton.verify.{readme_output('verify')}")
+    assert done.stderr.endswith(f"\nmultistep_triton.backends.{readme_output('verify')}")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torchrl.envs import SerialEnv, TransformedEnv
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
 from torchrl.testing.mocking_classes import CountingEnv
 
-from multistep_triton import MultiStep, MultiStepTransform, gather_future, n_step_return, reference
+from multistep_triton import MultiStep, MultiStepTransform, eager, gather_future, n_step_return
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "3", None])
@@ -292,7 +292,7 @@ def test_a_failing_backend_leaves_the_carry_as_it_was(monkeypatch, backend):
             if backend == "triton":
                 patch.setattr(importlib.import_module("multistep_triton.kernels.launch"), "_run", fail)
             else:
-                patch.setattr(reference, "discounts", fail)
+                patch.setattr(eager, "discounts", fail)
             with pytest.raises(RuntimeError, match="out of memory"):
                 transform.inv(rollout[:, 20:])
         assert torch.equal(transform.inv(rollout[:, 20:])["observation"], rollout["observation"][:, 17:27])

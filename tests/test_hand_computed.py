@@ -8,7 +8,7 @@ from tensordict import TensorDict
 
 from multistep_triton import MultiStepTransform, gather_future, n_step_return
 
-pytestmark = pytest.mark.usefixtures("path")
+pytestmark = pytest.mark.usefixtures("every_path")
 
 F, T = False, True
 

@@ -9,9 +9,10 @@ from conftest import kernels
 from rings import Drawn, Ring, assert_sampled, make_buffer, make_stream
 
 from multistep_triton import eager, engine, spec
+from multistep_triton.debug.differences import different_bits
 from multistep_triton.kernels.windows import INTERPRETED
-from multistep_triton.task import Keys, Samples, Task, blanked, find_there
-from multistep_triton.debug.verify import different_bits
+from multistep_triton.samples import Samples, blanked, find_there
+from multistep_triton.task import Keys, Task
 
 where = pytest.mark.parametrize("where", [nullcontext, kernels], ids=["reference", "kernels"], indirect=True)
 

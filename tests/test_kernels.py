@@ -17,12 +17,12 @@ from triton.runtime.errors import InterpreterError
 
 from multistep_triton import MultiStepTransform, gather_future, n_step_return
 from multistep_triton.carry import Carry
+from multistep_triton.debug.streams import KINDS, run_verified
 from multistep_triton.engine import n_step_extend, n_step_sample
 from multistep_triton.kernels import launch, rows
-from multistep_triton.kernels.launch import gather_future as launch_gather_future
 from multistep_triton.kernels.windows import INTERPRETED, MOST_PIECE, TILE
-from multistep_triton.debug.streams import KINDS, run_kernels
-from multistep_triton.task import Keys, Samples, Task
+from multistep_triton.samples import Samples
+from multistep_triton.task import Keys, Task
 
 GAMMA = 0.97
 DTYPES = [
@@ -228,9 +228,7 @@ def test_storages_of_other_dimensions_in_turn():
         slots = {key: leaf.view(-1, *lead, *leaf.shape[1:]) for key, leaf in data.items()}
         frames = slots["done"].shape[0]
         samples = Samples(torch.unravel_index(torch.arange(24), (frames, *lead)), frames - 1, frames)
-        out, expected = (
-            n_step_sample(task, samples, slots, each) for each in ("triton", "reference")
-        )
+        out, expected = (n_step_sample(task, samples, slots, each) for each in ("triton", "reference"))
         assert torch.equal(out.steps, expected.steps)
         torch.testing.assert_close(out.returns["reward"], expected.returns["reward"])
         assert torch.equal(frame_bytes(out.leaves["value"]), frame_bytes(expected.leaves["value"]))
@@ -251,7 +249,7 @@ def test_a_return_is_the_same_to_the_bit_wherever_its_window_lies(n_steps):
     frames = whole.steps.shape[1]
     index = [torch.arange(frames).repeat(2), torch.arange(2).repeat_interleave(frames)]
     samples = Samples(index, 3 * PIECE - 1, 3 * PIECE)
-    sampled = n_step_sample(make_task(slots, 2, n_steps), samples, slots, "triton")
+    sampled = n_step_sample(make_task(slots, 2, n_steps)._replace(time_dim=0), samples, slots, "triton")
     assert torch.equal(sampled.returns["reward"].view(2, frames), whole.returns["reward"])
     assert torch.equal(frame_bytes(sampled.leaves["value"]), frame_bytes(whole.leaves["value"].flatten(0, 1)))
 
@@ -526,7 +524,7 @@ def test_sums_are_within_twice_the_error_of_a_loop():
 
 def test_gather_future_keeps_windows_within_their_row_where_it_cannot_check_them():
     value = torch.arange(8).view(2, 4)
-    gathered = gather_future(value, torch.tensor([[-(2**40), 0, 1, 2], [1, 3, 99, 2**40]]))
+    gathered = launch.gather_future(value, torch.tensor([[-(2**40), 0, 1, 2], [1, 3, 99, 2**40]]))
     assert gathered.tolist() == [[0, 1, 2, 3], [4, 7, 7, 7]]
 
 
@@ -638,7 +636,7 @@ def bounds(monkeypatch):
 )
 def test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory(bounds, seed, amd, monkeypatch):
     monkeypatch.setattr(launch, "_is_amd", lambda: amd)
-    result = run_kernels(seed, torch.get_default_device())
+    result = run_verified(seed, torch.get_default_device())
     assert result.difference is None
     assert result.frames > 0
     assert bounds.accesses > 0 or not INTERPRETED

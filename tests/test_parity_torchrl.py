@@ -8,7 +8,6 @@ from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransf
 
 from multistep_triton import MultiStepTransform
 
-
 FRAMES = 250
 
 

@@ -1,6 +1,5 @@
 """Any shape, done pattern, window, gamma, dtype and schedule, against plain loops in float64."""
 
-import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -9,7 +8,6 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from multistep_triton import MultiStepTransform, gather_future, n_step_return
-
 
 REWARD_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.uint8, torch.bool]
 VALUE_DTYPES = [torch.bool, torch.uint8, torch.int16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]

@@ -23,6 +23,7 @@ from torchrl.data import (
 from torchrl.envs.transforms import Compose, SignTransform
 
 from multistep_triton import MultiStep, MultiStepTransform, NStepReplayBuffer
+from multistep_triton import carry as carry_module
 from multistep_triton import frames as frames_module
 
 REWARD, NEXT, DONE = ("next", "reward"), ("next", "observation"), ("next", "done")
@@ -620,7 +621,8 @@ def test_a_window_that_goes_on_on_another_stream(monkeypatch):
     """
     one, other = Stream(), Stream()
     current, recorded = [one], []
-    monkeypatch.setattr(frames_module, "current_stream", lambda leaves: current[0])
+    for module in (carry_module, frames_module):
+        monkeypatch.setattr(module, "current_stream", lambda leaves: current[0])
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda leaf, stream: recorded.append((leaf.data_ptr(), stream)))
     transform, data = MultiStepTransform(3, 1.0), make_rollout((), 40)
     transform.inv(data[:10])
@@ -632,8 +634,8 @@ def test_a_window_that_goes_on_on_another_stream(monkeypatch):
 
     copies = [transform.clone, partial(copy.deepcopy, transform), pickled]
     for use in (lambda: transform.inv(data[20:22]), *copies, transform.get_extra_state, transform.flush):
-        ring, stream = transform._carry.ring, transform._carry.stream
-        held = [*ring.leaves.values(), *ring.spare.values()]
+        carry, stream = transform._carry, transform._carry.stream
+        held = [*carry.leaves.values(), *carry.spare.values()]
         current[0] = other if stream is one else one
         used = use()
         assert {*current[0].waited} == {stream}

@@ -347,3 +347,11 @@ def test_what_is_found_out_about_a_layout_has_a_bound():
         multi_step(data)
         assert len(layout._found) <= 256
     assert Frames.read(data).structure.layout is layout
+
+
+def test_flags_as_they_came_follow_the_entries_in_the_order_of_done_keys():
+    rollout = make_rollout((2,), FRAMES)
+    rollout["next", "done"] = rollout["next"].pop("done")
+    out = MultiStepTransform(N_STEPS, 0.9, done_at="end").inv(rollout)
+    keys = [key for key in out["next"].keys() if key.endswith("_orig")]  # noqa: SIM118
+    assert keys == ["done_orig", "truncated_orig", "terminated_orig", "reward_orig"]

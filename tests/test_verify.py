@@ -2,6 +2,7 @@
 
 import pickle
 from contextlib import contextmanager
+from functools import partial
 
 import numpy
 import pytest
@@ -21,8 +22,8 @@ from multistep_triton import (
     n_step_return,
 )
 from multistep_triton.carry import Carry
-from multistep_triton.kernels import launch as launchers
 from multistep_triton.debug.rounding import float64_returns
+from multistep_triton.kernels import launch as launchers
 
 GAMMA = 0.9
 N_STEPS = 3
@@ -335,6 +336,34 @@ def test_a_tolerance_that_overflows_lets_nothing_pass():
         pytest.raises(EquivalenceError, match="3 of 3 frames differ"),
     ):
         n_step_return(reward, done, gamma=0.6, n_steps=3, backend="verify")
+
+
+@pytest.mark.parametrize(
+    ("reward", "gamma"),
+    [
+        ([-3e38, 3e38, 3e38], 1.0),
+        ([3e38, 3e38, -3e38], 1.0),
+        ([0.0, 3e38, 3e38, -3e38], 1.0),
+        ([0.0] * 64 + [torch.inf, 1.0], 0.1),
+        ([0.0] * 64 + [1e38, 1.0], 0.1),
+    ],
+    ids=str,
+)
+@numpy.errstate(all="ignore")  # the interpreter sums with numpy
+def test_sums_that_overflow_on_the_way_and_powers_that_underflow(reward, gamma):
+    """Which of the sums are finite depends on their order; a value that is wrong is found all the same."""
+    reward, done = torch.tensor(reward), torch.zeros(len(reward), dtype=torch.bool)
+    windows = partial(n_step_return, reward, done, gamma=gamma, n_steps=len(reward), backend="verify")
+    windows()
+    with fault(lambda out: out.returns["reward"][-1:].neg_()), pytest.raises(EquivalenceError):
+        windows()
+
+
+def test_an_infinite_reward_that_is_lost_is_found():
+    reward, done = torch.tensor([1.0, torch.inf, 1.0, 1.0]), torch.zeros(4, dtype=torch.bool)
+    for wrong in (3.0, torch.nan, -torch.inf):
+        with fault(lambda out, wrong=wrong: out.returns["reward"][:1].fill_(wrong)), pytest.raises(EquivalenceError):
+            n_step_return(reward, done, gamma=0.9, n_steps=3, backend="verify")
 
 
 def test_the_error_can_be_sent_to_another_process():

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from multistep_triton import __version__
 from multistep_triton.backends import BACKEND_VARIABLE, BACKENDS, choose_backend
-from multistep_triton.debug.streams import Result, run_kernels, run_torchrl
+from multistep_triton.debug.streams import Result, run_torchrl, run_verified
 from multistep_triton.debug.tables import layout
 
 PACKAGES = ("triton", "torchrl", "tensordict")
@@ -122,8 +122,10 @@ def _backend(device: torch.device, backend: str) -> dict[str, str | None]:
 def _comparisons(devices: list[torch.device]) -> Iterator[tuple[Any, ...]]:
     """What is compared, where, by which function of a seed, and a context that yields the ``map`` to call it with."""
     for device in devices[1:]:
-        yield "kernels, compiled, with reference", device, run_kernels, nullcontext(map)
-    yield "kernels, interpreted, with reference", CPU, run_kernels, _interpreter()
+        yield "kernels, compiled, with specification", device, run_verified, nullcontext(map)
+    yield "kernels, interpreted, with specification", CPU, run_verified, _interpreter()
+    if not _backend(CPU, "triton")["runs"]:
+        yield "reference with specification", CPU, run_verified, nullcontext(map)
     for device in devices:
         yield "reference with torchrl", device, run_torchrl, nullcontext(map)
 
@@ -153,10 +155,10 @@ def _compare(
     begin = time.perf_counter()
     with context as mapped, tqdm(total=len(seeds), desc=what, unit="stream", leave=False, disable=None) as bar:
         try:
-            if run_stream is run_kernels:
-                (verify,) = mapped(partial(_backend, device), ["verify"])
-                if not verify["runs"]:
-                    return {**row, "result": "skipped", "seconds": 0.0, "why": verify["why"]}
+            if what.startswith("kernels"):
+                (triton,) = mapped(partial(_backend, device), ["triton"])
+                if not triton["runs"]:
+                    return {**row, "result": "skipped", "seconds": 0.0, "why": triton["why"]}
             for result in mapped(partial(run_stream, device=device), seeds):
                 bar.update()
                 row["streams"] += 1

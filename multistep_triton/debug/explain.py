@@ -71,7 +71,7 @@ class Windows:
 
         rewards = [path for path in roles.rewards if path in group.paths]
         paths = [path for path in group.paths if path in leaves]
-        flags = [path for path in paths if path in roles.kept and path not in (roles.done, *rewards)]
+        flags = [path for path in paths if path in roles.dones and path not in (roles.done, *rewards)]
         dones = [roles.done, *(path for path in flags if own(leaves[path]).shape[1] == 1)]
         mask, traj = (leaves.get(path) if path else None for path in (roles.mask, roles.traj))
         where = [f", env {', '.join(map(str, env))}"] * bool(env) + [f", agent {agent}"] * (agent is not None)

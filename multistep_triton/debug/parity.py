@@ -1,4 +1,4 @@
-"""The comparison with torchrl: n-step transitions of both, key by key. May import ``verify``."""
+"""The comparison with torchrl: n-step transitions of both, key by key. May import ``differences``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from multistep_triton.debug.verify import different_bits
+from multistep_triton.debug.differences import different_bits
 
 # Ours alone: the name that torchrl documents; torchrl writes only the other one.
 DOCUMENTED_REWARD, WRITTEN_REWARD = ("next", "reward_orig"), ("next", "original_reward")

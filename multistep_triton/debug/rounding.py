@@ -12,7 +12,8 @@ def float64_returns(stream: Tensor, steps: Tensor, gamma: float, dtype: torch.dt
     The bound holds for sums in any order: each of the ``steps - 1`` times that two parts of a window are joined, the
     power of gamma, the product with it and the sum are rounded. In a precision of unit roundoff ``u`` that is, to
     first order, at most ``3 (steps - 1) u`` times the sum of the absolute terms. What is accumulated is then rounded to
-    ``dtype``.
+    ``dtype``. Rewards whose power of gamma is less than the smallest normal number may be lost. The bound is infinite
+    where one of these is, and where a sum of finite terms may overflow on the way, in one order and not in another.
 
     Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1.
     """
@@ -24,12 +25,18 @@ def float64_returns(stream: Tensor, steps: Tensor, gamma: float, dtype: torch.dt
     beyond = rewards.new_zeros((*rewards.shape[:time_dim], longest, *rewards.shape[time_dim + 1 :]))
     rewards = torch.cat((rewards, beyond), time_dim)
     lengths = steps[(..., *[None] * (rewards.ndim - steps.ndim))]
-    total = magnitude = torch.zeros_like(rewards.narrow(time_dim, 0, frames))
+    total = magnitude = lost = torch.zeros_like(rewards.narrow(time_dim, 0, frames))
+    finite = torch.ones_like(total, dtype=torch.bool)
     for i in reversed(range(longest)):
         here = rewards.narrow(time_dim, i, frames)
         total = torch.where(lengths > i, here + gamma * total, 0.0)
         magnitude = torch.where(lengths > i, here.abs() + gamma * magnitude, 0.0)
-    error = 3 * (lengths - 1) * (unit * magnitude + tiny)
+        finite = finite & ((lengths <= i) | here.isfinite())
+        if 0 < gamma**i < tiny:
+            lost = torch.where(lengths > i, lost + gamma**i * here.abs(), lost)
+    error = 3 * (lengths - 1) * (unit * magnitude + tiny) + lost
+    overflows = finite & (magnitude > torch.finfo(accumulated).max)
+    error = torch.where(overflows, torch.inf, torch.where(magnitude.isfinite() | lost.isinf(), error, torch.nan))
     if dtype != accumulated:
         unit, tiny = torch.finfo(dtype).eps / 2, torch.finfo(dtype).tiny * torch.finfo(dtype).eps
         error = error + unit * (total.abs() + error) + tiny

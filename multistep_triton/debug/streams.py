@@ -183,8 +183,8 @@ class Stream:
         return rewards.to(dtype)
 
 
-def run_kernels(seed: int, device: torch.device) -> Result:
-    """Stream ``seed`` on the kernels and the reference: through a transform, and sampled from a buffer."""
+def run_verified(seed: int, device: torch.device) -> Result:
+    """Stream ``seed`` with ``backend="verify"``: through a transform, and sampled from a buffer."""
     logging.getLogger("torchrl").setLevel(logging.WARNING)  # it logs to stdout what each storage allocates
     stream = Stream(seed, KINDS)
     transform = MultiStepTransform(backend="verify", **stream.arguments)

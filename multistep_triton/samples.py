@@ -1,0 +1,64 @@
+"""Samples: which frames of a storage are asked for, and what comes of an index of none. May import ``task``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from multistep_triton.task import Leaves, Results, Task
+
+
+class Samples(NamedTuple):
+    """Frames that were sampled from a storage ``[C, *R]``, a ring of ``C`` slots."""
+
+    indices: Sequence[Tensor]
+    """Where they lie: of every dimension, time first, int64 ``[N]``, on the device of the leaves."""
+    newest: int
+    """The slot of the newest frame, after which comes the oldest, or nothing yet."""
+    live: int
+    """Slots that hold frames: all, or those up to the newest."""
+    n_steps: Tensor | None = None
+    """int64 ``[N]``: frames in the full window of each, if that is not one number for all."""
+
+
+def sampled_where_frames_are(compute: Callable[[Task, Samples, Leaves], Results]) -> Callable[..., Results]:
+    """Of samples on an accelerator, which nobody has checked: those of no frame come out blank."""
+
+    def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
+        if samples.indices[0].is_cpu:
+            return compute(task, samples, data)
+        there, guarded = find_there(samples, next(iter(data.values())).shape)
+        return blanked(compute(task, guarded, data), there)
+
+    n_step_sample.__doc__ = compute.__doc__
+    return n_step_sample
+
+
+def find_there(samples: Samples, sizes: Sequence[int]) -> tuple[Tensor, Samples]:
+    """Which samples are of a frame, bool ``[N]``, and samples of which the others are of the first frame."""
+    there = torch.ones_like(samples.indices[0], dtype=torch.bool)
+    for index, size in zip(samples.indices, (samples.live, *sizes[1:]), strict=False):
+        there = there & (index >= 0) & (index < size)
+    return there, samples._replace(indices=[torch.where(there, index, 0) for index in samples.indices])
+
+
+def blanked(results: Results, there: Tensor) -> Results:
+    """What was sampled, with 0 steps and NaN as the return where there is no frame, and zeros for all else."""
+
+    def blank(value: Tensor, other: float) -> Tensor:
+        return torch.where(there.view(-1, *[1] * (value.ndim - 1)), value, other)
+
+    def zero(leaf: Tensor) -> Tensor:
+        # By their bytes, as torch selects among few of the dtypes.
+        return blank(leaf.unsqueeze(-1).view(torch.uint8), 0).view(leaf.dtype).squeeze(-1)
+
+    return Results(
+        {key: zero(leaf) for key, leaf in results.leaves.items()},
+        {key: blank(value, torch.nan) for key, value in results.returns.items()},
+        blank(results.steps, 0),
+        blank(results.discount, 1),
+        there & results.nonterminal,
+    )
