@@ -467,7 +467,7 @@ def exported(module, kind):
 
 def table():
     """The rows of ``docs/neighbours.md``: name and verdict."""
-    text = (Path(__file__).parents[1] / "docs" / "neighbours.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "neighbours.md").read_text()
     return {
         name: verdict
         for names, verdict in re.findall(r"^\| (`.+?`) \| (.+?) \|", text, re.M)

@@ -1,6 +1,6 @@
 """Pong through torchrl's environments and buffers, frame by frame against a second emulator without torchrl.
 
-``python -m pytest -m slow tests/test_pixels.py``
+``python -m pytest -m slow tests/integrations/test_pixels.py``
 """
 
 from dataclasses import dataclass, field

@@ -17,7 +17,7 @@ with warnings.catch_warnings():  # what torchrl deprecates in itself
     warnings.simplefilter("ignore", DeprecationWarning)
     import dqn_cartpole as example
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "examples" / "results" / "dqn_cartpole.csv"
 CPU = torch.device("cpu")
 ARMS = {"n=1", "n=3, done_at=start", "n=3, done_at=end"}

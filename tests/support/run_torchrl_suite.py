@@ -1,6 +1,6 @@
 """Runs torchrl's own tests of its MultiStepTransform and of its MultiStep on ours.
 
-Usage: python tests/run_torchrl_suite.py CHECKOUT, the root of a checkout of the pytorch/rl repository.
+Usage: python tests/support/run_torchrl_suite.py CHECKOUT, the root of a checkout of the pytorch/rl repository.
 
 The tests stay in that checkout, unmodified; only the names they import are bound to our classes.
 """

@@ -19,7 +19,7 @@ from torchrl.data import SamplerWithoutReplacement
 from torchrl.envs import check_env_specs
 from torchrl.objectives import SoftUpdate
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMITTED = EXAMPLES / "results" / td3_gpu_style.RESULT
 COLUMNS = [
     "buffer",

@@ -24,7 +24,7 @@ with warnings.catch_warnings():
 
     from multistep_triton.configs import MultiStepConfig, MultiStepTransformConfig, NStepReplayBufferConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KINDS = {
     MultiStepTransform: MultiStepTransformConfig,
     MultiStep: MultiStepConfig,

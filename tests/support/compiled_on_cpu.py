@@ -1,8 +1,8 @@
 """A plugin for pytest: compiled kernels, without a GPU, on CPU tensors.
 
-Usage: ``PYTHONPATH=tests COMPILED_ON_CPU=machine python -m pytest -p compiled_on_cpu tests/test_kernels.py``. With
-``machine``, ``ptx_driver.py`` executes launches; with ``recorded``, which needs gcc, they get there through Triton's
-own driver and its launcher in C. ``COMPILED_ON_CPU_COUNTED=1`` counts what launches cost, too, which takes time.
+Usage: ``PYTHONPATH=tests/support COMPILED_ON_CPU=machine python -m pytest -p compiled_on_cpu TESTS``. With ``machine``,
+``ptx_driver.py`` executes launches; with ``recorded``, which needs gcc, they get there through Triton's own driver and
+its launcher in C. ``COMPILED_ON_CPU_COUNTED=1`` counts what launches cost, too, which takes time.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ sys.exit(pytest.main(["-q", "-p", "compiled_on_cpu", "-p", "no:cacheprovider", {
 
 @pytest.mark.parametrize("how", ["machine", pytest.param("recorded", marks=GCC)])
 def test_a_test_of_the_kernels_runs_on_compiled_ones(how):
-    test = "tests/test_hand_computed.py::test_n_step_return_stops_at_done"
+    test = "tests/spec/test_hand_computed.py::test_n_step_return_stops_at_done"
     done = fresh.run(PLUGIN.format(how=how, test=test))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 passed" in done.stdout

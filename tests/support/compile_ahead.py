@@ -1,8 +1,8 @@
 """Compiles the kernels ahead of time for a GPU that need not be there, and checks what the compiler made of them.
 
-Usage: ``python tests/compile_ahead.py TARGET``, one of ``stub_driver.TARGETS``. Exit 1 if a check fails: no spills and
-no stack, no more registers than ``REGISTERS``, and rows copied by accesses of 16 bytes where they allow them, of no
-more bytes than their alignment where they do not.
+Usage: ``python tests/support/compile_ahead.py TARGET``, one of ``stub_driver.TARGETS``. Exit 1 if a check fails: no
+spills and no stack, no more registers than ``REGISTERS``, and rows copied by accesses of 16 bytes where they allow
+them, of no more bytes than their alignment where they do not.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from multistep_triton.debug.plot import FRAMES, draw_windows
 from multistep_triton.debug.streams import TORCHRL_KINDS, Result, Stream, run_torchrl
 from multistep_triton.debug.tables import MOST, Row, layout, shortened
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     from ray_collectors import REMOTE, TRAJ_KEY, DistinctTrajectories, make_pipeline
     from torchrl.collectors.distributed import RayCollector
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 N = 3
 BATCH = 14
 JOIN = {"address": "auto"}
@@ -39,7 +39,7 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     # Its processes import what these tests do.
-    paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "examples", "tests"))
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "examples", "tests/support"))
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     yield
     ray.shutdown()

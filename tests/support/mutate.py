@@ -1,9 +1,9 @@
 """Would the tests notice? Alters a line of the kernels at a time, in a copy, and runs their tests there.
 
-Usage: ``python tests/mutate.py [--only REGEX] [--jobs N]``. The lines are those that decide a boundary, an index or a
-discount. Prints a table, and exits with 1 if the tests pass with any of them, or fail without. Not among them: that
-offsets are 64 bits wide, which takes gigabytes to notice (``test_gpu.py``), that addresses are aligned, which the
-interpreter does not ask for, and what changes speed alone.
+Usage: ``python tests/support/mutate.py [--only REGEX] [--jobs N]``. The lines are those that decide a boundary, an
+index or a discount. Prints a table, and exits with 1 if the tests pass with any of them, or fail without. Not among
+them: that offsets are 64 bits wide, which takes gigabytes to notice (``test_gpu.py``), that addresses are aligned,
+which the interpreter does not ask for, and what changes speed alone.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # What most of them are noticed by, in seconds.
-STREAMS = "tests/test_kernels.py::test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory"
+STREAMS = "tests/kernels/test_kernels.py::test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory"
 FIRST = (
-    "tests/test_hand_computed.py",
-    "tests/test_group_properties.py",
+    "tests/spec/test_hand_computed.py",
+    "tests/spec/test_group_properties.py",
     *(f"{STREAMS}[{seed}-False]" for seed in (0, 4, 8, 9, 11, 14, 16, 17, 18)),
 )
 TESTS = (
-    "tests/test_indices.py",
-    "tests/test_kernels.py",
-    "tests/test_hand_computed.py",
-    "tests/test_ring.py",
-    "tests/test_replay_buffer.py",
+    "tests/buffer/test_indices.py",
+    "tests/kernels/test_kernels.py",
+    "tests/spec/test_hand_computed.py",
+    "tests/transform/test_ring.py",
+    "tests/buffer/test_replay_buffer.py",
 )
 SECONDS = 600
 
