@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import kernels
+from paths import kernels
 from rings import Drawn, Ring, assert_sampled, make_buffer, make_stream
 
 from multistep_triton import eager, engine, spec

@@ -8,8 +8,8 @@ import pytest
 import torch
 from rings import Ring, assert_every_frame, everything, make_buffer, make_stream
 from rollouts import frames
+from saving import dumps_and_loads, loading_is_told, through_state_dict
 from tensordict import TensorDict
-from test_replay_buffer_in_use import dumps_and_loads, loading_is_told, through_state_dict
 from torchrl.data import (
     ConsumingSampler,
     FlatStorageCheckpointer,

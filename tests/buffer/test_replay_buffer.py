@@ -6,9 +6,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from baselines import Peers, without_both
-from conftest import kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import kernels
 from rings import (
     TRAJ_KEY,
     WINDOW_KEYS,

@@ -2,16 +2,14 @@
 
 import copy
 import itertools
-import pickle
 import re
-import tempfile
 import threading
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import no_collection
+from paths import no_collection
 from rings import (
     TRAJ_KEY,
     Drawn,
@@ -26,6 +24,7 @@ from rings import (
     make_stream,
 )
 from rollouts import frames, make_rollout
+from saving import EVERY_WAY, WAYS, loading_is_told
 from tensordict import NonTensorStack, TensorDict
 from torchrl.data import (
     ImmutableDatasetWriter,
@@ -820,35 +819,6 @@ def test_a_transform_that_casts_on_extend():
 def not_collected():
     with no_collection():
         yield
-
-
-def dumps_and_loads(buffer, make):
-    with tempfile.TemporaryDirectory() as folder:
-        buffer.dumps(folder)
-        resumed = make()
-        resumed.loads(folder)
-    return resumed
-
-
-def through_state_dict(buffer, make):
-    resumed = make()
-    resumed.load_state_dict(copy.deepcopy(buffer.state_dict()))
-    return resumed
-
-
-WAYS = {
-    "dumps": dumps_and_loads,
-    "state_dict": through_state_dict,
-    "pickle": lambda buffer, make: pickle.loads(pickle.dumps(buffer)),
-    "deepcopy": lambda buffer, make: copy.deepcopy(buffer),
-}
-EVERY_WAY = [
-    *((way, LazyTensorStorage) for way in WAYS),
-    # torchrl's memory-mapped storages cannot be pickled or copied
-    ("dumps", LazyMemmapStorage),
-    ("state_dict", LazyMemmapStorage),
-]
-loading_is_told = pytest.mark.filterwarnings("ignore:Loading the storage on an uninitialized TensorDict:UserWarning")
 
 
 @loading_is_told

@@ -7,9 +7,9 @@ from functools import partial
 import numpy
 import pytest
 import torch
-from conftest import kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import kernels
 from rollouts import make_rollout, window_ends, window_sums
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
 

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import kernels
 from fresh import run
+from paths import kernels
 from rollouts import make_rollout
 from torch.autograd import forward_ad
 

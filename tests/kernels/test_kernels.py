@@ -5,12 +5,12 @@ import weakref
 import numpy
 import pytest
 import torch
-from conftest import kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import kernels
 from rollouts import assert_returns, boundaries, window_ends, window_sums
+from streams import check_functions, check_transform, frame_bytes, streams, take
 from tensordict import TensorDict
-from test_properties import check_functions, check_transform, frame_bytes, streams, take
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.errors import InterpreterError

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from memory import addresses, storages
 from rollouts import extend, make_rollout
 from tensordict import NonTensorData, NonTensorStack, TensorDict
-from test_memory import addresses, storages
 
 from multistep_triton import MultiStep, MultiStepTransform
 

@@ -4,9 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import kernels
 from rings import everything, in_order, make_buffer
 from rollouts import make_rollout
 from tensordict import TensorDict

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from rollouts import assert_returns, boundaries, window_ends
-from test_properties import frame_bytes, streams, take
+from streams import frame_bytes, streams, take
 
 from multistep_triton import engine, spec
 from multistep_triton.debug import verify

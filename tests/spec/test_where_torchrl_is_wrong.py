@@ -8,13 +8,14 @@ import inspect
 
 import pytest
 import torch
+from memory import Calls, storages
 from rollouts import frames, make_rollout
+from targets import ATOMS, assert_every_frame_has_its_own_discount, distributional_loss, row, td0_targets
 from tensordict import TensorDict
-from test_bootstrap import ATOMS, assert_every_frame_has_its_own_discount, distributional_loss, row, td0_targets
-from test_memory import Calls, PeakMemory, storages
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
 
+from benchmarks.measure import PeakMemory
 from multistep_triton import MultiStepTransform
 
 F, T = False, True

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from conftest import kernels
+from bad import BAD_DATA
+from paths import kernels
 from rollouts import make_rollout
-from tensordict import TensorDict, lazy_stack, tensorclass
+from tensordict import TensorDict, tensorclass
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import SerialEnv, TransformedEnv
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
@@ -174,95 +175,6 @@ def test_a_single_frame_cannot_emit_several():
         transform.inv(rollout[10])
     assert torch.equal(transform.inv(rollout[10:10])["observation"], rollout["observation"][5:8])
     assert torch.equal(transform.inv(rollout[10])["observation"], rollout["observation"][8])
-
-
-def without(key):
-    return lambda data: data.exclude(key)
-
-
-def with_leaf(key, make):
-    def change(data):
-        data = data.clone()
-        data[key] = make(data[key])
-        return data
-
-    return change
-
-
-BAD_DATA = {
-    "done missing": (without(("next", "done")), KeyError, r"tensor at \('next', 'done'\), got the entries \[.*'obs"),
-    "reward missing": (without(("next", "reward")), KeyError, r"tensor at \('next', 'reward'\), got the entries"),
-    "done not bool": (
-        with_leaf(("next", "done"), lambda done: done.float()),
-        TypeError,
-        r"done \('next', 'done'\) must be bool, got torch.float32",
-    ),
-    "done of another shape": (
-        with_leaf(("next", "done"), lambda done: done.expand(2, 10, 4)),
-        ValueError,
-        r"done .* must have shape \[\*B, T\] = \[2, 10\] or \[\*B, T, 1\] = \[2, 10, 1\] or, per agent, that of a "
-        r"reward beside it, got \[2, 10, 4\]",
-    ),
-    "mask not bool": (
-        lambda data: data.clone().set("mask", torch.ones(2, 10)),
-        TypeError,
-        r"mask \('mask',\), named by mask_key, must be bool, got torch.float32",
-    ),
-    "complex reward": (
-        with_leaf(("next", "reward"), lambda reward: reward.to(torch.complex64)),
-        TypeError,
-        r"reward .* must be floating point, integer or bool, got torch.complex64",
-    ),
-    "other batch": (
-        lambda data: torch.cat([data, data], 0),
-        ValueError,
-        r"continue the frames held back from the last call \(clear\(\) .*\*B must be \[2\], got \[4\]",
-    ),
-    "other number of batch dimensions": (lambda data: data[0], ValueError, r"\*B must be \[2\], got \[\]"),
-    "a key less": (without("action"), ValueError, r"\('action',\) must be torch.int64 \[\] on cpu, got absent"),
-    "a key more": (
-        lambda data: data.clone().set("extra", torch.ones(2, 10)),
-        ValueError,
-        r"\('extra',\) must be absent, got torch.float32 \[\] on cpu",
-    ),
-    "other trailing shape": (
-        with_leaf("observation", lambda leaf: leaf[..., :2]),
-        ValueError,
-        r"\('observation',\) must be torch.float32 \[3\] on cpu, got torch.float32 \[2\] on cpu",
-    ),
-    "other dtype": (
-        with_leaf(("next", "observation"), lambda leaf: leaf.double()),
-        ValueError,
-        r"\('next', 'observation'\) must be torch.float32 \[3\] on cpu, got torch.float64 \[3\] on cpu",
-    ),
-    "other device": (
-        lambda data: data.to("meta"),
-        ValueError,
-        r"\('observation',\) must be torch.float32 \[3\] on cpu, got torch.float32 \[3\] on meta",
-    ),
-    "a non-tensor where a tensor was": (
-        lambda data: data.clone().set("action", "left"),
-        ValueError,
-        r"\('action',\) must be torch.int64 \[\] on cpu, got non-tensor \[\]$",
-    ),
-    "a mask that is no tensor": (
-        lambda data: data.clone().set("mask", "left"),
-        TypeError,
-        r"\('mask',\), named by mask_key, must be a tensor, got a non-tensor",
-    ),
-    "a lazy stack with a key in some elements": (
-        lambda data: lazy_stack([data[0].clone().set("extra", torch.ones(10)), data[1]]),
-        ValueError,
-        r"entries \[\('extra',\)\] must be in every element of a lazily stacked tensordict, got some without",
-    ),
-    "a lazy stack of several shapes": (
-        lambda data: lazy_stack([data[0].clone().set("action", torch.ones(10, 2)), data[1]]),
-        ValueError,
-        r"entry \('action',\) must have one shape in every element of a lazily stacked tensordict, got ",
-    ),
-    "not a tensordict": (lambda data: [data], TypeError, r"must be a TensorDict of batch size \[\*B, T\], got list"),
-    "a dict": (lambda data: data.to_dict(), TypeError, r"must be a TensorDict of batch size \[\*B, T\], got dict"),
-}
 
 
 @pytest.mark.parametrize("kind", BAD_DATA)

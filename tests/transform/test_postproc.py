@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollouts import assert_returns, frames, make_rollout, window_ends
+from streams import frame_bytes, streams, take
 from tensordict import TensorDict, lazy_stack, tensorclass
-from test_properties import frame_bytes, streams, take
 from torchrl.data.postprocs import MultiStep as TorchRLMultiStep
 from torchrl.envs import SerialEnv
 from torchrl.testing.mocking_classes import CountingEnv

@@ -1,26 +1,32 @@
 """A run that is interrupted and resumed stores what an unbroken one stores, to the byte."""
 
 import copy
-import io
 import pickle
 import tempfile
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import kernels, no_collection
+from bad import BAD_STATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import addresses
+from paths import kernels, no_collection
 from rollouts import make_rollout
+from saving import (
+    N_STEPS,
+    TRANSFORMS,
+    dumps_and_loads,
+    load_transform,
+    loading_is_told,
+    make_transform,
+    through_state_dict,
+)
 from tensordict import NonTensorData, NonTensorStack, TensorDict, tensorclass
-from test_memory import addresses
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 from torchrl.envs.transforms import Compose, DoubleToFloat
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
-
-from multistep_triton import MultiStepTransform
-
-N_STEPS = 3
 
 
 @tensorclass
@@ -29,54 +35,19 @@ class Pair:
     right: torch.Tensor
 
 
-def make_transform(**arguments):
-    return MultiStepTransform(**{"n_steps": N_STEPS, "gamma": 0.9, **arguments})
-
-
-def load_transform(transform):
-    """A new transform with what ``torch.save`` and ``torch.load`` kept of another's state."""
-    file = io.BytesIO()
-    torch.save(transform.state_dict(), file)
-    file.seek(0)
-    resumed = make_transform()
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    return resumed
-
-
-def load_state_dict(transform):
-    resumed = make_transform()
-    resumed.load_state_dict(transform.state_dict())
-    return resumed
-
-
-TRANSFORMS = {
-    "state_dict": load_state_dict,
-    "torch.save": load_transform,
-    "pickle": lambda transform: pickle.loads(pickle.dumps(transform)),
-    "deepcopy": copy.deepcopy,
-    "clone": lambda transform: transform.clone(),
-}
-
-
 def make_buffer(storage=LazyTensorStorage):
     return ReplayBuffer(storage=storage(500, ndim=2), transform=Compose(make_transform(), DoubleToFloat()))
 
 
-def dumps_and_loads(buffer):
-    with tempfile.TemporaryDirectory() as folder:
-        buffer.dumps(folder)
-        resumed = make_buffer(type(buffer.storage))
-        resumed.loads(folder)
-    return resumed
+def buffer_dumps(buffer):
+    return dumps_and_loads(buffer, partial(make_buffer, type(buffer.storage)))
 
 
 def buffer_state_dict(buffer):
-    resumed = make_buffer(type(buffer.storage))
-    resumed.load_state_dict(copy.deepcopy(buffer.state_dict()))
-    return resumed
+    return through_state_dict(buffer, partial(make_buffer, type(buffer.storage)))
 
 
-BUFFERS = {"dumps": dumps_and_loads, "state_dict": buffer_state_dict, "deepcopy": copy.deepcopy}
+BUFFERS = {"dumps": buffer_dumps, "state_dict": buffer_state_dict, "deepcopy": copy.deepcopy}
 
 
 def make_data(count, seed=0):
@@ -128,7 +99,7 @@ def test_a_transform_that_is_resumed(schedule, way):
         assert_same_bytes(one, other)
 
 
-@pytest.mark.filterwarnings("ignore:Loading the storage on an uninitialized TensorDict:UserWarning")
+@loading_is_told
 @settings(max_examples=settings().max_examples // 4)
 @given(schedules(), st.sampled_from(sorted(BUFFERS)), st.sampled_from([LazyTensorStorage, LazyMemmapStorage]))
 def test_a_buffer_that_is_resumed(schedule, way, storage):
@@ -154,7 +125,7 @@ def check_buffer(calls, point, way, storage, data, given=10):
     assert_same_bytes(whole[:], resumed[:])
 
 
-@pytest.mark.filterwarnings("ignore:Loading the storage on an uninitialized TensorDict:UserWarning")
+@loading_is_told
 @pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
 @pytest.mark.parametrize("way", ["state_dict", "deepcopy"])
 def test_a_buffer_that_is_resumed_before_anything_is_stored(way, storage):
@@ -284,30 +255,6 @@ def test_objects_that_a_state_cannot_hold():
     for out in (pickled, resumed):
         assert out["info"] == 1
         assert torch.equal(out["observation"], data["observation"][3:])
-
-
-CARRY = {
-    "batch_size": [2],
-    "leaves": {("action",): torch.zeros(2)},
-    "objects": {},
-    "nodes": {(): {"tensorclass": None, "tail": [], "names": None, "on_device": False}},
-}
-BAD_STATES = {
-    "no dict": (3, "the state must be one of a MultiStepTransform, got 3"),
-    "another's": ({"weight": 1}, r"the state must be one of a MultiStepTransform, got \{'weight': 1\}"),
-    "n_steps": ({"n_steps": 0, "gamma": 0.9, "carry": None}, "n_steps must be an int >= 1, got 0"),
-    "gamma": ({"n_steps": 3, "gamma": 2.0, "carry": None}, r"gamma must be a finite number in \[0, 1\], got 2.0"),
-    "frames": ({"n_steps": 3, "gamma": 0.9, "carry": {"leaves": {}}}, "state of frames held back must be one that was"),
-    **{
-        kind: ({"n_steps": 3, "gamma": 0.9, "carry": {**CARRY, **change}}, "state of frames held back must be whole")
-        for kind, change in {
-            "no leaves": {"leaves": {}},
-            "no nodes": {"nodes": {}},
-            "another batch size": {"batch_size": [3]},
-            "objects of no leaf": {"objects": {("name",): ["a"]}},
-        }.items()
-    },
-}
 
 
 @pytest.mark.parametrize("kind", BAD_STATES)

@@ -9,9 +9,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import kernels
 from rollouts import make_rollout
 from tensordict import NonTensorData, NonTensorStack
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import no_collection
+from bad import BAD_DATA, BAD_STATES
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from memory import addresses, storages
+from paths import no_collection
+from saving import TRANSFORMS
 from tensordict import TensorDict
-from test_errors import BAD_DATA
-from test_memory import addresses, storages
-from test_resume import BAD_STATES, TRANSFORMS
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 
 from multistep_triton import MultiStepTransform
