@@ -1,4 +1,4 @@
-"""The backend ``verify``: every fault is found at its place; that there is no false alarm, see ``test_kernels``."""
+"""The backend ``verify``: every fault is found at its place; no false alarm, see ``test_kernel_bounds``."""
 
 import pickle
 from contextlib import contextmanager

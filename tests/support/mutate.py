@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 # What most of them are noticed by, in seconds.
-STREAMS = "tests/kernels/test_kernels.py::test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory"
+BOUNDS = "tests/kernels/test_kernel_bounds.py"
+STREAMS = f"{BOUNDS}::test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory"
 FIRST = (
     "tests/spec/test_hand_computed.py",
     "tests/spec/test_group_properties.py",
@@ -33,9 +34,11 @@ FIRST = (
 TESTS = (
     "tests/buffer/test_indices.py",
     "tests/kernels/test_kernels.py",
+    BOUNDS,
     "tests/spec/test_hand_computed.py",
     "tests/transform/test_ring.py",
     "tests/buffer/test_replay_buffer.py",
+    "tests/buffer/test_entries.py",
 )
 SECONDS = 600
 

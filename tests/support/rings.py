@@ -106,6 +106,16 @@ def make_buffer(capacity: int, batch: Sequence[int] = (), *, storage=LazyTensorS
     )
 
 
+def wrapped(capacity=16, batch=(2,), *, frames=None, **arguments):
+    """A buffer whose ring is full and begins anew in the middle, and what must be sampled of it."""
+    stream = make_stream(batch, 4 * capacity)
+    ring = Ring(stream, capacity)
+    buffer = make_buffer(capacity, batch, **arguments)
+    for part in [capacity, capacity // 2 - 1] if frames is None else frames:
+        buffer.extend(ring.take(part))
+    return buffer, ring
+
+
 def samples_of_everything(buffer: NStepReplayBuffer, size: int | None, **arguments: object) -> list[TensorDictBase]:
     """Samples that together are every frame that is there, ``size`` frames at a time or all at once."""
     size = size or len(buffer)

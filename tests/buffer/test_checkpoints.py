@@ -1,0 +1,79 @@
+"""The n-step buffer saved and resumed, pickled and copied."""
+
+import copy
+
+import pytest
+import torch
+from paths import no_collection
+from rings import Ring, assert_every_frame, assert_same_bytes, assert_sampled, make_buffer, make_stream, wrapped
+from saving import EVERY_WAY, WAYS, loading_is_told
+from torchrl.data import SamplerWithoutReplacement
+
+
+@pytest.fixture(scope="module")
+def not_collected():
+    with no_collection():
+        yield
+
+
+@loading_is_told
+@pytest.mark.parametrize(("way", "storage"), EVERY_WAY)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("before", [[5], [8], [8, 5]], ids=str)
+@pytest.mark.usefixtures("not_collected")
+def test_a_buffer_that_is_resumed_goes_on_as_the_unbroken_one(way, storage, batch, before):
+    def make():
+        generator = torch.Generator().manual_seed(0)
+        return make_buffer(8, batch, storage=storage, sampler=None, n_steps=(2, 5), generator=generator)
+
+    ring, whole = Ring(make_stream(batch, 40), 8), make()
+    for part in before:
+        whole.extend(ring.take(part))
+    whole.sample(10)
+    resumed = WAYS[way](whole, make)
+    assert len(resumed) == len(whole)
+    for part in (None, 2, 5, 7):
+        if part is not None:
+            data = ring.take(part)
+            whole.extend(data.clone()), resumed.extend(data.clone())
+        one, other = whole.sample(30), resumed.sample(30)
+        assert_sampled(other, ring, (2, 5))
+        for key in one.keys(True, True):
+            assert_same_bytes(one[key], other[key], key)
+
+
+@loading_is_told
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("prefetch", [None, 2])
+@pytest.mark.usefixtures("not_collected")
+def test_an_epoch_that_is_interrupted(way, prefetch):
+    def make():
+        sampler = SamplerWithoutReplacement()
+        return make_buffer(16, (2,), sampler=sampler, batch_size=5, prefetch=prefetch)
+
+    ring, buffer = Ring(make_stream((2,), 40), 16), make()
+    buffer.extend(ring.take(16)), buffer.extend(ring.take(7))
+    seen = [*buffer.sample()["number"].tolist(), *buffer.sample()["number"].tolist()]
+    resumed = WAYS[way](buffer, make)
+    resumed.n_steps = 5
+    for _ in range(5):
+        sample = resumed.sample()
+        assert_sampled(sample, ring, 5)
+        seen += sample["number"].tolist()
+    assert sorted(seen) == ring.numbers()
+    # and the one that was saved goes on by itself
+    assert_sampled(buffer.sample(), ring, 3)
+
+
+@pytest.mark.parametrize("way", ["pickle", "deepcopy"])
+@pytest.mark.usefixtures("not_collected")
+def test_a_copy_has_the_arguments_and_a_ring_of_its_own(way):
+    buffer, ring = wrapped(8, n_steps=(2, 4), gamma=0.7, done_at="start", traj_key=None)
+    buffer.n_steps, buffer.gamma = 4, 0.8
+    resumed = WAYS[way](buffer, None)
+    assert (resumed.n_steps, resumed.gamma, resumed.done_at) == (4, 0.8, "start")
+    before = copy.copy(ring)
+    buffer.extend(ring.take(5))
+    buffer.n_steps = 2
+    assert_every_frame(resumed, before, 4, 0.8, done_at="start")
+    assert_every_frame(buffer, ring, 2, 0.8, done_at="start")
