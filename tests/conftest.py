@@ -1,5 +1,6 @@
 """Settings for every test, made before anything imports Triton, and fixtures of the paths that a result can come by."""
 
+import gc
 import os
 
 import torch
@@ -22,6 +23,12 @@ settings.register_profile("nightly", deadline=None, max_examples=5000)
 # For those who want to know whether a test fails, and not how.
 settings.register_profile("unshrunk", settings.get_profile("default"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: no collection of garbage looks at it again, which takes a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

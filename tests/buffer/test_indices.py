@@ -1,11 +1,9 @@
 """Indices that a sampler draws: of any kind, and of no frame."""
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
-from paths import kernels
+from paths import EITHER, kernels
 from rings import Drawn, Ring, assert_sampled, make_buffer, make_stream
 
 from multistep_triton import eager, engine, spec
@@ -13,8 +11,6 @@ from multistep_triton.debug.differences import different_bits
 from multistep_triton.kernels.windows import INTERPRETED
 from multistep_triton.samples import Samples, blanked, find_there
 from multistep_triton.task import Keys, Task
-
-where = pytest.mark.parametrize("where", [nullcontext, kernels], ids=["reference", "kernels"], indirect=True)
 
 
 def filled(batch=(), cuts=(8, 3), **arguments):
@@ -37,7 +33,7 @@ KINDS = {
 }
 
 
-@where
+@EITHER
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
@@ -55,7 +51,7 @@ def test_what_is_sampled_lies_where_the_index_says(batch, kind, dtype, where):
         assert_sampled(sample.flatten(), ring, n_steps)
 
 
-@where
+@EITHER
 def test_indices_of_numpy(where):
     slots = np.array([3, 0, 7, 0], dtype=np.int32)
     buffer, ring = filled(sampler=Drawn(slots))
@@ -64,7 +60,7 @@ def test_indices_of_numpy(where):
     assert_sampled(sample, ring)
 
 
-@where
+@EITHER
 @pytest.mark.parametrize("index", [torch.tensor([0, 3]), torch.tensor([-1]), np.array([2, 9])], ids=str)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_on_a_cpu_an_index_of_no_frame_is_an_error(index, backend, where):

@@ -114,7 +114,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(b=st.integers(0, 1), t=st.integers(0, 10))
 def test_a_fault_in_one_element_is_reported_there(kind, b, t):
     spoil, key, what = FAULTS[kind]

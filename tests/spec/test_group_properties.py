@@ -1,12 +1,10 @@
 """Every group with flags of its own is what it would be alone, extended and sampled."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import kernels
+from paths import EITHER, kernels
 from rings import everything, in_order, make_buffer
 from rollouts import make_rollout
 from tensordict import TensorDict
@@ -109,7 +107,7 @@ def test_every_group_is_as_if_alone_with_the_kernels(herd):
         check_every_group_is_as_if_alone(*herd)
 
 
-@pytest.mark.parametrize("where", [nullcontext, kernels], ids=["reference", "kernels"], indirect=True)
+@EITHER
 @pytest.mark.parametrize("primary", [None, "red", "blue"])
 @pytest.mark.parametrize("n_steps", [1, 3, 9])
 def test_groups_that_are_sampled(n_steps, primary, where):

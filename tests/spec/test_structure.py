@@ -185,8 +185,17 @@ def test_only_the_non_tensors_of_frames_held_back_are_kept():
     assert transform.inv(rollout[:0]) is None
 
 
-@pytest.mark.parametrize("key", ["gamma", "nonterminal", ("next", "reward_orig"), ("next", "original_reward")])
-@pytest.mark.parametrize("value", ["text", torch.zeros(2, FRAMES), TensorDict({}, [2, FRAMES])], ids=type)
+TEXT, LEAF, NODE = "text", torch.zeros(2, FRAMES), TensorDict({}, [2, FRAMES])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("gamma", TEXT), ("gamma", NODE), ("nonterminal", LEAF)),
+        *((("next", "reward_orig"), TEXT), (("next", "reward_orig"), LEAF), (("next", "original_reward"), NODE)),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, torch.Tensor | TensorDict) else str(each),
+)
 def test_entries_of_the_names_that_are_written_are_replaced(key, value):
     rollout = make_rollout((2,), FRAMES)
     expected = transformed(rollout)

@@ -41,6 +41,10 @@ def no_collection():
         gc.enable()
 
 
+def _call(function, *args, **kwargs):
+    return function.rewrite()(*args, **kwargs)
+
+
 @contextmanager
 def kernels():
     """Whatever is created is where the kernels run, and ``auto`` is they; new memory is poisoned.
@@ -49,8 +53,10 @@ def kernels():
     """
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
-            from triton.runtime.interpreter import interpreter_builder
+            from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
 
+            # Functions that a kernel calls find the language as its launch has patched it: once, not per call.
+            patch.setattr(InterpretedFunction, "__call__", _call)
             patch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, debug=True))
         patch.setenv(BACKEND_VARIABLE, "triton")
         torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,3 +78,5 @@ def specification():
 
 
 PATHS = {"reference": nullcontext, "kernels": kernels, "specification": specification}
+# For a test by itself, with the fixture "where"; all of a file take the fixture "path".
+EITHER = pytest.mark.parametrize("where", [nullcontext, kernels], ids=["reference", "kernels"], indirect=True)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from paths import EITHER
 from rollouts import frames, make_rollout, window_ends
 from tensordict import NonTensorStack
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage, ReplayBuffer, TensorDictReplayBuffer
@@ -19,7 +20,8 @@ def same(stored, expected):
     return torch.equal(stored, expected.to(stored.device))
 
 
-@pytest.mark.usefixtures("path")
+@EITHER
+@pytest.mark.usefixtures("where")
 def test_windows_are_cut_at_the_last_frame():
     transform = MultiStepTransform(3, 0.5)
     assert transform.flush() is None
@@ -34,7 +36,8 @@ def test_windows_are_cut_at_the_last_frame():
     assert transform.inv(frames([1.0], [F])) is None
 
 
-@pytest.mark.usefixtures("path")
+@EITHER
+@pytest.mark.usefixtures("where")
 @pytest.mark.parametrize("ns", [(3, 3, 3), (1, 5, 2), (7, 2, 1), (2, 4, 9), (9, 1, 4)], ids=str)
 def test_changing_n_steps_loses_and_repeats_no_frame(ns):
     rollout = make_rollout((2,), 24)

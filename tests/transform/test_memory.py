@@ -118,17 +118,17 @@ def test_memory_and_calls_do_not_depend_on_the_number_of_episodes():
 def test_a_thousand_extends_hold_no_more_than_n_frames():
     rollout = TensorDict(
         {
-            "observation": torch.zeros(4, 2000, 8),
+            "observation": torch.zeros(4, 200, 8),
             "next": {
-                "observation": torch.zeros(4, 2000, 8),
-                "reward": torch.zeros(4, 2000, 1),
-                "done": torch.zeros(4, 2000, 1, dtype=torch.bool),
+                "observation": torch.zeros(4, 200, 8),
+                "reward": torch.zeros(4, 200, 1),
+                "done": torch.zeros(4, 200, 1, dtype=torch.bool),
             },
         },
-        [4, 2000],
+        [4, 200],
     )
     transform = MultiStepTransform(5, 0.9)
     with PeakMemory() as memory:
         for _ in range(1000):
             transform.inv(rollout)
-    assert memory.alive == sum(leaf.nbytes for leaf in transform._carry.leaves.values()) == rollout.bytes() * 5 // 2000
+    assert memory.alive == sum(leaf.nbytes for leaf in transform._carry.leaves.values()) == rollout.bytes() * 5 // 200

@@ -94,7 +94,7 @@ def test_is_the_loop(stream):
 
 
 @given(st.integers(1, 9), st.integers(1, 30))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_where_windows_are_whole_it_is_the_transform(n_steps, count):
     rollout = make_rollout((2,), count, seed=count)
     whole, held = MultiStep(0.9, n_steps)(rollout), MultiStepTransform(n_steps, 0.9).inv(rollout)

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from paths import EITHER
 from rings import TRAJ_KEY, Drawn, Ring, assert_every_frame, everything, make_buffer, make_stream
 from rollouts import extend, frames, make_rollout
 from tensordict import LazyStackedTensorDict, NonTensorStack, TensorDict
@@ -65,7 +66,8 @@ def assert_no_window_crosses(sample):
     assert torch.equal(sample[NEXT] - sample["observation"], sample["steps_to_next_obs"].float())
 
 
-@pytest.mark.usefixtures("path")
+@EITHER
+@pytest.mark.usefixtures("where")
 def test_ids_that_collectors_write_are_found():
     stored = ReplayBuffer(
         storage=LazyTensorStorage(40),
@@ -613,7 +615,8 @@ class Stream:
         raise TypeError("cannot pickle 'torch.Stream' object")
 
 
-@pytest.mark.usefixtures("path")
+@EITHER
+@pytest.mark.usefixtures("where")
 def test_a_window_that_goes_on_on_another_stream(monkeypatch):
     """The frames held back are of the one before: their memory is kept until what reads them is through.
 
