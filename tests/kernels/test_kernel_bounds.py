@@ -12,7 +12,7 @@ from multistep_triton.carry import Carry
 from multistep_triton.debug.streams import KINDS, run_verified
 from multistep_triton.kernels import launch, rows
 from multistep_triton.kernels.windows import INTERPRETED
-from multistep_triton.task import Samples
+from multistep_triton.samples import Samples
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""Would the tests notice? Alters a line of the kernels at a time, in a copy, and runs their tests there.
+"""Would the tests notice? Alters a line of the kernels or of the core at a time, in a copy, and runs tests there.
 
 Usage: ``python tests/support/mutate.py [--only REGEX] [--jobs N]``. The lines are those that decide a boundary, an
 index or a discount. Prints a table, and exits with 1 if the tests pass with any of them, or fail without. Not among
@@ -30,6 +30,14 @@ FIRST = (
     "tests/spec/test_hand_computed.py",
     "tests/spec/test_group_properties.py",
     *(f"{STREAMS}[{seed}-False]" for seed in (0, 4, 8, 9, 11, 14, 16, 17, 18)),
+)
+CORE = (
+    "tests/spec/test_spec.py",
+    "tests/spec/test_structure.py",
+    "tests/transform/test_threads.py",
+    "tests/transform/test_ring.py",
+    "-k",
+    "not kernels and not rings",
 )
 TESTS = (
     "tests/buffer/test_indices.py",
@@ -165,7 +173,8 @@ MUTATIONS = (
     Mutation("future: inside", "rows", "row + steps - 1, mask=row < rows", "row + steps - 1, mask=row <= rows"),
     # what is launched, and how leaves lie
     Mutation("several pieces", "launch", "longest > 1 << piece, ", "False, "),
-    Mutation("layout: strides in order", "carry", "(first, *(dim for dim in range(len(sizes)) if dim != first))",
+    Mutation("layout: strides in order", "multistep_triton/carry",
+             "(first, *(dim for dim in range(len(sizes)) if dim != first))",
              "(*range(len(sizes)),)"),
     Mutation("layout: leaf that lies otherwise", "layout", "if not leaf.movedim(time_dim, at).is_contiguous() and",
              "if not leaf.is_contiguous() and"),
@@ -178,23 +187,60 @@ MUTATIONS = (
     Mutation("layout: marks that lie otherwise", "layout", "for dim in shared]) if alone else 1",
              "for dim in shared])"),
     Mutation("layout: inner environments, in order", "layout", "math.prod(sizes[time_dim + 1 :])", "1"),
-    Mutation("rings: of other slots", "carry",
+    Mutation("rings: of other slots", "multistep_triton/carry",
              "(slots.capacity, slots.time_first) == (carry.capacity, carry.time_first)", "True"),
-    Mutation("rings: which is read", "carry", "memory, spare = carry.spare, carry.leaves",
+    Mutation("rings: which is read", "multistep_triton/carry", "memory, spare = carry.spare, carry.leaves",
              "memory, spare = carry.leaves, carry.leaves"),
-    Mutation("rings: taken twice", "carry", "memory, spare = carry.spare, carry.leaves",
+    Mutation("rings: taken twice", "multistep_triton/carry", "memory, spare = carry.spare, carry.leaves",
              "memory, spare = carry.spare, carry.spare"),
     Mutation("outputs like the data", "launch", "emitted == known - carried and inner == 1", "inner == 1"),
-    Mutation("layout: slots that are free", "carry", "known <= carry.capacity <=", "known <= carry.capacity + 1 <="),
+    Mutation("layout: slots that are free", "multistep_triton/carry", "known <= carry.capacity <=",
+             "known <= carry.capacity + 1 <="),
+    # the fast path, the carry, and the buffer
+    Mutation("fast: done", "multistep_triton/eager", "done = both.join(*keys.done,", "done = both.join(keys.done[0],"),
+    Mutation("fast: emitted", "multistep_triton/eager", "max(known - n_steps, 0)", "max(known - n_steps + 1, 0)"),
+    Mutation("fast: last frame", "multistep_triton/eager", "_pad(goes_on.narrow(dim, 0, known - 1), n_steps, dim)",
+             "_pad(goes_on, n_steps - 1, dim)"),
+    Mutation("fast: seam", "multistep_triton/eager", "seam, near = min(carried, emitted), ", "seam, near = 0, "),
+    Mutation("fast: rows of the data", "multistep_triton/eager", "known - carried, -carried)", "known - carried, 0)"),
+    Mutation("fast: slots", "multistep_triton/eager", "(ring.first - 1) * envs", "ring.first * envs"),
+    Mutation("fast: newest frame", "multistep_triton/eager", "(offsets < _after(samples))",
+             "(offsets <= _after(samples))"),
+    Mutation("fast: n of its own", "multistep_triton/eager", "offsets + 1 < samples.n_steps",
+             "offsets < samples.n_steps"),
+    Mutation("fast: one frame ahead", "multistep_triton/eager", "min(max(n_steps, 2), live)", "min(n_steps, live)"),
+    Mutation("fast: mask", "multistep_triton/windows", "boundary = boundary | ~mask", "boundary = boundary.clone()"),
+    Mutation("fast: padding follows", "multistep_triton/windows", "logical_or_(~mask.narrow(dim, frames - before,",
+             "logical_or_(~mask.narrow(dim, 0,"),
+    Mutation("fast: trajectory", "multistep_triton/windows", ") != traj.narrow", ") > traj.narrow"),
+    Mutation("fast: select", "multistep_triton/windows", "total.ndim - on.ndim)), longer, total)",
+             "total.ndim - on.ndim)), longer, longer)"),
+    Mutation("fast: discounts", "multistep_triton/windows", "gamma**k for k", "gamma * k for k"),
+    Mutation("carry: first slot", "multistep_triton/carry", "slot = (self.first + begin)", "slot = begin"),
+    Mutation("carry: oldest frame", "multistep_triton/carry", "first = (self.first + emitted) % self.capacity",
+             "first = self.first"),
+    Mutation("carry: graph", "multistep_triton/carry", "frame.requires_grad for frame", "False for frame"),
+    Mutation("carry: inference", "multistep_triton/carry", "leaf.is_inference() for leaf", "False for leaf"),
+    Mutation("engine: indices", "multistep_triton/engine", "if low < 0 or high >= size:", "if high > size:"),
+    Mutation("objects: counted on", "multistep_triton/frames", "self.leaves[path] + len(before)",
+             "self.leaves[path] + 0"),
+    Mutation("groups: any agent", "multistep_triton/groups", "data[key].flatten(dims).any(-1)",
+             "data[key].flatten(dims).all(-1)"),
+    Mutation("groups: shortest of agents", "multistep_triton/groups", "each.steps.view(shape).flatten(1).amin(1), ",
+             "each.steps.view(shape).flatten(1).amax(1), "),
+    Mutation("transform: its lock", "multistep_triton/transform",
+             "        with self._lock:\n            emitted, held", "        if True:\n            emitted, held"),
+    Mutation("buffer: locks of a write", "multistep_triton/ordered_buffer",
+             "with self._replay_lock, self._write_lock:\n            order", "if True:\n            order"),
+    Mutation("buffer: locks of a sample", "multistep_triton/sampled_buffer",
+             "with self._replay_lock, self._write_lock:\n            position",
+             "if True:\n            position"),
 )  # fmt: skip
 
 
 def source(mutation: Mutation, root: Path = ROOT) -> Path:
-    return (
-        root
-        / ("kernels" if (ROOT / "kernels" / f"{mutation.file}.py").exists() else "multistep_triton")
-        / f"{mutation.file}.py"
-    )
+    """A file of the kernels, or of the core, by its folder."""
+    return root / f"{mutation.file if '/' in mutation.file else f'kernels/{mutation.file}'}.py"
 
 
 def line_number(mutation: Mutation) -> int:
@@ -239,9 +285,10 @@ def run_python(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def run_tests(copy: Path) -> str:
+def run_tests(copy: Path, mutation: Mutation | None = None) -> str:
     """What fails first; empty if nothing does."""
-    return fails_of(copy, FIRST) or fails_of(copy, TESTS)
+    core = fails_of(copy, CORE) if mutation is None or "/" in mutation.file else ""
+    return core or fails_of(copy, FIRST) or fails_of(copy, TESTS)
 
 
 def fails_of(copy: Path, tests: tuple[str, ...]) -> str:
@@ -259,7 +306,7 @@ def notice(mutation: Mutation) -> str:
     """The test that notices a mutation; empty if none does, or if it hangs."""
     with altered_copy(mutation) as copy:
         try:
-            return run_tests(copy)
+            return run_tests(copy, mutation)
         except subprocess.TimeoutExpired:
             return ""
 
