@@ -20,7 +20,7 @@ from multistep_triton.task import Leaves, Results, Task, return_dtype
 from multistep_triton.windows import discounts, find_boundaries, index_dtype, sum_windows, take, take_rows
 
 # Up to this many bytes, joining carry and data costs less than the calls it takes to read them where they lie.
-_JOIN_BYTES = 1 << 16
+JOIN_BYTES = 1 << 16
 
 
 class _Joined(NamedTuple):
@@ -136,7 +136,7 @@ def _gather_in_joined(both: _Joined, lengths: Tensor, emitted: int, n_steps: int
     _, data, dim, carried, known = both
     *lead, _ = lengths.shape
     seam, near = min(carried, emitted), min(carried + n_steps - 1, known)
-    if seam and sum(leaf.nbytes for leaf in data.values()) <= _JOIN_BYTES:
+    if seam and sum(leaf.nbytes for leaf in data.values()) <= JOIN_BYTES:
         seam, near = emitted, known
     seam_rows = _end_rows(lengths.narrow(dim, 0, seam), near, 0)
     if seam < emitted:

@@ -6,7 +6,7 @@ from hypothesis import given
 from rollouts import assert_returns, boundaries, window_ends
 from streams import frame_bytes, streams, take
 
-from multistep_triton import engine, spec
+from multistep_triton import eager, engine, spec
 from multistep_triton.debug import verify
 from multistep_triton.debug.streams import KINDS, run_verified
 from multistep_triton.task import Keys, Task
@@ -47,9 +47,14 @@ def test_the_specification_is_the_loop(stream):
     assert_returns(torch.cat([out.returns["reward"] for out in outs], dim), data["reward"], ends, gamma, n_steps)
 
 
+@pytest.mark.parametrize("join_bytes", [eager.JOIN_BYTES, -1], ids=["joined", "where they lie"])
 @pytest.mark.parametrize("seed", range(4 * len(KINDS)))
-def test_the_fast_path_is_as_specified(seed, monkeypatch):
-    """Random streams, extended and sampled, with ``backend="verify"`` where the kernels cannot run."""
+def test_the_fast_path_is_as_specified(seed, join_bytes, monkeypatch):
+    """Random streams, extended and sampled, with ``backend="verify"`` where the kernels cannot run.
+
+    Carry and data are joined where they are small, as all of these are, and else read where they lie.
+    """
+    monkeypatch.setattr(eager, "JOIN_BYTES", join_bytes)
     monkeypatch.setattr(verify, "find_obstacle", lambda *tensors: "there is one")
     monkeypatch.delattr(engine, "_import")
     monkeypatch.setattr(engine, "_import", {"verify": verify}.__getitem__, raising=False)

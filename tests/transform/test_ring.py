@@ -233,6 +233,7 @@ def test_rewards_that_require_grad_keep_their_graph_frame_by_frame():
     for part in rollout.split(4, 1):
         out = transform.inv(part)
         returns += [] if out is None else [out["next", "reward"]]
+        assert not any(leaf.requires_grad for leaf in transform._carry.leaves.values())
     assert torch.equal(torch.cat(returns, 1), whole)
     # Frames that were held back have no graph.
     (gradient,) = torch.autograd.grad(returns[0].sum(), reward)
