@@ -32,6 +32,7 @@ FIRST = (
     *(f"{STREAMS}[{seed}-False]" for seed in (0, 4, 8, 9, 11, 14, 16, 17, 18)),
 )
 CORE = (
+    "tests/buffer/test_prefetching.py",
     "tests/spec/test_spec.py",
     "tests/spec/test_structure.py",
     "tests/transform/test_threads.py",
