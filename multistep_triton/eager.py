@@ -188,9 +188,11 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     walk = _turned(offsets * envs + own, live * envs).flatten()
     read = {key: take_rows(data[key], walk, sizes) for key in dict.fromkeys((*keys.flags, *keys.rewards))}
     flag = {key: read[key].view(ahead, count) for key in keys.flags}
-    # Where there is no flag, its n and the newest frame end a window.
-    none = torch.zeros(ahead, count, dtype=torch.bool, device=own.device)
-    done = functools.reduce(torch.bitwise_or, [flag[key] for key in keys.done] or [none])
+    if keys.done:
+        done = functools.reduce(torch.bitwise_or, [flag[key] for key in keys.done])
+    else:
+        # Its n and the newest frame end a window.
+        done = torch.zeros(ahead, count, dtype=torch.bool, device=own.device)
     goes_on = ~find_boundaries(done, flag.get(keys.mask), flag.get(keys.traj), 0) & (offsets < _after(samples))
     nonterminal = goes_on[0].clone()
     if samples.n_steps is not None:
@@ -259,5 +261,4 @@ def _turned(rows: Tensor, end: int) -> Tensor:
 
 def _after(samples: Samples) -> Tensor:
     """How many newer frames there are in the row of each."""
-    after = samples.newest - samples.indices[0]
-    return torch.where(after < 0, after + samples.live, after)
+    return (samples.newest - samples.indices[0]) % samples.live

@@ -22,7 +22,7 @@ from multistep_triton.engine import n_step_extend, n_step_sample
 from multistep_triton.frames import Frames, KeyPath
 from multistep_triton.roles import WINDOW_PATHS, Roles
 from multistep_triton.samples import Samples
-from multistep_triton.task import Keys, Results, Task
+from multistep_triton.task import Keys, Leaves, Results, Task
 
 
 class Group(NamedTuple):
@@ -144,12 +144,12 @@ def _find_agents(frames: Frames, roles: Roles, path: KeyPath) -> torch.Size:
 
 
 def n_step_extend_groups(
-    task: Task, groups: Sequence[Group], carry: Carry | None, data: Mapping[Any, Tensor], backend: str
+    task: Task, groups: Sequence[Group], carry: Carry | None, data: Leaves, backend: str
 ) -> tuple[Results, list[Windows]]:
     """:func:`multistep_triton.engine.n_step_extend` for every group.
 
     Args:
-        task: what is to be computed, of whatever keys.
+        task: what is to be computed, of the keys of the first group.
         groups: to which the leaves belong.
         carry, data, backend: as there.
 
@@ -159,7 +159,7 @@ def n_step_extend_groups(
         list: the same three of every group.
     """
     if len(groups) == 1 and not groups[0].agents:
-        results = n_step_extend(task._replace(keys=groups[0].keys), carry, data, backend)
+        results = n_step_extend(task, carry, data, backend)
         return results, [results[2:5]]
     time_dim = task.time_dim
 
@@ -196,11 +196,11 @@ def n_step_extend_groups(
 
 
 def n_step_sample_groups(
-    task: Task, groups: Sequence[Group], samples: Samples, data: Mapping[Any, Tensor], backend: str
+    task: Task, groups: Sequence[Group], samples: Samples, data: Leaves, backend: str
 ) -> tuple[Results, list[Windows]]:
     """:func:`multistep_triton.engine.n_step_sample` for every group; arguments and results as those of extend."""
     if len(groups) == 1 and not groups[0].agents:
-        results = n_step_sample(task._replace(keys=groups[0].keys), samples, data, backend)
+        results = n_step_sample(task, samples, data, backend)
         return results, [results[2:5]]
     dims, count = len(samples.indices), samples.indices[0].shape[0]
     leaves: dict[Any, Tensor] = {}

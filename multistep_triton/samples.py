@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,13 +28,13 @@ class Samples(NamedTuple):
 def sampled_where_frames_are(compute: Callable[[Task, Samples, Leaves], Results]) -> Callable[..., Results]:
     """Of samples on an accelerator, which nobody has checked: those of no frame come out blank."""
 
+    @functools.wraps(compute)
     def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
         if samples.indices[0].is_cpu:
             return compute(task, samples, data)
         there, guarded = find_there(samples, next(iter(data.values())).shape)
         return blanked(compute(task, guarded, data), there)
 
-    n_step_sample.__doc__ = compute.__doc__
     return n_step_sample
 
 

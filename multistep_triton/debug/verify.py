@@ -21,10 +21,10 @@ from multistep_triton.debug.rounding import float64_returns
 from multistep_triton.debug.tables import Row, number
 from multistep_triton.engine import implementation_of
 from multistep_triton.samples import Samples, find_there
-from multistep_triton.task import Results, Task
+from multistep_triton.task import Leaves, Results, Task
 
 
-def n_step_extend(task: Task, carry: Carry | None, data: Mapping[Any, Tensor]) -> Results:
+def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     """Computes :func:`multistep_triton.engine.n_step_extend` twice.
 
     Returns:
@@ -46,7 +46,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Mapping[Any, Tensor]) -
     return got
 
 
-def n_step_sample(task: Task, samples: Samples, data: Mapping[Any, Tensor]) -> Results:
+def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     """Computes :func:`multistep_triton.engine.n_step_sample` twice; returns and raises as for extend."""
     tested = _tested([*data.values(), *samples.indices], [data[key] for key in task.keys.rewards])
     got: Results = tested.compute.n_step_sample(task, samples, data)
@@ -122,7 +122,7 @@ class _Call:
     tested: _Tested
     task: Task
     carry: Carry | None
-    data: Mapping[Any, Tensor]
+    data: Leaves
     got_steps: Tensor
     steps: Tensor
 
@@ -191,9 +191,7 @@ def _cell(items: Tensor, item: int, t: int) -> str:
     return number(items[t, item].item())
 
 
-def _pairs(
-    tested: _Tested, got: Mapping[Any, Tensor], expected: Mapping[Any, Tensor]
-) -> Iterator[tuple[Hashable, tuple[Tensor, Tensor]]]:
+def _pairs(tested: _Tested, got: Leaves, expected: Leaves) -> Iterator[tuple[Hashable, tuple[Tensor, Tensor]]]:
     """What both have under each key; a tensor that is passed through as it is needs no comparison."""
     if got.keys() != expected.keys():
         made, expects = list(got), list(expected)

@@ -1,7 +1,7 @@
 """The kernels as they are compiled, in processes without the interpreter, for a GPU that need not be there."""
 
-import json
 from collections import Counter
+from functools import partial
 
 import fresh
 import pytest
@@ -11,8 +11,8 @@ import json
 import stub_driver
 driver = stub_driver.install("sm_90")
 import torch
+from memory import Calls
 from rollouts import make_rollout
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.data import LazyTensorStorage
 from multistep_triton import MultiStep, MultiStepTransform, NStepReplayBuffer, gather_future, n_step_return
 
@@ -33,22 +33,10 @@ def buffer(n_steps=3, envs=(2,), slots=8, frames=16):
     buffer.extend(make_rollout(envs, frames))
     return buffer
 
-class Operators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
 """
 
 
-def run(code: str) -> object:
-    done = fresh.run(PREAMBLE + code)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+run = partial(fresh.found, PREAMBLE)
 
 
 def test_what_recompiles_and_what_does_not():
@@ -156,7 +144,7 @@ rollout = make_rollout((3,), 40)
 for _ in range(4):
     transform._inv_call(rollout)
 driver.launches = 0
-with Operators() as operators:
+with Calls() as operators:
     out = transform._inv_call(rollout)
 distinct = {{id(leaf) for leaf in out.values(True, True)}}
 print(json.dumps([operators.names, driver.launches, len(distinct)]))
@@ -218,7 +206,7 @@ engine._check_indices = lambda *arguments: None  # on a GPU, for which the host 
 rb = buffer({n_steps}, slots=128)
 rb.sample(4)
 driver.launches = 0
-with Operators() as operators:
+with Calls() as operators:
     out = rb.sample(4)
 distinct = {{id(leaf) for leaf in out.values(True, True)}}
 print(json.dumps([operators.names, driver.launches, len(distinct)]))

@@ -56,8 +56,7 @@ def test_the_fast_path_is_as_specified(seed, join_bytes, monkeypatch):
     """
     monkeypatch.setattr(eager, "JOIN_BYTES", join_bytes)
     monkeypatch.setattr(verify, "find_obstacle", lambda *tensors: "there is one")
-    monkeypatch.delattr(engine, "_import")
-    monkeypatch.setattr(engine, "_import", {"verify": verify}.__getitem__, raising=False)
+    monkeypatch.setattr(engine, "_import", {"verify": verify}.__getitem__)
     result = run_verified(seed, torch.device("cpu"))
     assert result.difference is None
     assert result.frames > 0

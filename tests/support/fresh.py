@@ -1,5 +1,6 @@
 """Python in processes of their own, at once: forked from one that has imported torchrl, but nothing of ours."""
 
+import json
 import multiprocessing
 import os
 import subprocess
@@ -8,6 +9,7 @@ import tempfile
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import Any
 
 INTERPRET = "TRITON_INTERPRET"
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -41,6 +43,13 @@ def run(code: str, **environment: str | None) -> subprocess.CompletedProcess[str
         process.join()
         stdout, stderr = (Path(folder, name).read_text() for name in ("1", "2"))
     return subprocess.CompletedProcess(code, process.exitcode, stdout, stderr)
+
+
+def found(preamble: str, code: str) -> Any:
+    """What code prints last, as JSON, in a process that has run a preamble."""
+    done = run(preamble + code)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _run(code: str, variables: dict[str, str], folder: str) -> None:
