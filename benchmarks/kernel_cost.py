@@ -7,7 +7,8 @@ Usage: ``python -m benchmarks.kernel_cost``; needs Triton, in a process without 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,37 +139,43 @@ def calls_of(case: Case) -> int:
     return 2 + 2 * -(-case.n_steps // case.frames)
 
 
-def cost_of_extend(driver: ptx_driver.Driver, case: Case) -> Cost:
-    """The last of a few calls."""
-    rollout = make_rollout(case)
-    transform = MultiStepTransform(case.n_steps, GAMMA, backend="triton")
-    for _ in range(calls_of(case)):
-        driver.launches.clear()
-        out = transform.inv(rollout)
-    least = sum(leaf.nbytes for leaf in leaves(rollout) + leaves(out))
-    least_once = memory_of(leaves(rollout)) + memory_of(leaves(out))
-    launches = list(driver.launches)
-    theirs = TorchRLMultiStepTransform(case.n_steps, GAMMA)
-    for _ in range(calls_of(case)):
-        with Traffic() as traffic, Operators() as operators:
-            theirs.inv(rollout)
-    return Cost(launches, least, least_once, traffic.bytes, operators.names.total())
-
-
-def cost_of_sample(driver: ptx_driver.Driver, case: Case) -> Cost:
-    """One sample of a ring that is full."""
+def a_call(case: Case, device: str = "cpu") -> Callable[[], TensorDict]:
+    """What is measured: a call that gives out as many frames as it takes, or a sample of a ring that is full."""
+    rollout = make_rollout(case, device)
+    if not case.batch:
+        transform = MultiStepTransform(case.n_steps, GAMMA, backend="triton")
+        for _ in range(calls_of(case) - 1):
+            transform.inv(rollout)
+        return partial(transform.inv, rollout)
     torch.manual_seed(0)
     buffer = NStepReplayBuffer(
-        storage=LazyTensorStorage(case.envs * case.frames, ndim=2),
+        storage=LazyTensorStorage(case.envs * case.frames, ndim=2, device=device),
         n_steps=case.n_steps,
         gamma=GAMMA,
         batch_size=case.batch,
         backend="triton",
     )
-    buffer.extend(make_rollout(case))
+    buffer.extend(rollout)
+    return buffer.sample
+
+
+def measure(driver: ptx_driver.Driver, case: Case) -> Cost:
+    """One call, and torchrl's beside it."""
+    call = a_call(case)
     driver.launches.clear()
-    least = least_of_sample(case, buffer.sample())
-    return Cost(list(driver.launches), least, least)
+    out = call()
+    launches = list(driver.launches)
+    if case.batch:
+        least = least_of_sample(case, out)
+        return Cost(launches, least, least)
+    rollout = make_rollout(case)
+    least = sum(leaf.nbytes for leaf in leaves(rollout) + leaves(out))
+    least_once = memory_of(leaves(rollout)) + memory_of(leaves(out))
+    theirs = TorchRLMultiStepTransform(case.n_steps, GAMMA)
+    for _ in range(calls_of(case)):
+        with Traffic() as traffic, Operators() as operators:
+            theirs.inv(rollout)
+    return Cost(launches, least, least_once, traffic.bytes, operators.names.total())
 
 
 def least_of_sample(case: Case, sample: TensorDict) -> int:
@@ -189,10 +196,6 @@ def least_of_sample(case: Case, sample: TensorDict) -> int:
     read = frames * row + ends * (observation.nbytes // case.batch) + windows * of_window
     # The index is drawn before, by operators of torch: the kernels read it.
     return memory_of(leaves(sample)) + read
-
-
-def measure(driver: ptx_driver.Driver, case: Case) -> Cost:
-    return (cost_of_sample if case.batch else cost_of_extend)(driver, case)
 
 
 def missed(target: Target, cost: Cost) -> list[str]:

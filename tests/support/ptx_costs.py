@@ -52,9 +52,14 @@ class Counts:
     written: Array = field(default_factory=lambda: np.zeros(0, np.uint64), repr=False)
 
     @property
+    def read_bytes(self) -> int:
+        """Bytes of the sectors that are read, every one once."""
+        return SECTOR * len(self.read)
+
+    @property
     def bus_bytes(self) -> int:
         """Bytes that cross the memory bus at the least: every sector once."""
-        return SECTOR * (len(self.read) + len(self.written))
+        return self.read_bytes + SECTOR * len(self.written)
 
     def microseconds(self) -> dict[str, float]:
         """Lower bounds of the time on an H100, by what it is bound by. Latency and occupancy are not modelled."""
