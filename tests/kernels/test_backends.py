@@ -239,7 +239,6 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of its decompositions
 @pytest.mark.parametrize("kind", TRANSFORMS)
 def test_the_kernels_are_refused_inside_a_transform_and_auto_takes_the_reference(kind):
     def function(reward, backend="auto"):
