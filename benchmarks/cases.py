@@ -106,7 +106,7 @@ QUICK = [
     Case("sampling", 256, 16, 0.01, 3, 64, 2048),
     Case("sampling", 256, 16, 0.01, 8, 100, 2048),
 ]
-"""A few of every set, for a run of under a minute."""
+"""A few of every set, for a first look."""
 
 
 def select(pattern: str, cases: list[Case]) -> list[Case]:

@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command(__doc__, seconds=None)
     parser.add_argument("--cases", default="all", help=f"{', '.join(KINDS)}, all, or a regular expression")
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
-    parser.add_argument("--quick", action="store_true", help="a few cases of every set, in less than a minute")
+    parser.add_argument("--quick", action="store_true", help="a few cases of every set: a minute, on a GPU three")
     parser.add_argument("--redraw", type=Path, metavar="CSV", help="measure nothing; report and pictures of this file")
     options = parser.parse_args(arguments)
     try:
