@@ -91,7 +91,7 @@ def sampling_of(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def excerpt(rows: pd.DataFrame) -> str:
-    """The table in README: of n=3, every shape at p=0.01 and one at every p."""
+    """The table of the documentation: of n=3, every shape at p=0.01 and one at every p."""
     chosen = rows[rows["contender"].isin([TORCHRL, *OURS, CLONE]) & rows["n_steps"].eq(3) & rows["status"].eq("ok")]
     chosen = chosen[chosen["operation"].ne(SAMPLE) & chosen["kind"].ne("rows")]
     chosen = chosen[chosen["p_done"].eq(0.01) | chosen["case"].str.contains("1024x128")]

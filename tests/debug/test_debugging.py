@@ -401,9 +401,9 @@ def test_other_keys_shapes_and_batch_sizes_than_torchrls_are_found():
     assert parity.find_difference(ours, theirs.clone().set("action", ours["action"].int()), 2).what == "key action"
 
 
-def readme_output(name):
-    """The block of output that follows a comment in the README."""
-    return (ROOT / "README.md").read_text().split(f"<!-- output: {name} -->\n```\n")[1].split("```")[0]
+def shown_output(name):
+    """The block of output that follows a comment on the page of debugging."""
+    return (ROOT / "docs" / "debugging.md").read_text().split(f"<!-- output: {name} -->\n```\n")[1].split("```")[0]
 
 
 def test_a_reader_that_stops_reading_is_no_error(saved):
@@ -412,9 +412,9 @@ def test_a_reader_that_stops_reading_is_no_error(saved):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_readme_shows_what_explain_prints(tmp_path, monkeypatch, capsys):
+def test_the_documentation_shows_what_explain_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command, expected = readme_output("explain").split("\n", 1)
+    command, expected = shown_output("explain").split("\n", 1)
     assert main(["demo", "--save", "rollout.pt"]) == 0
     capsys.readouterr()
     assert main(command.removeprefix("$ python -m multistep_triton ").split()) == 0
@@ -422,13 +422,13 @@ def test_the_readme_shows_what_explain_prints(tmp_path, monkeypatch, capsys):
     assert Path("explain.png").stat().st_size > 0
 
 
-def test_the_readme_shows_what_a_wrong_kernel_gives(monkeypatch):
+def test_the_documentation_shows_what_a_wrong_kernel_gives(monkeypatch):
     monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "verify")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with mutate.altered_copy(mutate.MUTATIONS[0]) as copy:
         done = mutate.run_python(copy, "-m", "multistep_triton", "demo")
     assert done.returncode == 1
-    assert done.stderr.endswith(f"\nmultistep_triton.backends.{readme_output('verify')}")
+    assert done.stderr.endswith(f"\nmultistep_triton.backends.{shown_output('verify')}")
 
 
 @pytest.mark.parametrize(

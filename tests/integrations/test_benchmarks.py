@@ -189,17 +189,17 @@ def test_a_documented_error_is_a_note():
 RESULTS = Path(compare.__file__).parent / "results"
 
 
-def test_readme_quotes_the_results_that_are_committed():
-    readme = (RESULTS.parent.parent / "README.md").read_text()
+def test_the_documentation_quotes_the_results_that_are_committed():
+    page = (RESULTS.parent.parent / "docs" / "benchmarks.md").read_text()
     rows = report.read(RESULTS / "cpu-compare.csv")
-    assert report.excerpt(rows) in readme
-    assert report.table(report.ratios_of(rows)) in readme
-    assert report.table(report.sampling_of(rows)) in readme
+    assert report.excerpt(rows) in page
+    assert report.table(report.ratios_of(rows)) in page
+    assert report.table(report.sampling_of(rows)) in page
     slopes = report.table(growth.slopes(pd.read_csv(RESULTS / "cpu-growth.csv")))
-    assert slopes in readme
+    assert slopes in page
     assert slopes in (RESULTS / "cpu-growth.md").read_text()
     verdict = training_step.verdict(pd.read_csv(RESULTS / "cpu-training-step.csv"))
-    assert verdict in readme
+    assert verdict in page
     assert verdict in (RESULTS / "cpu-training-step.md").read_text()
     for kind in ("ratio", "p-done", "n-steps", "bandwidth", "sample", "growth"):
         assert (RESULTS / f"cpu-{kind}.png").is_file()

@@ -145,8 +145,8 @@ def test_stored_frames_are_those_of_a_transform_made_by_hand(name, kind):
     assert_equal(rb[:], expected[:])
 
 
-def test_the_config_in_the_readme(tmp_path):
-    text = (ROOT / "README.md").read_text().split("<!-- config: hydra -->\n```yaml\n")[1].split("```")[0]
+def test_the_config_in_the_documentation(tmp_path):
+    text = (ROOT / "docs" / "hydra.md").read_text().split("<!-- config: hydra -->\n```yaml\n")[1].split("```")[0]
     (tmp_path / "config.yaml").write_text(text)
     with initialize_config_dir(str(tmp_path), version_base=None):
         rb = instantiate(compose("config").replay_buffer)

@@ -1,7 +1,7 @@
 """Where torchrl's class is wrong: every test passes with ours and fails with torchrl's in its place.
 
 ``python -m pytest tests/spec/test_where_torchrl_is_wrong.py -v`` runs both. Were torchrl to pass one, the test fails:
-then it can go from the table in README.md. ``--runxfail`` shows how torchrl fails.
+then it can go from the table in docs/torchrl.md. ``--runxfail`` shows how torchrl fails.
 """
 
 import inspect
