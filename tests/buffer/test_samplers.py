@@ -2,14 +2,13 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from rings import TRAJ_KEY, Ring, assert_same_bytes, assert_sampled, assert_windows, make_buffer, make_stream, wrapped
 from tensordict import TensorDict
 from torchrl.data import RandomSampler, SamplerWithoutReplacement
 from torchrl.data.replay_buffers import Sequence
-from torchrl.data.replay_buffers.samplers import PrioritizedSampler, SliceSampler, prioritized
+from torchrl.data.replay_buffers.samplers import SliceSampler
 from torchrl.envs.transforms import Transform
 
 DONE = ("next", "done")
@@ -109,98 +108,6 @@ def test_sequences_of_frames(batch):
     assert_sampled(sample, ring, info=("index", *masks))
     number, valid = (sample[key].view(12, 4) for key in ("number", "validity_mask"))
     assert (number.diff() == 1)[valid[:, 1:]].all()
-
-
-class Tree:
-    """A segment tree's values, in an array: what torchrl's C++ extension gives its prioritized sampler."""
-
-    neutral, reduce = 0.0, staticmethod(np.sum)
-
-    def __init__(self, size):
-        self.values = np.full(size, self.neutral, dtype=np.float64)
-
-    def __getitem__(self, index):
-        return torch.as_tensor(self.values[index]).float() if isinstance(index, torch.Tensor) else self.values[index]
-
-    def __setitem__(self, index, value):
-        self.values[index] = value
-
-    def query(self, left, right):
-        return float(self.reduce(self.values[left:right]))
-
-    def scan_lower_bound(self, mass):
-        """The first index up to which the values sum to ``mass`` at least."""
-        return np.searchsorted(np.cumsum(self.values), mass)
-
-
-class MinTree(Tree):
-    neutral, reduce = np.inf, staticmethod(np.min)
-
-
-@pytest.fixture
-def trees(monkeypatch):
-    for precision in ("32", "64"):
-        monkeypatch.setattr(prioritized, f"SumSegmentTreeFp{precision}", Tree)
-        monkeypatch.setattr(prioritized, f"MinSegmentTreeFp{precision}", MinTree)
-
-
-# torchrl passes tensors to numpy in a way that numpy is about to give up
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
-@pytest.mark.usefixtures("trees")
-def test_priorities(batch):
-    capacity, alpha, beta = 16, 0.7, 0.5
-    size = torch.Size(batch).numel() * capacity
-    sampler = PrioritizedSampler(size, alpha=alpha, beta=beta, eps=1e-12)
-    buffer, ring = wrapped(capacity, batch, sampler=sampler, batch_size=400)
-    info = ("index", "priority_weight")
-    torch.manual_seed(0), np.random.seed(0)
-    sample = buffer.sample()
-    assert_sampled(sample, ring, info=info)
-    # new frames are all alike
-    assert set(sample["number"].tolist()) == set(ring.numbers())
-    assert torch.equal(sample["priority_weight"], torch.ones(400))
-
-    priority = 1 + (sample["number"] % 3).float()
-    sample["td_error"] = priority
-    buffer.update_tensordict_priority(sample)
-    sample = buffer.sample(n_steps=5)
-    assert_sampled(sample, ring, 5, info=info)
-    kinds = sample["number"] % 3
-    expected = ((1.0 + kinds) ** alpha) ** -beta
-    torch.testing.assert_close(sample["priority_weight"], expected)
-    # as often as their priorities say, within five standard deviations
-    live = torch.tensor(ring.numbers()) % 3
-    masses = torch.tensor([((1.0 + kind) ** alpha) * (live == kind).sum() for kind in range(3)])
-    share = masses / masses.sum()
-    counts = torch.bincount(kinds, minlength=3) / 400
-    assert ((counts - share).abs() <= 5 * (share * (1 - share) / 400).sqrt()).all()
-
-    # one frame alone, and what is written after that besides
-    sample["td_error"] = torch.zeros(400)
-    everywhere = torch.arange(size)
-    buffer.update_priority(everywhere if not batch else torch.stack(torch.unravel_index(everywhere, (16, 2)), -1), 0.0)
-    chosen = sample["number"][0].item()
-    sample["td_error"] = (sample["number"] == chosen).float()
-    buffer.update_tensordict_priority(sample)
-    assert set(buffer.sample()["number"].tolist()) == {chosen}
-    new = ring.take(2)
-    buffer.extend(new)
-    sample = buffer.sample()
-    assert set(sample["number"].tolist()) <= {chosen, *new["number"].flatten().tolist()}
-    assert set(sample["number"].tolist()) >= set(new["number"].flatten().tolist())
-    assert_sampled(sample, ring, info=info)
-
-
-@pytest.mark.usefixtures("trees")
-def test_a_priority_that_comes_with_the_data():
-    stream = make_stream((), 30)
-    stream["td_error"] = (stream["number"] == 13).float()
-    ring, buffer = Ring(stream, 16), make_buffer(16, sampler=PrioritizedSampler(16, alpha=1.0, beta=1.0))
-    buffer.extend(ring.take(9)), buffer.extend(ring.take(10))
-    sample = buffer.sample(20)
-    assert set(sample["number"].tolist()) == {13}
-    assert_sampled(sample, ring, info=("index", "priority_weight"))
 
 
 def test_samples_are_pinned_once_transforms_are_through(monkeypatch):

@@ -13,7 +13,6 @@ from torchrl.data import (
     SamplerWithoutReplacement,
     TensorDictReplayBuffer,
 )
-from torchrl.data.replay_buffers import samplers
 from torchrl.envs.transforms import Compose, DoubleToFloat, RewardScaling
 
 from multistep_triton import MultiStepTransform
@@ -139,38 +138,6 @@ def test_memmap_storage_can_feed_the_transform(tmp_path):
     rollout = make_rollout((2,), 50)
     out = MultiStepTransform(N_STEPS, GAMMA).inv(rollout.memmap(tmp_path))
     assert (out == expected(rollout, [50])).all()
-
-
-def _prioritized_loads() -> bool:
-    try:
-        samplers.PrioritizedSampler(10, 0.7, 0.5)
-    except RuntimeError:
-        return False
-    return True
-
-
-def test_prioritized():
-    def make():
-        return TensorDictReplayBuffer(
-            storage=LazyTensorStorage(100),
-            sampler=samplers.PrioritizedSampler(100, alpha=1.0, beta=1.0),
-            transform=MultiStepTransform(N_STEPS, GAMMA),
-            batch_size=64,
-        )
-
-    if not _prioritized_loads():
-        with pytest.raises(RuntimeError, match="not available"):
-            make()
-        return
-    rollout = make_rollout((), 50)
-    buffer = make()
-    buffer.extend(rollout)
-    sample = buffer.sample()
-    sample["td_error"] = (sample["index"] == 7).float()
-    buffer.update_tensordict_priority(sample)
-    wanted = expected(rollout, [50])
-    again = buffer.sample()
-    assert torch.equal(again["next", "reward"], wanted["next", "reward"][again["index"]])
 
 
 def test_changing_n_steps_of_a_transform_in_a_buffer():
