@@ -1,26 +1,24 @@
 """What MultiStepTransform, MultiStep and NStepReplayBuffer are told: their arguments, checked when they are set.
 
-Owns their rules, and how they are printed. May import ``checks``, ``backends`` and ``roles``.
+Owns their rules, and how they are printed. May import ``checks``, ``backends``, ``roles``, torchrl's types.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, get_args, overload
+from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
+import torch
 from tensordict import NestedKey
+from torchrl.data import SampleUnit, Storage, StorageCheckpointerBase, Writer
+from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.envs.transforms import Transform
+from typing_extensions import Required, TypedDict
 
 from multistep_triton.backends import Backend, check_backend
 from multistep_triton.checks import check_bool, check_choice, check_gamma, check_positive_int
 from multistep_triton.roles import DEFAULT_DONE_KEYS, DEFAULT_MASK_KEY, DEFAULT_REWARD_KEYS, check_key, key_list
-
-if TYPE_CHECKING:
-    import torch
-    from torchrl.data import SampleUnit, Storage, StorageCheckpointerBase, Writer
-    from torchrl.data.replay_buffers.samplers import Sampler
-    from torchrl.envs.transforms import Transform
-    from typing_extensions import Required
 
 DoneAt = Literal["start", "end"]
 DONE_AT: tuple[DoneAt, ...] = get_args(DoneAt)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, TensorDictRoundRobinWriter
 from torchrl.envs.transforms import Transform
+from typing_extensions import Unpack
 
 from multistep_triton.arguments import ARGUMENTS, Argument, DoneAt, TorchRLArguments
 from multistep_triton.backends import Backend
@@ -29,9 +30,6 @@ from multistep_triton.samples import Samples
 from multistep_triton.stored import Leaves, Position, check_index, check_slots
 from multistep_triton.task import Task
 from multistep_triton.torchrl_internals import calls, refuse_other_ways, transforms_in
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Steps = int | tuple[int, int]
 

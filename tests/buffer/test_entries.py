@@ -1,6 +1,7 @@
 """What entries may be that the n-step buffer samples: dtypes, shapes, names, agents; and arguments that change."""
 
 import inspect
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from rings import (
 from rollouts import make_rollout
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
+from typing_extensions import Unpack
 
 from multistep_triton import NStepReplayBuffer
 from multistep_triton.arguments import TorchRLArguments
@@ -275,8 +277,8 @@ def test_torchrls_arguments_are_those_that_an_editor_lists():
         if each.kind is inspect.Parameter.KEYWORD_ONLY
     }
     assert "priority_key" in torchrls and "storage" in torchrls
-    assert TorchRLArguments.__annotations__.keys() == torchrls
-    assert NStepReplayBuffer.__init__.__annotations__["kwargs"] == "Unpack[TorchRLArguments]"
+    assert get_type_hints(TorchRLArguments).keys() == torchrls
+    assert get_type_hints(NStepReplayBuffer.__init__)["kwargs"] == Unpack[TorchRLArguments]
 
 
 def test_an_argument_that_nobody_takes_is_named():
