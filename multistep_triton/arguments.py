@@ -1,19 +1,27 @@
 """What MultiStepTransform, MultiStep and NStepReplayBuffer are told: their arguments, checked when they are set.
 
-Owns their rules. May import ``checks``, ``backends`` and ``roles``.
+Owns their rules, and how they are printed. May import ``checks``, ``backends``, ``roles``, torchrl's types.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar, overload
+from inspect import Parameter, signature
+from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
+import torch
 from tensordict import NestedKey
+from torchrl.data import SampleUnit, Storage, StorageCheckpointerBase, Writer
+from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.envs.transforms import Transform
+from typing_extensions import Required, TypedDict
 
-from multistep_triton.backends import check_backend
+from multistep_triton.backends import Backend, check_backend
 from multistep_triton.checks import check_bool, check_choice, check_gamma, check_positive_int
 from multistep_triton.roles import DEFAULT_DONE_KEYS, DEFAULT_MASK_KEY, DEFAULT_REWARD_KEYS, check_key, key_list
 
+DoneAt = Literal["start", "end"]
+DONE_AT: tuple[DoneAt, ...] = get_args(DoneAt)
 Given = TypeVar("Given")
 Stored = TypeVar("Stored")
 
@@ -22,7 +30,7 @@ class Argument(Generic[Given, Stored]):
     """Makes an argument of a method that checks: what it returns of the value that is set is kept as ``_<name>``."""
 
     def __init__(self, check: Callable[[Any, Given], Stored]) -> None:
-        self._check, self._attribute, self.__doc__ = check, f"_{check.__name__}", check.__doc__
+        self.check, self._attribute, self.__doc__ = check, f"_{check.__name__}", check.__doc__
 
     @overload
     def __get__(self, instance: None, owner: type) -> Argument[Given, Stored]: ...
@@ -34,7 +42,7 @@ class Argument(Generic[Given, Stored]):
 
     def __set__(self, instance: object, value: Given) -> None:
         """Keeps what is right; where the check raises, the value stays."""
-        setattr(instance, self._attribute, self._check(instance, value))
+        setattr(instance, self._attribute, self.check(instance, value))
 
 
 class Arguments:
@@ -48,8 +56,8 @@ class Arguments:
     _done_key: NestedKey
     _done_keys: Sequence[NestedKey]
     _mask_key: NestedKey
-    _backend: str
-    _done_at: str
+    _backend: Backend
+    _done_at: DoneAt
     _traj_key: NestedKey | None
     _match_reward_shape: bool
 
@@ -57,6 +65,21 @@ class Arguments:
         """Sets all of them, of a constructor's ``locals()``."""
         for name in ARGUMENTS:
             setattr(self, name, given[name])
+
+    def __repr__(self) -> str:
+        """The class and what :meth:`_said` says."""
+        return f"{type(self).__name__}({', '.join(self._said())})"
+
+    def _said(self) -> list[str]:
+        """The arguments that have no default, and those that are not theirs; of one half made, those that are set."""
+        parameters, kept = signature(type(self).__init__).parameters, vars(self)
+        said = []
+        for name, argument in ARGUMENTS.items():
+            default = parameters[name].default if name in parameters else Parameter.empty
+            value = kept.get(f"_{name}", default)
+            if value is not default and (default is Parameter.empty or value != argument.check(self, default)):
+                said.append(f"{name}={value!r}")
+        return said
 
     @Argument
     def n_steps(self, value: int) -> int:
@@ -89,14 +112,14 @@ class Arguments:
         return self.DEFAULT_MASK_KEY if value is None else check_key("mask_key", value)
 
     @Argument
-    def backend(self, value: str) -> str:
+    def backend(self, value: Backend) -> Backend:
         """The backend asked for."""
         return check_backend(value)
 
     @Argument
-    def done_at(self, value: str) -> str:
+    def done_at(self, value: DoneAt) -> DoneAt:
         """The frame that done keys are of: the window's ``"start"`` or its ``"end"``."""
-        return check_choice("done_at", value, ("start", "end"))
+        return check_choice("done_at", value, DONE_AT)
 
     @Argument
     def traj_key(self, value: NestedKey | None) -> NestedKey | None:
@@ -109,4 +132,31 @@ class Arguments:
         return check_bool("match_reward_shape", value)
 
 
-ARGUMENTS = tuple(name for name, value in vars(Arguments).items() if isinstance(value, Argument))
+ARGUMENTS = {name: value for name, value in vars(Arguments).items() if isinstance(value, Argument)}
+
+
+class TorchRLArguments(TypedDict, total=False):
+    """Those of torchrl's buffer, which has their defaults."""
+
+    storage: Required[Storage | Callable[[], Storage]]
+    sampler: Sampler | Callable[[], Sampler] | None
+    sample_unit: SampleUnit | None
+    writer: Writer | Callable[[], Writer] | None
+    collate_fn: Callable[..., Any] | None
+    pin_memory: bool
+    prefetch: int | None
+    transform: Transform | Callable[..., Any] | None
+    transform_factory: Callable[[], Transform | Callable[..., Any]] | None
+    batch_size: int | None
+    dim_extend: int | None
+    checkpointer: StorageCheckpointerBase | Callable[[], StorageCheckpointerBase] | None
+    generator: torch.Generator | None
+    consume_after_n_samples: int | None
+    shared: bool
+    compilable: bool | None
+    delayed_init: bool | None
+    priority_key: str
+    service_backend: Literal["direct", "ray"]
+    service_backend_options: dict[str, Any] | None
+    transport: Literal["auto", "direct", "ray", "distributed"]
+    transport_options: dict[str, Any] | None

@@ -10,14 +10,15 @@ import functools
 import logging
 import os
 from collections.abc import Collection, Hashable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from multistep_triton.checks import check_choice, is_transformed
 
-BACKENDS = ("auto", "reference", "triton", "verify")
+Backend = Literal["auto", "reference", "triton", "verify"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 BACKEND_VARIABLE = "MULTISTEP_TRITON_BACKEND"
 
 _logger = logging.getLogger("multistep_triton")
@@ -80,7 +81,7 @@ _ON_ACCELERATOR = Choice("triton", "the tensors are where Triton runs")
 _told: set[Choice] = set()
 
 
-def check_backend(value: str, name: str = "backend") -> str:
+def check_backend(value: str, name: str = "backend") -> Backend:
     return check_choice(name, value, BACKENDS)
 
 

@@ -29,12 +29,22 @@ if TYPE_CHECKING:
 class CarryingTransform(MultiStepBase, Transform):
     """A transform that holds back the last frames of a stream, under a lock."""
 
+    # Replaced by every call; the next one may overwrite the frames of the one before.
+    _carry: Carry | None = None
+
     def __init__(self) -> None:
         super().__init__()
-        # Replaced by every call; the next one may overwrite the frames of the one before.
-        self._carry: Carry | None = None
         # A replay buffer calls its transforms outside its own lock.
         self._lock = threading.RLock()
+
+    @property
+    def frames_held(self) -> int:
+        """How many frames of every row are held back: at most ``n_steps``, as that was in the last call."""
+        carry = self._carry  # once, as another thread may be calling
+        return 0 if carry is None else carry.count
+
+    def _said(self) -> list[str]:
+        return [*super()._said(), f"frames_held={self.frames_held}"]
 
     def clear(self) -> None:
         """Drops the frames held back."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numbers
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 _IDS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+Name = TypeVar("Name", bound=str)
 
 
 def check_positive_int(name: str, value: int) -> int:
@@ -36,10 +39,10 @@ def check_gamma(value: float) -> float:
     return value
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+def check_choice(name: str, value: str, choices: tuple[Name, ...]) -> Name:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
+    return choices[choices.index(value)]
 
 
 def check_bool(name: str, value: bool) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multistep_triton import engine
-from multistep_triton.backends import resolve_backend
+from multistep_triton.backends import Backend, resolve_backend
 from multistep_triton.checks import (
     check_gamma,
     check_gather_future,
@@ -50,7 +50,7 @@ def n_step_return(
     gamma: float,
     n_steps: int,
     mask: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> NStepReturn:
     """n-step returns of complete rows; windows are cut at boundaries and at the last frame.
 
@@ -107,7 +107,7 @@ def _keys(kinds: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> Keys:
     return Keys(kinds, ("done",), rewards=("reward",), mask="mask" if len(kinds) > 2 else None)
 
 
-def gather_future(value: Tensor, steps: Tensor, *, backend: str = "auto") -> Tensor:
+def gather_future(value: Tensor, steps: Tensor, *, backend: Backend = "auto") -> Tensor:
     """The value at the end of every window: ``out(t) = value(t + steps(t) - 1)``, bit for bit.
 
     Args:

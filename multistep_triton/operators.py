@@ -2,7 +2,7 @@
 
 Registers ``torch.ops.multistep_triton.n_step_return`` and ``gather_future``, which those functions call when they are
 compiled: to the compiler each is one opaque call, of the backend that runs without it. Owns shapes and gradients of
-these, no maths of its own. May import ``functional``, ``checks`` and ``task``.
+these, no maths of its own. May import ``functional`` and what it may.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multistep_triton.backends import Backend
 from multistep_triton.checks import check_gather_future, check_n_step_return
 from multistep_triton.functional import gather_future, n_step_return
 from multistep_triton.task import return_dtype
@@ -24,7 +25,7 @@ from multistep_triton.task import return_dtype
     "(Tensor, Tensor, Tensor)",
 )
 def _n_step_return(
-    reward: Tensor, done: Tensor, mask: Tensor | None, gamma: float, n_steps: int, backend: str
+    reward: Tensor, done: Tensor, mask: Tensor | None, gamma: float, n_steps: int, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = n_step_return(reward, done, gamma=gamma, n_steps=n_steps, mask=mask, backend=backend)
     return out.reward, out.steps, out.discount
@@ -32,7 +33,7 @@ def _n_step_return(
 
 @_n_step_return.register_fake
 def _(
-    reward: Tensor, done: Tensor, mask: Tensor | None, gamma: float, n_steps: int, backend: str
+    reward: Tensor, done: Tensor, mask: Tensor | None, gamma: float, n_steps: int, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead = check_n_step_return(reward, done, mask)
     return (
@@ -82,12 +83,12 @@ _n_step_return.register_autograd(_backward, setup_context=_save_windows)
 @torch.library.custom_op(
     "multistep_triton::gather_future", mutates_args=(), schema="(Tensor value, Tensor steps, str backend) -> Tensor"
 )
-def _gather_future(value: Tensor, steps: Tensor, backend: str) -> Tensor:
+def _gather_future(value: Tensor, steps: Tensor, backend: Backend) -> Tensor:
     return gather_future(value, steps, backend=backend)
 
 
 @_gather_future.register_fake
-def _(value: Tensor, steps: Tensor, backend: str) -> Tensor:
+def _(value: Tensor, steps: Tensor, backend: Backend) -> Tensor:
     check_gather_future(value, steps)
     return value.new_empty(value.shape)
 

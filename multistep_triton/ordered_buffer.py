@@ -18,15 +18,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.envs.transforms import Transform
 
 from multistep_triton.storage_order import Order, order_of
-from multistep_triton.stored import (
-    Leaves,
-    Position,
-    check_continues,
-    check_dims,
-    check_parts,
-    leaves_of,
-    versions_of,
-)
+from multistep_triton.stored import Leaves, Position, check_continues, check_dims, check_parts, leaves_of, versions_of
 from multistep_triton.torchrl_internals import calls, transforms_in
 
 

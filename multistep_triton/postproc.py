@@ -1,4 +1,4 @@
-"""MultiStep: n-step transitions of one rollout, as a collector's postproc. May import ``base`` and ``roles``."""
+"""MultiStep: n-step transitions of one rollout, as a collector's postproc. May import ``base`` and what it may."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import nn
 
+from multistep_triton.arguments import DoneAt
+from multistep_triton.backends import Backend
 from multistep_triton.base import MultiStepBase
 from multistep_triton.roles import MASK_PATH
 
@@ -65,8 +67,8 @@ class MultiStep(MultiStepBase, nn.Module):
         done_key: NestedKey | None = None,
         done_keys: Sequence[NestedKey] | None = None,
         mask_key: NestedKey | None = None,
-        backend: str = "auto",
-        done_at: str = "start",
+        backend: Backend = "auto",
+        done_at: DoneAt = "start",
         traj_key: NestedKey | None = "auto",
         match_reward_shape: bool = False,
     ) -> None:

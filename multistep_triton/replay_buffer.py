@@ -15,8 +15,10 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, TensorDictRoundRobinWriter
 from torchrl.envs.transforms import Transform
+from typing_extensions import Unpack
 
-from multistep_triton.arguments import ARGUMENTS, Argument
+from multistep_triton.arguments import ARGUMENTS, Argument, DoneAt, TorchRLArguments
+from multistep_triton.backends import Backend
 from multistep_triton.base import MultiStepBase
 from multistep_triton.checks import check_not_captured, check_steps
 from multistep_triton.frames import Frames, KeyPath
@@ -64,8 +66,9 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
     the same; done keys are those of frame ``e(t)`` and ``<done_key>_orig`` as they came, or with ``done_at="start"``
     as they came; every other entry is the one of frame ``e(t)``, bit for bit. The other root entries are those of
     frame ``t``, and ``"index"`` says where it lies. The result is new memory on the storage's device, on which
-    everything is computed; the host does not wait for it. An index outside of what is stored is an error on a CPU; on
-    an accelerator such a row has 0 steps, a discount of 1, rewards of NaN and zeros.
+    everything is computed; the host does not wait for it. What is sliced, as in ``rb[:]``, are single steps as they are
+    stored. An index outside of what is stored is an error on a CPU; on an accelerator such a row has 0 steps, a
+    discount of 1, rewards of NaN and zeros.
 
     Keyword Args:
         n_steps: frames in a full window, an int >= 1, or a pair ``(low, high)``: every sampled frame then draws its
@@ -138,10 +141,10 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         done_keys: Sequence[NestedKey] | None = None,
         traj_key: NestedKey | None = "auto",
         mask_key: NestedKey | None = None,
-        done_at: str = "end",
+        done_at: DoneAt = "end",
         match_reward_shape: bool = False,
-        backend: str = "auto",
-        **kwargs: Any,
+        backend: Backend = "auto",
+        **kwargs: Unpack[TorchRLArguments],
     ) -> None:
         if kwargs.get("storage") is None:
             raise TypeError("storage must be a TensorStorage, such as LazyTensorStorage(max_size), got None")
@@ -151,6 +154,11 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         self._checked_beside: tuple[Any, ...] = ()
         self._set_arguments(locals())
         super().__init__(**kwargs)
+
+    def __repr__(self) -> str:
+        """The arguments, and what torchrl says of its own."""
+        said = "".join(f"{each}, " for each in self._said())
+        return SampledReplayBuffer.__repr__(self).replace("(", f"(\n    {said}", 1)
 
     @Argument
     def n_steps(self, value: Steps) -> Steps:  # type: ignore[override]
@@ -251,13 +259,8 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         drawn = None
         if low < high:
             generator, device = self._generator, indices[0].device
-            drawn = torch.randint(
-                low,
-                high + 1,
-                indices[0].shape,
-                generator=generator,
-                device=device if generator is None else generator.device,
-            ).to(device)
+            drawn_on = device if generator is None else generator.device
+            drawn = torch.randint(low, high + 1, indices[0].shape, generator=generator, device=drawn_on).to(device)
         return Samples(indices, position.newest, position.live, drawn), high
 
     def _check_neighbours(self) -> None:

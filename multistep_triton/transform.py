@@ -1,7 +1,7 @@
 """MultiStepTransform: n-step transitions on ``ReplayBuffer.extend``.
 
-Owns what a call emits and what is flushed. May import ``frames``, ``ownership``, ``neighbours`` and
-``torchrl_internals``.
+Owns what a call emits and what is flushed. May import ``arguments``, ``backends``, ``frames``, ``ownership``,
+``neighbours`` and ``torchrl_internals``.
 """
 
 from __future__ import annotations
@@ -15,17 +15,12 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs.transforms import MultiStepTransform as _TorchRLMultiStepTransform
 from torchrl.envs.transforms import Transform
 
+from multistep_triton.arguments import DoneAt
+from multistep_triton.backends import Backend
 from multistep_triton.frames import frames_of
 from multistep_triton.neighbours import check_holds_n_steps
 from multistep_triton.ownership import OwnedTransform
-from multistep_triton.torchrl_internals import (
-    calls,
-    lock_of,
-    refuse_other_ways,
-    store,
-    transforms_in,
-    update_priority,
-)
+from multistep_triton.torchrl_internals import calls, lock_of, refuse_other_ways, store, transforms_in, update_priority
 
 
 class MultiStepTransform(OwnedTransform):
@@ -64,10 +59,10 @@ class MultiStepTransform(OwnedTransform):
 
     A transform belongs to the one replay buffer that it is given to.
 
-    The frames held back are a copy, follow ``.to(device)``, and are part of ``state_dict()``, with ``n_steps`` and
-    ``gamma``, of pickles and of deep copies: a run that is resumed from one of these stores what an unbroken one
-    would. Calls from several threads take turns; as a buffer calls its transforms outside the lock under which it
-    stores, save it and flush into it while no other thread is extending it.
+    The frames held back, :attr:`frames_held` of every row, are a copy, follow ``.to(device)``, and are part of
+    ``state_dict()``, with ``n_steps`` and ``gamma``, of pickles and of deep copies: a run that is resumed from one of
+    these stores what an unbroken one would. Calls from several threads take turns; as a buffer calls its transforms
+    outside the lock under which it stores, save it and flush into it while no other thread is extending it.
 
     Args:
         n_steps: frames in a full window, an int >= 1; can be set at any time, which loses and repeats no frame. After
@@ -154,8 +149,8 @@ class MultiStepTransform(OwnedTransform):
         done_key: NestedKey | None = None,
         done_keys: Sequence[NestedKey] | None = None,
         mask_key: NestedKey | None = None,
-        backend: str = "auto",
-        done_at: str = "start",
+        backend: Backend = "auto",
+        done_at: DoneAt = "start",
         traj_key: NestedKey | None = "auto",
         match_reward_shape: bool = False,
     ) -> None:

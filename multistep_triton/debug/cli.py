@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from multistep_triton import __version__
 from multistep_triton.backends import BACKENDS, check_backend, resolve_backend
 from multistep_triton.checks import check_gamma, check_positive_int
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cannot run, it exits with 2 and one line that says why.
     """
     parser = _Parser(prog="python -m multistep_triton", description="n-step replay for torchrl.")
+    parser.add_argument("--version", action="version", version=f"multistep_triton {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (_add_demo, _add_doctor, _add_explain):
         add(commands)

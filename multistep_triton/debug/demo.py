@@ -1,6 +1,6 @@
 """The demo: the example of torchrl's MultiStepTransform, stored by ours and by torchrl's, and compared.
 
-Owns the environment and the two buffers. May import the package, ``parity``, torchrl, gymnasium and tqdm.
+Owns the environment, two buffers and a table. May import the package, ``parity``, ``tables``, torchrl, gymnasium, tqdm.
 """
 
 from __future__ import annotations
@@ -19,10 +19,21 @@ from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransf
 from tqdm import tqdm
 
 from multistep_triton import MultiStepTransform
+from multistep_triton.backends import Backend
 from multistep_triton.debug.parity import INEXACT_KEYS, find_difference, leaf_keys, ulps
+from multistep_triton.debug.tables import layout, number
 
 ENVIRONMENTS = 2
 ENVIRONMENT = "CartPole-v1"
+FRAMES = 5  # of the table
+COLUMNS = {
+    "step_count": "step_count",
+    "next step_count": ("next", "step_count"),
+    "steps": "steps_to_next_obs",
+    "reward": ("next", "original_reward"),
+    "n-step reward": ("next", "reward"),
+    "done": ("next", "done"),
+}
 
 
 def run(
@@ -33,7 +44,7 @@ def run(
     chunks: int,
     capacity: int,
     seed: int,
-    backend: str,
+    backend: Backend,
     save: Path | None,
 ) -> int:
     """Extends both buffers chunk by chunk, and compares what each extend stored.
@@ -64,8 +75,7 @@ def run(
         return 1
 
     held = buffers[0][:]
-    print("step_count", held["step_count"][:, :5])
-    print("next step_count", held["next", "step_count"][:, :5])
+    print(_table(held[0], stored))
     print(f"stored: {ENVIRONMENTS * stored} frames in {chunks} extends, of which the buffer holds {len(buffers[0])}")
     if n_steps == 1:
         print("nonterminal: compared with not done, as torchrl's is False everywhere for n_steps=1")
@@ -75,6 +85,20 @@ def run(
         f"({keys - inexact} exactly, {inexact} within {ulps(n_steps)} float32 ulps): all equal"
     )
     return 0
+
+
+def _table(held: TensorDictBase, stored: int) -> str:
+    """The frames around the first done of a ring ``[slots]``, in which ``stored`` were written; else its newest."""
+    slots = len(held)
+    frames = held.roll(-stored % slots, 0)
+    done = frames["next", "done"].flatten().tolist()
+    first = done.index(True) if True in done else slots
+    begin = max(min(first + 2, slots) - FRAMES, 0)
+    rows = [
+        [str(stored - slots + i), *(number(frames[key][i].item()) for key in COLUMNS.values())]
+        for i in range(begin, min(begin + FRAMES, slots))
+    ]
+    return f"environment 0, as it is stored:\n{layout(['t', *COLUMNS], rows)}"
 
 
 def _rollouts(chunks: int, frames: int, seed: int) -> Iterator[TensorDictBase]:

@@ -1,6 +1,6 @@
 """The doctor: what is installed, what runs here and why, and whether it computes the same.
 
-May import ``backends``, ``streams``, ``tables`` and tqdm.
+May import ``backends``, ``streams``, ``tables``, packaging and tqdm.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from packaging.requirements import Requirement
 from tqdm import tqdm
 
 from multistep_triton import __version__
@@ -46,6 +47,7 @@ def run(*, streams: int, seed: int, as_json: bool) -> int:
             "torch": torch.__version__,  # its metadata leave out for which CUDA or ROCm it was built
             **{name: _version(name) for name in PACKAGES},
         },
+        "unsupported": _unsupported_triton(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "backends": [_backend(device, name) for device in devices for name in BACKENDS],
     }
@@ -53,7 +55,10 @@ def run(*, streams: int, seed: int, as_json: bool) -> int:
         _print_machine(report)
     seeds = range(seed, seed + streams)
     report["equivalence"] = [_compare(seeds, *comparison) for comparison in _comparisons(devices)]
-    report["ok"] = all(each["result"] != "different" for each in report["equivalence"]) and all(
+    for each in report["equivalence"]:
+        if report["unsupported"] and each["result"] == "different" and each["compared"].startswith("kernels"):
+            each["result"] = "unsupported"
+    report["ok"] = all(each["result"] in ("equal", "skipped") for each in report["equivalence"]) and all(
         each["runs"] for each in report["backends"] if each["backend"] == "auto"
     )
     if as_json:
@@ -83,12 +88,28 @@ def _print_equivalence(report: dict[str, Any]) -> None:
 
 def _verdict(report: dict[str, Any]) -> str:
     results = [each["result"] for each in report["equivalence"]]
-    said = ["NOT EQUAL, see above" if "different" in results else "all that was compared is equal"]
+    said = [report["unsupported"]] if report["unsupported"] else []
+    what = "all else that" if "unsupported" in results else "all that"
+    said.append("NOT EQUAL, see above" if "different" in results else f"{what} was compared is equal")
     if "skipped" in results:
         said.append(f"{results.count('skipped')} of {len(results)} comparisons cannot run here")
     if any(each["backend"] == "auto" and not each["runs"] for each in report["backends"]):
         said.append("auto CANNOT RUN, see above")
     return "; ".join(said)
+
+
+def _unsupported_triton() -> str | None:
+    """That the Triton here is none of those that the package's metadata allow, and what to install; None if it is."""
+    try:
+        import triton
+
+        requirements = map(Requirement, requires("multistep_triton") or ())
+        (allowed,) = (each.specifier for each in requirements if each.name == "triton")
+    except Exception:  # it is missing or broken, as "Backends" says, or this package is not installed
+        return None
+    if allowed.contains(triton.__version__, prereleases=True):
+        return None
+    return f"Triton {triton.__version__} is UNSUPPORTED, install triton{allowed} and the torch that it belongs to"
 
 
 def _accelerators() -> list[torch.device]:

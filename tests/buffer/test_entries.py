@@ -1,5 +1,8 @@
 """What entries may be that the n-step buffer samples: dtypes, shapes, names, agents; and arguments that change."""
 
+import inspect
+from typing import get_type_hints
+
 import pytest
 import torch
 from paths import kernels
@@ -19,7 +22,11 @@ from rings import (
 )
 from rollouts import make_rollout
 from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
+from typing_extensions import Unpack
 
+from multistep_triton import NStepReplayBuffer
+from multistep_triton.arguments import TorchRLArguments
 from multistep_triton.kernels.windows import INTERPRETED
 
 REWARD = ("next", "reward")
@@ -260,6 +267,30 @@ def test_every_argument_can_be_set():
                 everything(buffer)
     buffer.backend = "reference"
     check(ring)
+
+
+def test_torchrls_arguments_are_those_that_an_editor_lists():
+    torchrls = {
+        each.name
+        for owner in (TensorDictReplayBuffer, ReplayBuffer)
+        for each in inspect.signature(owner.__init__).parameters.values()
+        if each.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    assert "priority_key" in torchrls and "storage" in torchrls
+    assert get_type_hints(TorchRLArguments).keys() == torchrls
+    assert get_type_hints(NStepReplayBuffer.__init__)["kwargs"] == Unpack[TorchRLArguments]
+
+
+def test_an_argument_that_nobody_takes_is_named():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batchsize'"):
+        NStepReplayBuffer(n_steps=3, gamma=0.9, storage=LazyTensorStorage(8), batchsize=4)
+
+
+def test_a_slice_holds_single_steps():
+    stream, buffer = make_stream((), 8), make_buffer(8)
+    buffer.extend(stream)
+    assert torch.equal(buffer[:][REWARD], stream[REWARD])
+    assert "steps_to_next_obs" not in buffer[:].keys()  # noqa: SIM118  # of a tensordict
 
 
 def test_n_steps_of_one_call():

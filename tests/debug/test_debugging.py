@@ -11,10 +11,11 @@ import fresh
 import mutate
 import pytest
 import torch
+import triton
 from rollouts import frames, make_rollout
 from tensordict import LazyStackedTensorDict, NonTensorData, TensorDict, tensorclass
 
-from multistep_triton import MultiStep, MultiStepTransform
+from multistep_triton import MultiStep, MultiStepTransform, __version__
 from multistep_triton.debug import doctor, parity, streams
 from multistep_triton.debug.cli import main
 from multistep_triton.debug.explain import Windows, load_rollout
@@ -356,6 +357,51 @@ def test_the_doctor_where_triton_is_missing(monkeypatch, capsys):
     assert doctor._verdict(report) == "all that was compared is equal; 1 of 3 comparisons cannot run here"
 
 
+OTHER_TRITONS = ["0.1", "99.0.0+git1234"]
+
+
+@pytest.mark.parametrize("version", OTHER_TRITONS)
+@pytest.mark.parametrize(("seen", "result"), [("module 'triton' has no attribute 'x'", "unsupported"), (None, "equal")])
+def test_the_doctor_says_that_a_triton_is_unsupported(version, seen, result, monkeypatch, capsys):
+    monkeypatch.setattr(triton, "__version__", version)
+    compared = [
+        ("kernels with specification", CPU, lambda seed, device: Result(7, seen), nullcontext(map)),
+        ("reference with torchrl", CPU, lambda seed, device: Result(7), nullcontext(map)),
+    ]
+    row = {"device": "cpu", "runs": "triton", "why": "asked for"}
+    monkeypatch.setattr(doctor, "_backend", lambda device, name: {"backend": name, **row})
+    monkeypatch.setattr(doctor, "_comparisons", lambda devices: compared)
+    assert main(["doctor", "--streams", "3"]) == (1 if seen else 0)
+    out = capsys.readouterr().out
+    (allowed,) = re.findall(r"^triton = \[.triton(.+).\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    allowed = ",".join(sorted(allowed.split(",")))
+    said = f"Triton {version} is UNSUPPORTED, install triton{allowed} and the torch that it belongs to"
+    assert out.endswith(f"\n{said}; {'all else that' if seen else 'all that'} was compared is equal\n")
+    assert re.search(rf"^  kernels with specification +cpu .*  {result} ", out, re.MULTILINE)
+    assert (f"kernels with specification, cpu ({torch.get_num_threads()} threads): {seen}\n" in out) == bool(seen)
+    assert "NOT EQUAL" not in out
+
+
+def test_the_doctor_calls_what_another_triton_has_nothing_to_do_with_different(monkeypatch, capsys):
+    monkeypatch.setattr(triton, "__version__", OTHER_TRITONS[0])
+    wrong = "reference with torchrl", CPU, lambda seed, device: Result(7, "seen"), nullcontext(map)
+    monkeypatch.setattr(doctor, "_comparisons", lambda devices: [wrong])
+    status, report = doctored(capsys, "--streams", "2")
+    assert (status, report["equivalence"][0]["result"]) == (1, "different")
+    assert doctor._verdict(report).endswith("; NOT EQUAL, see above")
+
+
+def test_the_doctor_says_nothing_of_tritons_that_are_supported_missing_or_not_to_be_judged(monkeypatch):
+    assert doctor._unsupported_triton() is None
+    monkeypatch.setattr(triton, "__version__", OTHER_TRITONS[0])
+    assert doctor._unsupported_triton()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "triton", None)
+        assert doctor._unsupported_triton() is None
+    monkeypatch.setattr(doctor, "requires", lambda name: None)  # of a package that is not installed, it raises
+    assert doctor._unsupported_triton() is None
+
+
 def test_the_doctor_refuses_a_wrong_variable(monkeypatch, capsys):
     monkeypatch.setenv("MULTISTEP_TRITON_BACKEND", "fast")
     monkeypatch.setattr(doctor, "_comparisons", lambda devices: [])
@@ -399,6 +445,55 @@ def test_other_keys_shapes_and_batch_sizes_than_torchrls_are_found():
     assert parity.find_difference(ours, theirs.exclude("action"), 2).what == "keys"
     assert parity.find_difference(ours, theirs[:1], 2).what == "batch size"
     assert parity.find_difference(ours, theirs.clone().set("action", ours["action"].int()), 2).what == "key action"
+
+
+def demo(capsys, *arguments):
+    """The lines of the demo's table, and what it prints after them."""
+    assert main(["demo", *map(str, arguments)]) == 0
+    backend, where, *lines = capsys.readouterr().out.splitlines()
+    assert (backend, where) == ("backend: reference (asked for: auto)", "environment 0, as it is stored:")
+    return [line for line in lines if line.startswith(" ")], [line for line in lines if not line.startswith(" ")]
+
+
+def test_the_demo_shows_five_frames_around_a_done_and_what_was_compared(tmp_path, capsys):
+    chosen = ["--n-steps", 3, "--gamma", 0.5, "--chunks", 3, "--frames-per-chunk", 30, "--capacity", 120]
+    (header, *rows), said = demo(capsys, *chosen, "--save", tmp_path / "rollout.pt")
+    assert re.split("  +", header.strip()) == (
+        ["t", "step_count", "next step_count", "steps", "reward", "n-step reward", "done"]
+    )
+    # The rollout was saved before any transform: what is shown of a frame is what its window makes of it.
+    rollout = load_rollout(tmp_path / "rollout.pt")[0]
+    done, count = rollout["next", "done"].flatten().tolist(), rollout["step_count"].flatten().tolist()
+    windows = Windows(rollout, [], None, MultiStep(0.5, 3))
+    frames = [int(row.split()[0]) for row in rows]
+    oldest = 90 - 3 - 60
+    first = done.index(True, oldest)
+    assert frames == list(range(max(first - 3, oldest), max(first - 3, oldest) + 5))
+    for t, row in zip(frames, rows, strict=True):
+        end, steps = windows.end(t), windows.steps[t]
+        returned = f"{windows.returns['next.reward'][t]:.6g}"
+        assert row.split() == [str(each) for each in (t, count[t], count[end] + 1, steps, 1, returned, done[t])]
+    assert {"1", "2", "3"} == {row.split()[3] for row in rows}
+    assert said[0] == "stored: 174 frames in 3 extends, of which the buffer holds 120"
+    assert said[1].startswith("compared with torchrl ") and said[1].endswith(": all equal")
+
+
+def test_the_demo_shows_as_many_frames_as_there_are(capsys):
+    (_, *rows), _ = demo(capsys, "--n-steps", 4, "--chunks", 6, "--frames-per-chunk", 1, "--capacity", 12)
+    assert [row.split()[:4] for row in rows] == [["0", "0", "4", "4"], ["1", "1", "5", "4"]]
+
+
+def test_the_demo_shows_the_newest_frames_where_none_is_done(capsys):
+    (_, *rows), _ = demo(capsys, "--n-steps", 2, "--chunks", 1, "--frames-per-chunk", 10, "--capacity", 20)
+    assert [row.split()[0] for row in rows] == ["3", "4", "5", "6", "7"]
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--version", "doctor"]])
+def test_the_version(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert not stopped.value.code
+    assert capsys.readouterr().out == f"multistep_triton {__version__}\n"
 
 
 def shown_output(name):
