@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from matplotlib import rc_context
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -49,7 +49,7 @@ def draw_windows(windows: Windows, t: int, title: str) -> Figure:
     return figure
 
 
-def _draw_lanes(axes: Axes, windows: Windows, t: int, shown: range, lanes: int) -> list[Artist]:
+def _draw_lanes(axes: Axes, windows: Windows, t: int, shown: range, lanes: int) -> list[Any]:
     """A bar for every window that reaches into the frames shown; returns what the colours say."""
     begins = [s for s in range(max(0, shown.start - lanes + 1), shown.stop) if windows.end(s) >= shown.start]
     lengths = [windows.steps[begin] for begin in begins]
@@ -76,7 +76,7 @@ def _draw_lanes(axes: Axes, windows: Windows, t: int, shown: range, lanes: int) 
     axes.set_ylim(lanes - 0.4, -0.6)
     axes.set_yticks([])
     axes.set_ylabel("windows", labelpad=8)
-    keys: list[Artist] = [
+    keys: list[Any] = [
         Patch(color=FULL, label=f"full window, n_steps = {windows.n_steps}"),
         Patch(color=CUT, label="window that is cut"),
         Patch(facecolor="none", edgecolor=CHOSEN, linewidth=2, label=f"window of t = {t}"),
@@ -91,7 +91,7 @@ def _draw_lanes(axes: Axes, windows: Windows, t: int, shown: range, lanes: int) 
     return keys
 
 
-def _draw_returns(axes: Axes, windows: Windows, t: int, shown: range) -> list[Artist]:
+def _draw_returns(axes: Axes, windows: Windows, t: int, shown: range) -> list[Any]:
     """Rewards as bars, returns as points; returns what they are."""
     name, rewards = next(iter(windows.rewards.items()))
     returns = windows.returns[name]
