@@ -27,11 +27,19 @@ from benchmarks.contenders import CONTENDERS, REFERENCE, TORCHRL, TRITON
 from benchmarks.gate import check
 from benchmarks.machine import about, sentence
 from benchmarks.measure import command, in_turns, set_up
-from benchmarks.plots import STYLE, legend_below, lines, plain_log
+from benchmarks.plots import STYLE, legend_below, lines, machine_of, plain_log
 from benchmarks.report import table
 
 FIT_FROM = {"frames": 1 << 14, "episodes per row": 4, "n": 8, "keys": 16}
 """Where a fit begins: below, the cost of a call hides what grows."""
+
+SETTINGS = {
+    "frames": "frames, 128 of each env, 2 episodes per row, n = 3",
+    "episodes per row": "episodes per row of 256, 256 envs, n = 3",
+    "n": "n, 256 envs x 256 frames, p(done) = 0.01",
+    "keys": "keys of one float32, 64 envs x 64 frames, n = 3",
+}
+"""What pictures say of ``points``."""
 
 
 class Point(NamedTuple):
@@ -114,9 +122,9 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         figure, panels = plt.subplots(2, 2, figsize=(8, 6))
         for axes, (sweep, group) in zip(panels.flat, rows.groupby("sweep", sort=False), strict=True):
             lines(axes, group, "value", "median_ms")
-            axes.set(xlabel=sweep, ylabel="ms")
+            axes.set(xlabel=SETTINGS[sweep], ylabel="ms per call")
             plain_log(axes, "xy")
-        figure.suptitle("One call of the transform")
+        figure.suptitle(f"The transform ({machine_of(rows)})")
         figure.tight_layout()
         legend_below(figure, *panels[0][0].get_legend_handles_labels())
         figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: ratio to torchrl by case, time against p(done) and n, bandwidth against row width."""
+"""Pictures of a comparison: ratio to torchrl by case, time against n, bandwidth against row width, samples."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ from matplotlib.figure import Figure
 from benchmarks.contenders import (
     BUFFER_REFERENCE,
     BUFFER_TRITON,
+    BUFFERS,
     CLONE,
     COMPILED,
     GATHERS,
+    OURS,
     REFERENCE,
     RING,
     SAMPLE,
     SB3,
     SELECTING_RING,
+    STORE_AND_SAMPLE,
     TORCHRL,
+    TRANSFORM,
     TRITON,
 )
 from benchmarks.report import RATIO, ROWS
@@ -63,8 +67,7 @@ def draw(rows: pd.DataFrame, out: Path) -> list[Path]:
     timed = rows[rows["status"].eq("ok")]
     pictures = {
         "ratio": ratio_by_case,
-        "p-done": lambda rows: time_against(rows, "p_done"),
-        "n-steps": lambda rows: time_against(rows, "n_steps"),
+        "n-steps": time_against_n,
         "bandwidth": bandwidth,
         "sample": sampling,
     }
@@ -89,74 +92,85 @@ def plain_log(axes: Axes, names: str) -> None:
         axis.set_minor_formatter(ticker.NullFormatter())
 
 
+def label(contender: str, device: str) -> str:
+    """What pictures call a contender."""
+    eager = "CPU" if device == "cpu" else "GPU, eager"
+    return {
+        REFERENCE: f"ours ({eager})",
+        BUFFER_REFERENCE: f"our buffer ({eager})",
+        TRITON: "ours (GPU)",
+        BUFFER_TRITON: "our buffer (GPU)",
+    }.get(contender, contender)
+
+
+def machine_of(rows: pd.DataFrame) -> str:
+    return rows["gpu"].iloc[0] or f"{rows['cpu'].iloc[0]}, {rows['threads'].iloc[0]} threads"
+
+
 def lines(axes: Axes, rows: pd.DataFrame, x: str, y: str) -> None:
     for contender, group in rows.groupby("contender", sort=False):
         group = group.sort_values(x)
-        axes.plot(group[x], group[y], "o-", color=COLORS[contender], label=contender, markersize=4)
+        name = label(contender, group["device"].iloc[0])
+        axes.plot(group[x], group[y], "o-", color=COLORS[contender], label=name, markersize=4)
 
 
 def ratio_by_case(rows: pd.DataFrame) -> Figure | None:
-    """A number per case, one panel per operation and contender; shapes downwards, n and p(done) to the right."""
-    rows = rows[rows[RATIO].notna() & ~rows["contender"].isin([TORCHRL, COMPILED, CLONE]) & (rows["kind"] != "rows")]
-    rows = rows[rows["operation"] != SAMPLE]
-    if rows.empty:
+    """A number per case: of the transform alone, and of storing with our buffer and sampling as much.
+
+    One panel for each of this package's classes. The first says what the computation gains, the second what is left of
+    it when frames are stored and sampled besides, as in training.
+    """
+    rows = rows[rows[RATIO].notna() & rows["kind"].ne("rows")]
+    shown = []
+    for operation, (eager, kernels) in ((TRANSFORM, OURS), (STORE_AND_SAMPLE, BUFFERS)):
+        of = rows[rows["operation"].eq(operation)]
+        name = kernels if kernels in set(of["contender"]) else eager
+        of = of[of["contender"].eq(name)]
+        if len(of):
+            of = of.assign(shape=of["kind"] + " " + of["envs"].astype(str) + "x" + of["frames"].astype(str))
+            ratios = of.pivot(index="shape", columns=["n_steps", "p_done"], values=RATIO).sort_index(axis="columns")
+            title = f"{operation}: {label(name, of['device'].iloc[0])}"
+            shown.append((title, ratios.loc[of["shape"].unique()]))
+    if not shown:
         return None
-    rows = rows.assign(shape=rows["case"].str.replace(r" p=.*", "", regex=True))
-    shown = [
-        (title, group.pivot(index="shape", columns=["n_steps", "p_done"], values=RATIO))
-        for title, group in rows.groupby(["operation", "contender"], sort=False)
-    ]
-    columns = sorted(set().union(*(ratios.columns for _, ratios in shown)))
     heights = [len(ratios) for _, ratios in shown]
+    size = 2 + 0.6 * max(len(ratios.columns) for _, ratios in shown), 0.9 + 1.0 * len(shown) + 0.3 * sum(heights)
     figure, panels = plt.subplots(
-        len(shown),
-        1,
-        figsize=(2 + 0.6 * len(columns), 1 + 0.75 * len(shown) + 0.25 * sum(heights)),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
+        len(shown), 1, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
     )
-    for axes, ((operation, contender), ratios) in zip(panels[:, 0], shown, strict=True):
-        ratios = ratios.reindex(
-            columns=columns, index=[shape for shape in rows["shape"].unique() if shape in ratios.index]
-        )
+    for axes, (title, ratios) in zip(panels[:, 0], shown, strict=True):
         axes.imshow(np.log10(ratios), aspect="auto", cmap="RdBu", norm=TwoSlopeNorm(0, -1, 2))
         for (row, column), ratio in np.ndenumerate(ratios):
-            text = "" if np.isnan(ratio) else f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
+            text = "" if np.isnan(ratio) else f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.1f}"
             axes.text(column, row, text, ha="center", va="center", color="white" if ratio > 20 else "black")
-        axes.set_xticks(range(len(columns)), [f"n={n}\np={p:g}" for n, p in columns], fontsize=7)
+        axes.set_xticks(range(len(ratios.columns)), [f"{n}\n{p:g}" for n, p in ratios.columns])
         axes.set_yticks(range(len(ratios)), ratios.index)
-        axes.set_title(f"{operation}: {contender}", loc="left")
+        axes.set(xlabel="n_steps, and below it p(done) of a frame", ylabel="envs x frames of a call")
+        axes.set_title(title, loc="left")
         axes.grid(visible=False)
-    figure.suptitle("Times faster than torchrl")
+    figure.suptitle(f"Times faster than torchrl ({machine_of(rows)}; blank: not timed)")
     return figure
 
 
-def time_against(rows: pd.DataFrame, x: str) -> Figure | None:
-    """Median of the transform, one panel per shape, at n=3 or at p(done)=0.01."""
-    named = {"p_done": "p(done)", "n_steps": "n"}
-    other, value = ("n_steps", 3) if x == "p_done" else ("p_done", 0.01)
-    rows = rows[(rows["operation"] == "transform") & (rows["kind"] != "rows") & (rows[other] == value)]
+def time_against_n(rows: pd.DataFrame) -> Figure | None:
+    """Median of the transform at p(done) = 0.01, one panel per shape."""
+    rows = rows[(rows["operation"] == TRANSFORM) & (rows["kind"] != "rows") & (rows["p_done"] == 0.01)]
     shapes = [(shape, group) for shape, group in rows.groupby(["kind", "envs", "frames"], sort=False)]
-    shapes = [(shape, group) for shape, group in shapes if group[x].nunique() > 1]
+    shapes = [(shape, group) for shape, group in shapes if group["n_steps"].nunique() > 1]
     if not shapes:
         return None
     columns = min(len(shapes), 4)
-    figure, panels = plt.subplots(
-        -(-len(shapes) // columns),
-        columns,
-        figsize=(max(3 * columns, 4.5), 2.6 * -(-len(shapes) // columns)),
-        squeeze=False,
-    )
+    size = max(2.4 * columns, 5), 0.6 + 2.4 * -(-len(shapes) // columns)
+    figure, panels = plt.subplots(-(-len(shapes) // columns), columns, figsize=size, squeeze=False)
     for axes in panels.flat[len(shapes) :]:
         axes.remove()
     for axes, ((kind, envs, frames), group) in zip(panels.flat, shapes, strict=False):
         # A compiled transform is measured at one point only, which is no line.
-        lines(axes, group[group.groupby("contender")[x].transform("nunique") > 1], x, "median_ms")
-        axes.set(title=f"{kind} {envs}x{frames}", xlabel=named[x], ylabel="ms")
-        plain_log(axes, "xy" if x == "n_steps" else "y")
-        axes.set_xticks(ticks := sorted(group[x].unique()), [f"{tick:g}" for tick in ticks])
-    figure.suptitle(f"One call of the transform against {named[x]}, {named[other]} = {value}")
+        lines(axes, group[group.groupby("contender")["n_steps"].transform("nunique") > 1], "n_steps", "median_ms")
+        axes.set(title=f"{kind} {envs}x{frames}", xlabel="n_steps", ylabel="ms per call")
+        plain_log(axes, "xy")
+        axes.set_xticks(ticks := sorted(group["n_steps"].unique()), [f"{tick:g}" for tick in ticks])
+    figure.suptitle(f"The transform at p(done) = 0.01, by envs x frames of a call ({machine_of(rows)})")
     figure.tight_layout()
     legend_below(figure, *panels[0][0].get_legend_handles_labels())
     return figure
@@ -164,14 +178,15 @@ def time_against(rows: pd.DataFrame, x: str) -> Figure | None:
 
 def bandwidth(rows: pd.DataFrame) -> Figure | None:
     """Input and output bytes per second of the transform, against the bytes of an observation."""
-    rows = rows[(rows["operation"] == "transform") & (rows["kind"] == "rows")]
+    rows = rows[(rows["operation"] == TRANSFORM) & (rows["kind"] == "rows")]
     if rows.empty:
         return None
-    figure, axes = plt.subplots(figsize=(6, 3.6))
+    figure, axes = plt.subplots(figsize=(6.5, 3.8))
     lines(axes, rows, "row_bytes", "GBps")
-    axes.set(xlabel="bytes of an observation", ylabel="GB/s, input and output")
+    axes.set(xlabel="bytes of an observation", ylabel="GB/s of input and output")
     plain_log(axes, "xy")
-    axes.set_title("Bandwidth of one call of the transform, n = 3")
+    frames = f"{rows['frames'].iloc[0]} frames of every env"
+    axes.set_title(f"The transform, n_steps = 3, p(done) = 0.01, {frames}\n({machine_of(rows)})", fontsize=10)
     figure.tight_layout()
     legend_below(figure, *axes.get_legend_handles_labels())
     return figure
@@ -184,18 +199,20 @@ def sampling(rows: pd.DataFrame) -> Figure | None:
         return None
     times = rows.pivot(index="case", columns="contender", values=ROWS)
     times = times.reindex(index=rows["case"].unique()[::-1], columns=rows["contender"].unique()[::-1])
-    figure, axes = plt.subplots(figsize=(7, 1 + 0.18 * times.size))
+    # "sampling 8192 of 1024x64x256B p=0.01 n=3" in two lines, without what all of them share
+    times.index = times.index.str.replace(r"sampling (.* of .*)x(\d+)B p=.* (n=\d+)", r"\1\n\2 B, \3", regex=True)
+    figure, axes = plt.subplots(figsize=(7.5, 1.2 + 0.16 * times.size))
     times.plot.barh(ax=axes, color=COLORS, width=0.8, legend=False)
     for bars in axes.containers:
         axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
     axes.axvline(1, color=COLORS[CLONE], linewidth=1)
-    axes.set(xscale="log", xlabel="times as long as reading the rows of the sample alone", ylabel="")
-    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.set(xlim=0, xlabel="times as long as reading the rows of the sample alone (line: as long)")
+    axes.set_ylabel("transitions of envs x frames; bytes of an observation, n_steps")
     axes.grid(visible=False, axis="y")
-    axes.set_title("One sample", loc="left")
+    axes.set_title(f"One sample of a full ring, p(done) = 0.01 ({machine_of(rows)})", loc="left", fontsize=10)
     figure.tight_layout()
     handles, labels = axes.get_legend_handles_labels()
-    legend_below(figure, handles[::-1], labels[::-1])
+    legend_below(figure, handles[::-1], [label(name, rows["device"].iloc[0]) for name in labels[::-1]])
     return figure
 
 

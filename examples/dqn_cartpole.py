@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from console import Parser, machine
 from matplotlib import pyplot as plt
-from scipy import stats
+from matplotlib import ticker
 from tensordict.nn import TensorDictSequential
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -43,8 +43,10 @@ ENVIRONMENT = "CartPole-v1"
 FRAMES_PER_BATCH, UPDATES_PER_BATCH, BATCH_SIZE = 50, 20, 64
 EVALUATIONS, EPISODES, FINAL = 20, 10, 4
 """Evaluations of a run, episodes of each, and how many of the last make up the final return, as one alone is noisy."""
+RESAMPLES = 10_000
+"""Of the seeds, with replacement: the interval of a mean holds 95% of their means."""
 COLUMNS = ["arm", "n_steps", "done_at", "seed", "frames", "return"]
-COLORS = ["#8a8a8a", "#2a6f97", "#b5484a"]
+COLORS = ["#4d4d4d", "#2a6f97", "#b5484a"]
 
 
 def train(
@@ -172,10 +174,9 @@ def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def interval(values: np.ndarray) -> np.ndarray:
-    """Student's 95% confidence interval of the mean over seeds ``[S, ...]``: ``[2, ...]``; of one seed, its value."""
-    mean = values.mean(0)
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else 0 * mean
-    return np.stack([mean - half, mean + half])
+    """The bootstrapped 95% interval of the mean over seeds ``[S, ...]``: ``[2, ...]``, within the values' range."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    return np.percentile(values[drawn].mean(1), [2.5, 97.5], axis=0)
 
 
 def with_interval(values: pd.Series) -> str:
@@ -197,7 +198,7 @@ def summary(rows: pd.DataFrame) -> str:
     table = pd.DataFrame(found).map(with_interval)
     lines = [
         table.to_string(),
-        f"(mean over seeds [95% confidence interval]; final: the mean of the last {FINAL} evaluations)",
+        f"(mean over seeds [bootstrapped 95% interval]; final: the mean of the last {FINAL} evaluations)",
     ]
     start, end = (next((arm for arm in curves if arm.endswith(at)), None) for at in ("start", "end"))
     for name, by_arm in found.items() if start and end else ():
@@ -209,17 +210,24 @@ def summary(rows: pd.DataFrame) -> str:
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
-    """Learning curves: mean over seeds and its interval."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for color, (arm, curves) in zip(COLORS, curves_of(rows).items(), strict=False):
-        axes.plot(curves.columns, curves.mean(), color=color, label=arm)
-        axes.fill_between(curves.columns, *interval(curves.to_numpy()), color=color, alpha=0.18, linewidth=0)
-    axes.set(xlabel="frames", ylabel="return of the greedy policy", ylim=(0, 510), xlim=(0, None))
-    seeds = f"mean of {rows['seed'].nunique()} seeds; band: 95% confidence interval of the mean"
-    axes.set_title(f"DQN on {ENVIRONMENT}: {seeds}", fontsize=10, loc="left")
-    axes.grid(color="#e5e5e5")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(COLORS), frameon=False)
+    """Learning curves: mean over seeds and its interval, a panel for each arm with the others' means behind."""
+    curves = curves_of(rows)
+    figure, panels = plt.subplots(1, len(curves), figsize=(9, 3.6), sharey=True, squeeze=False, layout="constrained")
+    for axes, arm, color in zip(panels.flat, curves, COLORS, strict=False):
+        for other in curves:
+            axes.plot(curves[other].mean(), color="#c4c4c4", linewidth=1)
+        low, high = interval(curves[arm].to_numpy())
+        axes.fill_between(curves[arm].columns, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.plot(curves[arm].mean(), color=color, linewidth=2)
+        axes.set_title(arm, color=color, fontsize=11, loc="left")
+        axes.set(ylim=(0, 510), xlim=(0, None), xlabel=f"frames of {ENVIRONMENT}")
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        axes.grid(color="#e5e5e5")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylabel(f"greedy return, mean of {EPISODES} episodes\n(500 is the maximum)")
+    seeds = f"mean of {rows['seed'].nunique()} seeds; band: its bootstrapped 95% interval; grey: the other means"
+    figure.suptitle(f"DQN: {seeds}", fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

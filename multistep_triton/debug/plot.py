@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import rc_context
@@ -16,9 +15,9 @@ from matplotlib.ticker import MaxNLocator
 from multistep_triton.debug.explain import Windows
 
 # Frames in a picture, more if the window needs them; lanes that there is room to label.
-FRAMES, LABELLED = 64, 24
+FRAMES, LABELLED = 32, 24
 FULL, CUT, CHOSEN, BOUNDARY, PADDING = "#9ecae1", "#fdae6b", "#08306b", "#d62728", "#e0e0e0"
-RETURN, REWARD = "#3182bd", "#c7c7c7"
+RETURN, REWARD, GOES_ON = "#3182bd", "#c7c7c7", "#08306b"
 
 
 @rc_context({"text.parse_math": False})
@@ -37,11 +36,11 @@ def draw_windows(windows: Windows, t: int, title: str) -> Figure:
     # Windows that begin as many frames apart as they are long at most do not overlap: one lane for each remainder.
     lanes = max(windows.steps[max(0, first - windows.n_steps + 1) : shown.stop])
     labelled = min(lanes, LABELLED)
-    figure = Figure(figsize=(min(4.5 + 0.17 * len(shown), 24), 3.0 + 0.2 * labelled), layout="constrained")
+    figure = Figure(figsize=(min(max(7, 1 + 0.25 * len(shown)), 24), 3.4 + 0.2 * labelled), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1 + 0.14 * labelled, 1))
     above.set_title(title, loc="left", fontsize=10)
-    _draw_lanes(above, windows, t, shown, lanes)
-    _draw_returns(below, windows, t, shown)
+    keys = [*_draw_lanes(above, windows, t, shown, lanes), *_draw_returns(below, windows, t, shown)]
+    figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     for axes in (above, below):
         _draw_boundaries(axes, windows, shown)
         axes.axvspan(t - 0.5, windows.end(t) + 0.5, color=CHOSEN, alpha=0.1, zorder=0, linewidth=0)
@@ -50,9 +49,9 @@ def draw_windows(windows: Windows, t: int, title: str) -> Figure:
     return figure
 
 
-def _draw_lanes(axes: Axes, windows: Windows, t: int, shown: range, lanes: int) -> None:
-    """A bar for every window that reaches into the frames shown, and what the colours say."""
-    begins = range(max(0, shown.start - lanes + 1), shown.stop)
+def _draw_lanes(axes: Axes, windows: Windows, t: int, shown: range, lanes: int) -> list[Any]:
+    """A bar for every window that reaches into the frames shown; returns what the colours say."""
+    begins = [s for s in range(max(0, shown.start - lanes + 1), shown.stop) if windows.end(s) >= shown.start]
     lengths = [windows.steps[begin] for begin in begins]
     bars = axes.barh(
         [begin % lanes for begin in begins],
@@ -67,24 +66,33 @@ def _draw_lanes(axes: Axes, windows: Windows, t: int, shown: range, lanes: int) 
     bars[begins.index(t)].set(edgecolor=CHOSEN, zorder=3)
     if lanes <= LABELLED and len(shown) <= 2 * FRAMES:
         for begin in shown:
-            axes.text(begin, begin % lanes, str(begin), ha="center", va="center", fontsize=6, zorder=4)
+            axes.text(begin, begin % lanes, str(begin), ha="center", va="center", fontsize=8, zorder=4)
+    # A bar ends at the picture's edge where its window does not.
+    before = [s % lanes for s in begins if s < shown.start]
+    after = [s % lanes for s in begins if windows.end(s) >= shown.stop]
+    for cut, edge, arrow in ((before, shown.start - 0.6, "<"), (after, shown.stop - 0.4, ">")):
+        if cut:  # what is empty and not clipped has no place in the layout
+            axes.plot([edge] * len(cut), cut, arrow, color=GOES_ON, markersize=7, clip_on=False, zorder=5)
     axes.set_ylim(lanes - 0.4, -0.6)
     axes.set_yticks([])
-    axes.set_ylabel("windows")
-    keys = [
+    axes.set_ylabel("windows", labelpad=8)
+    keys: list[Any] = [
         Patch(color=FULL, label=f"full window, n_steps = {windows.n_steps}"),
         Patch(color=CUT, label="window that is cut"),
         Patch(facecolor="none", edgecolor=CHOSEN, linewidth=2, label=f"window of t = {t}"),
         Line2D([], [], color=BOUNDARY, linewidth=1.4, label="done"),
     ]
+    if before or after:
+        keys.append(Line2D([], [], color=GOES_ON, marker=">", linestyle="", label="goes on outside the picture"))
     if any(windows.row.boundary(s) and not windows.row.ended(s) for s in shown):
         keys.append(Line2D([], [], color=BOUNDARY, linewidth=1.4, linestyle=":", label="other boundary"))
     if windows.row.valid is not None:
         keys.append(Patch(color=PADDING, label="padding"))
-    _add_legend(axes, keys)
+    return keys
 
 
-def _draw_returns(axes: Axes, windows: Windows, t: int, shown: range) -> None:
+def _draw_returns(axes: Axes, windows: Windows, t: int, shown: range) -> list[Any]:
+    """Rewards as bars, returns as points; returns what they are."""
     name, rewards = next(iter(windows.rewards.items()))
     returns = windows.returns[name]
     heights = [rewards[s] if math.isfinite(rewards[s]) else 0 for s in shown]
@@ -101,9 +109,9 @@ def _draw_returns(axes: Axes, windows: Windows, t: int, shown: range) -> None:
     axes.margins(y=0.2)
     axes.axhline(0, color="black", linewidth=0.6, zorder=1)
     axes.set_ylabel(name)
-    axes.set_xlabel("t, in frames")
+    axes.set_xlabel("frame t of the row")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _add_legend(axes, [*points, bars, *(crosses if infinite else [])])
+    return [*points, bars, *(crosses if infinite else [])]
 
 
 def _draw_boundaries(axes: Axes, windows: Windows, shown: range) -> None:
@@ -113,7 +121,3 @@ def _draw_boundaries(axes: Axes, windows: Windows, shown: range) -> None:
             axes.axvspan(s - 0.5, s + 0.5, color=PADDING, zorder=0, linewidth=0)
         if row.boundary(s):
             axes.axvline(s + 0.5, color=BOUNDARY, linewidth=1.4, linestyle="-" if row.ended(s) else ":", zorder=1)
-
-
-def _add_legend(axes: Axes, keys: Sequence[Any]) -> None:
-    axes.legend(handles=keys, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)

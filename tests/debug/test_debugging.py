@@ -248,6 +248,19 @@ def test_the_picture_of_a_long_row_is_around_the_frame(t):
     assert round(high - low) == FRAMES
 
 
+def arrows_of(windows, t):
+    lines = draw_windows(windows, t, "title").axes[0].lines
+    return {line.get_marker(): line.get_xydata().tolist() for line in lines if line.get_marker() != "None"}
+
+
+def test_windows_that_go_on_outside_the_picture_have_arrows_there():
+    windows = Windows(frames([1.0] * 200, [t in (84, 116) for t in range(200)]), [], None, MultiStep(0.9, 5))
+    # Frames 87 to 118 are shown. Of the windows that a done ends, all end in the picture or before it.
+    assert arrows_of(windows, 100) == {"<": [[86.4, 0], [86.4, 1]], ">": [[118.6, 2], [118.6, 3]]}
+    # What the row's end cuts does not go on.
+    assert arrows_of(windows, 199).keys() == {"<"}
+
+
 def test_a_long_window_shows_its_ends_and_what_has_a_note(tmp_path, capsys):
     data = frames([float(t) for t in range(200)], [t == 150 for t in range(200)])
     torch.save(data, tmp_path / "long.pt")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import compare, contenders, gate, growth, report, training_step
+from benchmarks import compare, contenders, gate, growth, plots, report, training_step
 from benchmarks.cases import CASES, GAMMA, Case, Stream, make_rollout, select
 from benchmarks.contenders import (
     BUFFER_REFERENCE,
@@ -201,8 +201,34 @@ def test_the_documentation_quotes_the_results_that_are_committed():
     verdict = training_step.verdict(pd.read_csv(RESULTS / "cpu-training-step.csv"))
     assert verdict in page
     assert verdict in (RESULTS / "cpu-training-step.md").read_text()
-    for kind in ("ratio", "p-done", "n-steps", "bandwidth", "sample", "growth"):
+    for kind in ("ratio", "n-steps", "bandwidth", "sample", "growth"):
         assert (RESULTS / f"cpu-{kind}.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("device", "transform", "buffer"),
+    [("cpu", "ours (CPU)", "our buffer (CPU)"), ("cuda", "ours (GPU)", "our buffer (GPU)")],
+)
+def test_pictures_of_ratios_are_of_the_transform_and_the_buffer(device, transform, buffer):
+    rows = report.read(RESULTS / f"{device}-compare.csv")
+    rows = rows[rows["status"].eq("ok")]
+    panels = plots.ratio_by_case(rows).axes
+    assert [axes.get_title("left") for axes in panels] == [f"transform: {transform}", f"store and sample: {buffer}"]
+    texts = {float(text.get_text()) for text in panels[1].texts if text.get_text()}
+    ours = rows["contender"].isin(contenders.BUFFERS if device == "cpu" else [contenders.BUFFER_TRITON])
+    ratios = rows.loc[rows["operation"].eq("store and sample") & ours, report.RATIO]
+    assert (min(texts), max(texts)) == pytest.approx((ratios.min(), ratios.max()), rel=0.05)
+
+
+def test_bars_of_samples_begin_at_zero():
+    rows = report.read(RESULTS / "cpu-compare.csv")
+    figure = plots.sampling(rows[rows["status"].eq("ok")])
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert (axes.get_xscale(), axes.get_xlim()[0]) == ("linear", 0)
+    assert "our buffer (CPU)" in [text.get_text() for text in legend.texts]
+    widths = {bar.get_width() for bars in axes.containers for bar in bars}
+    sampled = rows[rows["operation"].eq("sample") & rows["contender"].ne(GATHERS)]
+    assert widths == set(sampled[report.ROWS].dropna())
 
 
 def test_what_takes_too_long_to_check_is_a_row(monkeypatch):
@@ -236,7 +262,7 @@ def test_cases_are_selected_by_name():
 def test_the_command_writes_files_and_redraws_them(tmp_path, capsys):
     arguments = ["--quick", "--device", "cpu", "--cases", "state|rows", "--operations", "transform", "extend"]
     compare.main([*arguments, "--seconds", "0.003", "--out", str(tmp_path / "first")])
-    names = {f"cpu-{name}" for name in ("compare.csv", "compare.md", "ratio.png", "p-done.png", "n-steps.png")}
+    names = {f"cpu-{name}" for name in ("compare.csv", "compare.md", "ratio.png", "n-steps.png")}
     assert {path.name for path in (tmp_path / "first").iterdir()} == names | {"cpu-bandwidth.png"}
     rows = pd.read_csv(tmp_path / "first" / "cpu-compare.csv")
     assert set(rows.loc[rows["status"] == "ok", "contender"]) == {TORCHRL, REFERENCE, CLONE}

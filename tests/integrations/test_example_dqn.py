@@ -5,6 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -103,16 +104,25 @@ def rows_of(end, start):
 
 
 def test_verdict():
-    # 10, 9, 12 and 8 more, while the returns of each arm overlap. Student's: 9.75 -+ 3.182 * 1.708 / 2.
+    # 10, 9, 12 and 8 more, while the returns of each arm overlap. Of the 256 ways to draw four of them, 5 have a mean
+    # below 8.5 (8 8 8 8 and 8 8 8 9), which is less than 2.5%, and 15 have one of at most that; likewise 11.25 above.
     better = example.summary(rows_of([400.0, 420.0, 300.0, 310.0], [390.0, 411.0, 288.0, 302.0]))
-    assert better.count("paired by seed: 10 [7, 12]: seeds separate them") == 2
-    # 50, -50 and 1: 0.33 -+ 4.303 * 50.003 / 1.732.
+    assert better.count("paired by seed: 10 [8, 11]: seeds separate them") == 2
+    # 50, -50 and 1: one in 27 draws is the lowest alone.
     same = example.summary(rows_of([400.0, 300.0, 350.0], [350.0, 350.0, 349.0]))
-    assert same.count("paired by seed: 0 [-124, 125]: seeds do not separate them") == 2
+    assert same.count("paired by seed: 0 [-50, 50]: seeds do not separate them") == 2
     alone = example.summary(rows_of([400.0], [350.0]))
     assert alone.count("paired by seed: 50 (one seed): seeds do not separate them") == 2
     equal = example.summary(rows_of([400.0, 390.0], [400.0, 390.0]))
     assert equal.count("paired by seed: 0 [0, 0]: seeds do not separate them") == 2
+
+
+def test_an_interval_stays_within_the_returns():
+    values = np.array([[500.0, 9.0], [500.0, 500.0], [498.0, 9.0]])
+    low, high = example.interval(values)
+    assert ((values.min(0) <= low) & (low < values.mean(0)) & (values.mean(0) < high) & (high <= values.max(0))).all()
+    assert (example.interval(values) == [low, high]).all()
+    assert example.interval(values[:1]).tolist() == [[500, 9]] * 2
 
 
 @pytest.mark.parametrize("spoil", ["a seed less", "no return", "too many arms"])
