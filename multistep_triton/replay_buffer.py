@@ -178,7 +178,7 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         """Samples frames and computes their n-step transitions.
 
         Args:
-            *args, **kwargs: those of torchrl's buffer: ``batch_size``, ``return_info``, and what its version takes.
+            args, kwargs: those of torchrl's buffer: ``batch_size``, ``return_info``, and what its version takes.
 
         Keyword Args:
             n_steps: instead of the buffer's, for this call; of more than there are slots, as many as there are.
