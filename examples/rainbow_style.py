@@ -37,7 +37,7 @@ from multistep_triton import NStepReplayBuffer
 from multistep_triton.checks import check_positive_int
 
 FRAMES_PER_BATCH, UPDATES_PER_BATCH, BATCH_SIZE = 50, 20, 64
-CAPACITY, LEARNING_RATE, TAU, GAMMA = 50_000, 5e-4, 0.02, 0.99
+CAPACITY, LEARNING_RATE, TAU, GAMMA = 50_000, 1e-3, 0.05, 0.99
 SUPPORT = (0.0, 1 / (1 - GAMMA), 51)
 """The returns of the distribution: none to that of a pole that never falls, and how many."""
 EVALUATIONS, FINAL = 20, 4
@@ -173,7 +173,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED", help="of each n's runs"
     )
-    parser.add_argument("--frames", type=int, default=30_000, help=f"of each run, a multiple of {FRAMES_PER_BATCH}")
+    parser.add_argument("--frames", type=int, default=20_000, help=f"of each run, a multiple of {FRAMES_PER_BATCH}")
     parser.add_argument("--n-steps", nargs="+", default=["1", "3"], metavar="N", help="n, or FIRST:LAST to anneal it")
     parser.add_argument("--prioritized", choices=["auto", "no"], default="auto", help="auto: where torchrl can")
     parser.add_argument("--out", type=Path, default=Path(".benchmarks"), metavar="DIR", help="where the files go")

@@ -41,14 +41,6 @@ def stream():
     return TensorDict({"observation": torch.zeros(ATOMS, 4), "action": actions, "next": following}, [ATOMS])
 
 
-def sampled(sampler=None):
-    """Every frame of the stream once, in its order, with windows of two."""
-    buffer = example.make_buffer(sampler or SamplerWithoutReplacement(shuffle=False), 2, GAMMA)
-    for batch in stream().split([3, 4, 4]):
-        buffer.extend(batch)
-    return buffer.sample(ATOMS)
-
-
 def loss_of_constant_distributions():
     """A loss over the returns 0 to 10, and the logits ``[ATOMS, 2]`` of its online network.
 
@@ -84,9 +76,13 @@ TARGETS = [
 ]
 
 
-def test_target_distributions_by_hand():
+def test_target_distributions_by_hand(monkeypatch):
+    monkeypatch.setattr(example, "BATCH_SIZE", ATOMS)
     loss, logits, online = loss_of_constant_distributions()
-    transitions = sampled()
+    buffer = example.make_buffer(SamplerWithoutReplacement(shuffle=False), 2, GAMMA)
+    for batch in stream().split([3, 4, 4]):
+        buffer.extend(batch)
+    transitions = buffer.sample()
     assert transitions["steps_to_next_obs"].tolist() == [[2]] * 4 + [[1]] + [[2]] * 2 + [[1]] + [[2]] * 2 + [[1]]
     expected = torch.tensor([[target.get(atom, 0.0) for atom in range(ATOMS)] for target in TARGETS])
     for t in range(ATOMS):
@@ -111,13 +107,15 @@ def test_why_sampling_is_uniform(monkeypatch):
 
 
 @pytest.mark.skipif(SAMPLING == "uniform", reason=f"sampling is uniform, {WHY}")
-def test_priorities_are_those_of_the_loss():
+def test_priorities_are_those_of_the_loss(monkeypatch):
+    count = 20_000
+    monkeypatch.setattr(example, "BATCH_SIZE", count)
     np.random.seed(0)
     sampler, _, _ = example.make_sampler("auto")
     buffer = example.make_buffer(sampler, 2, GAMMA)
     buffer.extend(stream())
     loss, _, _ = loss_of_constant_distributions()
-    transitions = buffer.sample(200)
+    transitions = buffer.sample()
     assert set(transitions["index"].tolist()) == set(range(ATOMS))
     assert (transitions["priority_weight"] == 1).all()
     loss(transitions)
@@ -125,12 +123,12 @@ def test_priorities_are_those_of_the_loss():
     entropies = torch.zeros(ATOMS)
     entropies[transitions["index"]] = transitions["td_error"].flatten()
     assert entropies.unique().numel() > 2
-    again = buffer.sample(20_000)
+    again = buffer.sample()
     masses = entropies**sampler.alpha
     torch.testing.assert_close(again["priority_weight"], (masses / masses.min())[again["index"]] ** -sampler.beta)
     # as often as their priorities say, within five standard deviations
-    share, found = masses / masses.sum(), torch.bincount(again["index"], minlength=ATOMS) / 20_000
-    assert ((found - share).abs() <= 5 * (share * (1 - share) / 20_000).sqrt()).all()
+    share, found = masses / masses.sum(), torch.bincount(again["index"], minlength=ATOMS) / count
+    assert ((found - share).abs() <= 5 * (share * (1 - share) / count).sqrt()).all()
 
 
 def run(seed, sampling="no", n_steps=(3, 3)):
