@@ -39,7 +39,7 @@ from multistep_triton.checks import check_positive_int
 FRAMES_PER_BATCH, UPDATES_PER_BATCH, BATCH_SIZE = 50, 20, 64
 CAPACITY, LEARNING_RATE, TAU, GAMMA = 50_000, 1e-3, 0.05, 0.99
 SUPPORT = (0.0, 1 / (1 - GAMMA), 51)
-"""The returns of the distribution: none to that of a pole that never falls, and how many."""
+"""The returns of a distribution: the least, the greatest (of a pole that never falls), and how many there are."""
 EVALUATIONS, FINAL = 20, 4
 """Evaluations of a run, and how many of the last make up the final return, as one alone is noisy."""
 NAME = "rainbow_cartpole"
@@ -107,7 +107,7 @@ def train(n_steps: tuple[int, int], seed: int, sampler: Sampler, *, frames: int)
     batches = frames // FRAMES_PER_BATCH
     for number, batch in enumerate(collector, 1):
         explore.step(batch.numel())
-        # The loss computes distributions anew; of a stored frame they would be nine tenths of the bytes.
+        # The loss computes distributions anew; stored, they would be most of a frame's bytes.
         buffer.extend(batch.exclude("action_value"))
         buffer.n_steps = round(n_steps[0] * (n_steps[1] / n_steps[0]) ** (number / batches))
         for _ in range(UPDATES_PER_BATCH if len(buffer) >= BATCH_SIZE else 0):
@@ -171,7 +171,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options; with wrong ones, it exits with 2 and a line that says why."""
     parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED", help="of each n's runs"
+        "--seeds", type=int, nargs="+", default=[*range(5)], metavar="SEED", help="of the runs of each n"
     )
     parser.add_argument("--frames", type=int, default=20_000, help=f"of each run, a multiple of {FRAMES_PER_BATCH}")
     parser.add_argument("--n-steps", nargs="+", default=["1", "3"], metavar="N", help="n, or FIRST:LAST to anneal it")
