@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
+from torch.nn.functional import one_hot
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, PrioritizedSampler, RandomSampler, TensorSpec
 from torchrl.data.replay_buffers.samplers import Sampler
@@ -80,13 +81,11 @@ def make_loss(network: torch.nn.Module, support: torch.Tensor, spec: TensorSpec,
 
 
 def train(n_steps: tuple[int, int], seed: int, sampler: Sampler, *, frames: int) -> Iterator[tuple[int, float]]:
-    """One run; yields, at every evaluation, the frames collected so far and the mean return of the greedy policy.
-
-    n goes from the first of ``n_steps`` to the second, by the same factor in every batch.
-    """
+    """One run, n annealed between ``n_steps``; at every evaluation, yields the frames so far and the greedy return."""
     torch.manual_seed(seed)
     np.random.seed(seed)  # torchrl's prioritized sampler draws from numpy's generator
-    env = GymEnv(ENVIRONMENT)
+    # Indices of actions: torchrl's one-hot actions have two ones where two values are equal.
+    env = GymEnv(ENVIRONMENT, categorical_action_encoding=True)
     env.set_seed(seed)
     support = torch.linspace(*SUPPORT)
     network = MLP(in_features=4, out_features=(len(support), 2), num_cells=[128, 128])
@@ -102,8 +101,8 @@ def train(n_steps: tuple[int, int], seed: int, sampler: Sampler, *, frames: int)
         total_frames=frames,
         auto_register_policy_transforms=False,  # the policy needs none
     )
-    # It takes the greatest: of an action, which is one-hot, that is the action.
-    evaluate = make_evaluation(lambda seen: loss.value_network(TensorDict(observation=seen))["action"], seed, CPU)
+    # Its argument makes a number of each action, the greatest of which it takes.
+    evaluate = make_evaluation(lambda x: one_hot(loss.value_network(TensorDict(observation=x))["action"]), seed, CPU)
     batches = frames // FRAMES_PER_BATCH
     for number, batch in enumerate(collector, 1):
         explore.step(batch.numel())

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import OneHot, RandomSampler, SamplerWithoutReplacement
+from torchrl.data import Categorical, RandomSampler, SamplerWithoutReplacement
 from torchrl.data.replay_buffers.samplers import prioritized
 from torchrl.objectives import SoftUpdate
 
@@ -37,7 +37,7 @@ def stream():
     terminated, truncated = (torch.arange(ATOMS).unsqueeze(-1) == t for t in (4, 7))
     ends = {"terminated": terminated, "truncated": truncated, "done": terminated | truncated}
     following = {"observation": torch.zeros(ATOMS, 4), "reward": torch.ones(ATOMS, 1), **ends}
-    actions = torch.tensor([1, 0]).expand(ATOMS, 2)
+    actions = torch.zeros(ATOMS, dtype=torch.int64)
     return TensorDict({"observation": torch.zeros(ATOMS, 4), "action": actions, "next": following}, [ATOMS])
 
 
@@ -50,7 +50,7 @@ def loss_of_constant_distributions():
     linear = torch.nn.Linear(4, ATOMS * 2)
     torch.nn.init.zeros_(linear.weight)
     network = torch.nn.Sequential(linear, torch.nn.Unflatten(-1, (ATOMS, 2)))
-    loss = example.make_loss(network, torch.linspace(0, 10, ATOMS), OneHot(2), GAMMA)
+    loss = example.make_loss(network, torch.linspace(0, 10, ATOMS), Categorical(2), GAMMA)
     SoftUpdate(loss, tau=0.5)
     online = torch.stack([0.3 * torch.arange(ATOMS).float().sin(), torch.arange(ATOMS).float()], -1)
     linear.bias.data.copy_(online.flatten())
@@ -87,7 +87,7 @@ def test_target_distributions_by_hand(monkeypatch):
     expected = torch.tensor([[target.get(atom, 0.0) for atom in range(ATOMS)] for target in TARGETS])
     for t in range(ATOMS):
         # The derivative of cross-entropy by the logits of the action taken is softmax minus target.
-        (slope,) = torch.autograd.grad(loss(transitions[t : t + 1])["loss"], logits)
+        (slope,) = torch.autograd.grad(loss(torch.stack([transitions[t]] * 2))["loss"], logits)
         found = online.softmax(0) * torch.tensor([1.0, 0.0]) - slope.view(ATOMS, 2)
         torch.testing.assert_close(found[:, 0], expected[t], msg=lambda text, t=t: f"t = {t}: {text}")
         assert (found[:, 1] == 0).all()
@@ -141,6 +141,18 @@ def test_a_seed_is_a_run(sampling):
     assert [frames for frames, _ in first] == [50, 100, 150, 200]
     assert first == run(3, sampling)
     assert first != run(4, sampling)
+
+
+def test_of_equal_values_one_is_acted_upon(monkeypatch):
+    class Zeros(example.MLP):
+        def __init__(self, **options):
+            super().__init__(**options)
+            for parameter in self.parameters():
+                torch.nn.init.zeros_(parameter)
+
+    monkeypatch.setattr(example, "MLP", Zeros)
+    # In its second batch, the policy is nearly greedy, and nothing has been learned yet.
+    assert len(run(0)) == 4
 
 
 def test_evaluations_end_with_the_last_frame():
