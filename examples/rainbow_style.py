@@ -156,8 +156,8 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     for label, curve in curves_of(rows):
         (line,) = axes.plot(curve.columns, curve.mean(), label=label, linewidth=1.6)
         axes.fill_between(curve.columns, *interval(curve.to_numpy()), color=line.get_color(), alpha=0.15, linewidth=0)
-    updates = f"{UPDATES_PER_BATCH / FRAMES_PER_BATCH:.1f} updates of {BATCH_SIZE} transitions each"
-    axes.set(xlabel=f"frames of one environment, {updates}", xlim=(0, None))
+    updates = f"{UPDATES_PER_BATCH / FRAMES_PER_BATCH:.1f} updates of {BATCH_SIZE} transitions per frame"
+    axes.set(xlabel=f"frames of one environment ({updates})", xlim=(0, rows["frames"].max()))
     axes.set(ylabel=f"return of the greedy policy, {EPISODES} episodes", ylim=(0, 510))
     axes.set_title(f"C51 on {ENVIRONMENT}: mean over seeds; band: its 95% bootstrap interval", fontsize=10, loc="left")
     axes.grid(color="#e5e5e5")
