@@ -109,7 +109,9 @@ def make_loss(actor: QValueActor, gamma: float) -> DQNLoss:
     return loss
 
 
-def make_evaluation(network: torch.nn.Module, seed: int, device: torch.device) -> Callable[[], float]:
+def make_evaluation(
+    network: Callable[[torch.Tensor], torch.Tensor], seed: int, device: torch.device
+) -> Callable[[], float]:
     """The mean return of the greedy policy, over episodes of gymnasium's vectorized environment, which is quicker."""
     envs = gymnasium.make_vec(ENVIRONMENT, EPISODES, vectorization_mode="vector_entry_point")
     envs.reset(seed=10_000 + seed)
