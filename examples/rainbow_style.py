@@ -20,9 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 from console import Parser, machine
-from dqn_cartpole import ENVIRONMENT, EPISODES, make_evaluation
+from dqn_cartpole import ENVIRONMENT, EPISODES, interval, make_evaluation
 from matplotlib.figure import Figure
-from scipy import stats
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 from torch.nn.functional import one_hot
@@ -135,12 +134,6 @@ def read(path: Path) -> pd.DataFrame:
     if list(rows) != COLUMNS or rows.empty or rows.pivot(index="frames", columns=RUN).isna().any(axis=None):
         raise ValueError(f"{path} must hold {', '.join(COLUMNS)} of whole runs, each once")
     return rows
-
-
-def interval(values: np.ndarray) -> np.ndarray:
-    """The 95% bootstrap interval of the mean over seeds ``[S, ...]``: ``[2, ...]``, within what they reach."""
-    values = values if len(values) > 1 else np.repeat(values, 2, axis=0)  # of one seed, its value
-    return np.stack(stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval)
 
 
 def curves_of(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
