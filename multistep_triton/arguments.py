@@ -72,8 +72,10 @@ class Arguments:
 
     def _said(self) -> list[str]:
         """The arguments that have no default, and those that are not theirs; of one half made, those that are set."""
-        parameters, kept = signature(type(self).__init__).parameters, vars(self)
-        said = []
+        parameters: dict[str, Parameter] = {}
+        for each in reversed(type(self).__mro__):
+            parameters.update(signature(each.__init__).parameters)  # type: ignore[misc]
+        said, kept = [], vars(self)
         for name, argument in ARGUMENTS.items():
             default = parameters[name].default if name in parameters else Parameter.empty
             value = kept.get(f"_{name}", default)

@@ -174,43 +174,72 @@ def _end_rows(lengths: Tensor, frames: int, offset: int) -> Tensor:
 
 @sampled_where_frames_are
 def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
-    """Computes :func:`multistep_triton.engine.n_step_sample` of frames that are all there.
-
-    Read are the first frames of all windows, then the next ones, and so on: ``[K, N]``, time first.
-    """
-    keys, gamma, live, count = task.keys, task.gamma, samples.live, samples.indices[0].shape[0]
+    """Computes :func:`multistep_triton.engine.n_step_sample` of frames that are all there."""
+    keys, gamma, live = task.keys, task.gamma, samples.live
     sizes = next(iter(data.values())).shape[: len(samples.indices)]
     envs, n_steps = math.prod(sizes[1:]), min(task.n_steps, live)
     # One frame ahead, even if n is 1, tells where a trajectory goes on.
     ahead = min(max(n_steps, 2), live)
     own = _rows_of(samples, sizes)
-    offsets = torch.arange(ahead, device=own.device).unsqueeze(1)
-    walk = _turned(offsets * envs + own, live * envs).flatten()
-    read = {key: take_rows(data[key], walk, sizes) for key in dict.fromkeys((*keys.flags, *keys.rewards))}
-    flag = {key: read[key].view(ahead, count) for key in keys.flags}
+    frames = _frames_of_windows(samples, data, (*keys.flags, *keys.rewards), sizes, own, ahead)
     if keys.done:
-        done = functools.reduce(torch.bitwise_or, [flag[key] for key in keys.done])
+        done = functools.reduce(torch.bitwise_or, [frames.flag(key) for key in keys.done])
     else:
         # Its n and the newest frame end a window.
-        done = torch.zeros(ahead, count, dtype=torch.bool, device=own.device)
-    goes_on = ~find_boundaries(done, flag.get(keys.mask), flag.get(keys.traj), 0) & (offsets < _after(samples))
-    nonterminal = goes_on[0].clone()
+        done = torch.zeros_like(frames.followed)
+    mask, traj = (None if key is None else frames.flag(key) for key in (keys.mask, keys.traj))
+    goes_on = ~find_boundaries(done, mask, traj, 0) & frames.followed
+    nonterminal = frames.first(goes_on)
     if samples.n_steps is not None:
-        goes_on &= offsets + 1 < samples.n_steps
-    rewards = [read[key].view(ahead, count, *read[key].shape[1:]) for key in keys.rewards]
-    lengths, totals = sum_windows(goes_on, rewards, n_steps, gamma, 0)
-    steps = lengths[0].to(torch.int64)
+        goes_on &= torch.arange(1, ahead + 1, device=own.device).unsqueeze(1) < samples.n_steps
+    lengths, totals = sum_windows(goes_on, [frames.read[key] for key in keys.rewards], n_steps, gamma, 0)
+    length = frames.first(lengths)
+    steps = length.to(torch.int64)
     returns = {
-        key: total[0].to(return_dtype(data[key]), copy=True) for key, total in zip(keys.rewards, totals, strict=True)
+        key: frames.first(total).to(return_dtype(data[key])) for key, total in zip(keys.rewards, totals, strict=True)
     }
-    end = _turned(torch.add(own - envs, lengths[0], alpha=envs), live * envs)
+    end = _turned(torch.add(own - envs, length, alpha=envs), live * envs)
     leaves = {}
     for out, key, at_end in keys.outputs:
-        if key in read and not at_end:
-            leaves[out] = read[key][:count].clone()
+        if key in frames.read and not at_end:
+            leaves[out] = frames.first(frames.read[key])
         else:
             leaves[out] = take_rows(data[key], end if at_end else own, sizes)
     return Results(leaves, returns, steps, discounts(steps, n_steps, gamma), nonterminal)
+
+
+class _Read(NamedTuple):
+    """The frames that windows have, ``[K, M]``, time first."""
+
+    read: dict[Hashable, Tensor]
+    """Their flags and rewards, ``[K, M, *F]``."""
+    followed: Tensor
+    """Whether a frame is not the newest."""
+    first: Callable[[Tensor], Tensor]
+    """Of a value ``[K, M, *F]``, that of the first frame of every sample, ``[N, *F]``, in new memory."""
+
+    def flag(self, key: Hashable) -> Tensor:
+        """A flag, ``[K, M]``."""
+        return self.read[key].view(self.followed.shape)
+
+
+def _frames_of_windows(
+    samples: Samples, data: Leaves, keys: Sequence[Hashable], sizes: torch.Size, own: Tensor, ahead: int
+) -> _Read:
+    """The first frames of all windows, then the next ones, and so on; or, where these are more, the whole ring."""
+    live, envs, newest = samples.live, math.prod(sizes[1:]), samples.newest
+    if samples.n_steps is None and 2 * live * envs <= 3 * ahead * len(own):
+        # Once round, and on until the window of the last slot ends.
+        round_on = {key: torch.cat((data[key][:live], data[key][: ahead - 1])) for key in dict.fromkeys(keys)}
+        read = {key: leaf.view(-1, envs, *leaf.shape[len(sizes) :]) for key, leaf in round_on.items()}
+        slot = torch.arange(live + ahead - 1, device=own.device).unsqueeze(1)
+        followed = ((slot != newest) & (slot != live + newest)).expand(-1, envs)
+        return _Read(read, followed, lambda value: take(value.flatten(0, 1), own))
+    offsets = torch.arange(ahead, device=own.device).unsqueeze(1)
+    walk = _turned(offsets * envs + own, live * envs).flatten()
+    rows = {key: take_rows(data[key], walk, sizes) for key in dict.fromkeys(keys)}
+    read = {key: leaf.view(ahead, len(own), *leaf.shape[1:]) for key, leaf in rows.items()}
+    return _Read(read, offsets < _after(samples), lambda value: value[0].clone())
 
 
 def gather_future(value: Tensor, steps: Tensor) -> Tensor:

@@ -29,10 +29,9 @@ class MultiStep(MultiStepBase, nn.Module):
         n_steps: frames in a full window, an int >= 1.
 
     Keyword Args:
-        reward_keys, done_key, done_keys, backend, done_at, traj_key, match_reward_shape: as for
-            :class:`MultiStepTransform`.
-        mask_key: as there. Defaults to ``("collector", "mask")``, which collectors write with
+        mask_key: as for :class:`MultiStepTransform`. Defaults to ``("collector", "mask")``, which collectors write with
             ``split_trajs=True``.
+        reward_keys: as for :class:`MultiStepTransform`, and so are the others, with the same defaults.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: as :class:`MultiStepTransform`.

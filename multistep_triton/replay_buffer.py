@@ -6,6 +6,7 @@ Owns what is sampled of frames, and which data may be stored. May import ``base`
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -273,3 +274,10 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
     def _check_transforms(self, transforms: list[Transform]) -> None:
         roles = self._roles_in(())
         check_transforms(transforms, roles.rewards, roles.dones, self._done_at)
+
+
+# That of torchrl's metaclass, which an editor, ``help`` and a site would show, says nothing of the arguments.
+_signature = inspect.signature(NStepReplayBuffer.__init__)
+NStepReplayBuffer.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+    parameters=[*_signature.parameters.values()][1:]
+)

@@ -109,7 +109,7 @@ def _unsupported_triton() -> str | None:
         return None
     if allowed.contains(triton.__version__, prereleases=True):
         return None
-    return f"Triton {triton.__version__} is UNSUPPORTED, install triton{allowed} and the torch that it belongs to"
+    return f'Triton {triton.__version__} is UNSUPPORTED, install "triton{allowed}" and the torch that it belongs to'
 
 
 def _accelerators() -> list[torch.device]:

@@ -388,7 +388,7 @@ def test_the_doctor_says_that_a_triton_is_unsupported(version, seen, result, mon
     out = capsys.readouterr().out
     (allowed,) = re.findall(r"^triton = \[.triton(.+).\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     allowed = ",".join(sorted(allowed.split(",")))
-    said = f"Triton {version} is UNSUPPORTED, install triton{allowed} and the torch that it belongs to"
+    said = f'Triton {version} is UNSUPPORTED, install "triton{allowed}" and the torch that it belongs to'
     assert out.endswith(f"\n{said}; {'all else that' if seen else 'all that'} was compared is equal\n")
     assert re.search(rf"^  kernels with specification +cpu .*  {result} ", out, re.MULTILINE)
     assert (f"kernels with specification, cpu ({torch.get_num_threads()} threads): {seen}\n" in out) == bool(seen)

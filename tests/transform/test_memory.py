@@ -5,9 +5,10 @@ import torch
 from memory import Calls, addresses, storages
 from rollouts import make_rollout
 from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage
 
 from benchmarks.measure import PeakMemory
-from multistep_triton import MultiStepTransform, gather_future, n_step_return
+from multistep_triton import MultiStepTransform, NStepReplayBuffer, gather_future, n_step_return
 
 
 def test_peak_memory_counts_what_it_should():
@@ -100,6 +101,22 @@ def test_peak_memory_beyond_the_output_is_at_most_half_the_input(pixels, p_done)
         out = transform.inv(rollout)
     owned = {leaf.untyped_storage().data_ptr(): leaf.nbytes for leaf in out.values(True, True)}
     assert memory.peak - sum(owned.values()) <= 0.5 * rollout.bytes()
+
+
+@pytest.mark.parametrize("n_steps", [10, 50])
+def test_a_sample_of_a_whole_ring_takes_no_copy_for_every_step(n_steps):
+    """Of its flags and rewards it holds a few, and not one for each of n steps."""
+    envs, slots = 16, 64
+    rollout = make_rollout((envs,), slots)
+    buffer = NStepReplayBuffer(
+        n_steps=n_steps, gamma=0.9, storage=LazyTensorStorage(envs * slots, ndim=2), batch_size=envs * slots
+    )
+    buffer.extend(rollout)
+    with PeakMemory() as memory:
+        out = buffer.sample()
+    owned = {leaf.untyped_storage().data_ptr(): leaf.nbytes for leaf in out.values(True, True)}
+    read = rollout["next"].select("reward", "done", "terminated", "truncated").bytes()
+    assert memory.peak - sum(owned.values()) <= 8 * read
 
 
 def test_memory_and_calls_do_not_depend_on_the_number_of_episodes():
