@@ -278,6 +278,4 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
 
 # That of torchrl's metaclass, which an editor, ``help`` and a site would show, says nothing of the arguments.
 _signature = inspect.signature(NStepReplayBuffer.__init__)
-NStepReplayBuffer.__signature__ = _signature.replace(  # type: ignore[attr-defined]
-    parameters=[*_signature.parameters.values()][1:]
-)
+NStepReplayBuffer.__signature__ = _signature.replace(parameters=[*_signature.parameters.values()][1:])
