@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from benchmarks import kernel_cost
+from benchmarks.cases import make_rollout
 from benchmarks.kernel_cost import TARGETS, Cost, ptx_driver
 from benchmarks.machine import about, sentence
 from benchmarks.measure import set_up
@@ -43,7 +44,7 @@ def run() -> None:
     machine = about(torch.device("cuda"))
     set_up()
     for target in TARGETS:
-        call = kernel_cost.a_call(target.case, "cuda")
+        call = kernel_cost.a_call(target.case, make_rollout(target.case, "cuda"))
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
         call()

@@ -139,9 +139,8 @@ def calls_of(case: Case) -> int:
     return 2 + 2 * -(-case.n_steps // case.frames)
 
 
-def a_call(case: Case, device: str = "cpu") -> Callable[[], TensorDict]:
+def a_call(case: Case, rollout: TensorDict) -> Callable[[], TensorDict]:
     """What is measured: a call that gives out as many frames as it takes, or a sample of a ring that is full."""
-    rollout = make_rollout(case, device)
     if not case.batch:
         transform = MultiStepTransform(case.n_steps, GAMMA, backend="triton")
         for _ in range(calls_of(case) - 1):
@@ -149,7 +148,7 @@ def a_call(case: Case, device: str = "cpu") -> Callable[[], TensorDict]:
         return partial(transform.inv, rollout)
     torch.manual_seed(0)
     buffer = NStepReplayBuffer(
-        storage=LazyTensorStorage(case.envs * case.frames, ndim=2, device=device),
+        storage=LazyTensorStorage(case.envs * case.frames, ndim=2, device=rollout.device),
         n_steps=case.n_steps,
         gamma=GAMMA,
         batch_size=case.batch,
@@ -161,14 +160,14 @@ def a_call(case: Case, device: str = "cpu") -> Callable[[], TensorDict]:
 
 def measure(driver: ptx_driver.Driver, case: Case) -> Cost:
     """One call, and torchrl's beside it."""
-    call = a_call(case)
+    rollout = make_rollout(case)
+    call = a_call(case, rollout)
     driver.launches.clear()
     out = call()
     launches = list(driver.launches)
     if case.batch:
         least = least_of_sample(case, out)
         return Cost(launches, least, least)
-    rollout = make_rollout(case)
     least = sum(leaf.nbytes for leaf in leaves(rollout) + leaves(out))
     least_once = memory_of(leaves(rollout)) + memory_of(leaves(out))
     theirs = TorchRLMultiStepTransform(case.n_steps, GAMMA)

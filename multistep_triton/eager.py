@@ -228,16 +228,17 @@ def _frames_of_windows(
 ) -> _Read:
     """The first frames of all windows, then the next ones, and so on; or, where these are more, the whole ring."""
     live, envs, newest = samples.live, math.prod(sizes[1:]), samples.newest
+    keys = list(dict.fromkeys(keys))
     if samples.n_steps is None and 2 * live * envs <= 3 * ahead * len(own):
         # Once round, and on until the window of the last slot ends.
-        round_on = {key: torch.cat((data[key][:live], data[key][: ahead - 1])) for key in dict.fromkeys(keys)}
+        round_on = {key: torch.cat((data[key][:live], data[key][: ahead - 1])) for key in keys}
         read = {key: leaf.view(-1, envs, *leaf.shape[len(sizes) :]) for key, leaf in round_on.items()}
         slot = torch.arange(live + ahead - 1, device=own.device).unsqueeze(1)
         followed = ((slot != newest) & (slot != live + newest)).expand(-1, envs)
         return _Read(read, followed, lambda value: take(value.flatten(0, 1), own))
     offsets = torch.arange(ahead, device=own.device).unsqueeze(1)
     walk = _turned(offsets * envs + own, live * envs).flatten()
-    rows = {key: take_rows(data[key], walk, sizes) for key in dict.fromkeys(keys)}
+    rows = {key: take_rows(data[key], walk, sizes) for key in keys}
     read = {key: leaf.view(ahead, len(own), *leaf.shape[1:]) for key, leaf in rows.items()}
     return _Read(read, offsets < _after(samples), lambda value: value[0].clone())
 

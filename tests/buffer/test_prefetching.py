@@ -131,6 +131,16 @@ def soon(function):
     return results[0]
 
 
+def sampled_on(buffer, ring, *arguments):
+    """The numbers of the frames of seven more samples, each of which is right."""
+    numbers = []
+    for _ in range(7):
+        sample = soon(buffer.sample)
+        assert_sampled(sample, ring, *arguments)
+        numbers += sample["number"].tolist()
+    return numbers
+
+
 @pytest.mark.parametrize("when", ["before it was prefetched", "after"])
 def test_an_error_while_prefetching_is_over_when_its_cause_is(when):
     sampler = Gate() if when == "before it was prefetched" else SamplerWithoutReplacement()
@@ -145,10 +155,7 @@ def test_an_error_while_prefetching_is_over_when_its_cause_is(when):
         with pytest.raises(KeyError, match="profit"):
             soon(buffer.sample)
     buffer.reward_keys = None
-    for _ in range(7):
-        sample = soon(buffer.sample)
-        assert_sampled(sample, ring)
-        seen += sample["number"].tolist()
+    seen += sampled_on(buffer, ring)
     if when == "after":
         assert sorted(seen) == ring.numbers()
 
@@ -174,10 +181,7 @@ def test_a_transform_that_fails_while_a_prefetched_sample_is_made_anew():
         with pytest.raises(OSError, match="disk full"):
             soon(buffer.sample)
     broken.fails = False
-    for _ in range(7):
-        sample = soon(buffer.sample)
-        assert_sampled(sample, ring, 5)
-        seen += sample["number"].tolist()
+    seen += sampled_on(buffer, ring, 5)
     assert sorted(seen) == ring.numbers()
 
 
