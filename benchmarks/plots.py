@@ -141,7 +141,7 @@ def ratio_by_case(rows: pd.DataFrame) -> Figure | None:
     for axes, (title, ratios) in zip(panels[:, 0], shown, strict=True):
         axes.imshow(np.log10(ratios), aspect="auto", cmap="RdBu", norm=TwoSlopeNorm(0, -1, 2))
         for (row, column), ratio in np.ndenumerate(ratios):
-            text = "" if np.isnan(ratio) else f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.1f}"
+            text = "" if np.isnan(ratio) else f"{ratio:.{0 if ratio >= 9.95 else 1 if ratio >= 0.995 else 2}f}"
             axes.text(column, row, text, ha="center", va="center", color="white" if ratio > 20 else "black")
         axes.set_xticks(range(len(ratios.columns)), [f"{n}\n{p:g}" for n, p in ratios.columns])
         axes.set_yticks(range(len(ratios)), ratios.index)
