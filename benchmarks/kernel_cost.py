@@ -52,7 +52,7 @@ class Target(NamedTuple):
     def __str__(self) -> str:
         case = self.case
         width = f"uint8[{', '.join(map(str, PIXELS))}]" if case.kind == "pixels" else f"f32[{case.width}]"
-        what = f"sample {case.batch} of" if case.batch else "extend"
+        what = f"sample {case.batch} of" if case.batch else "store" if case.kind == "storing" else "extend"
         return f"{what} {case.envs}x{case.frames} {width} n={case.n_steps}"
 
 
@@ -63,6 +63,9 @@ TARGETS = [
     Target(Case("streaming", 1024, 1, P_DONE, 3, 17), 5, 2.1),
     Target(Case("streaming", 1024, 1, P_DONE, 3, 64), 10, 2.1),
     Target(Case("pixels", 8, 16, P_DONE, 3, int(np.prod(PIXELS))), 14, 1.2),
+    Target(Case("storing", 1024, 1, P_DONE, 3, 17), 5, 1.15),
+    Target(Case("storing", 1024, 1, P_DONE, 3, 64), 10, 1.15),
+    Target(Case("storing", 256, 32, P_DONE, 3, 17), 5, 1.15),
     Target(Case("sampling", 256, 32, P_DONE, 3, 100, 2048), 12, 1.15),
     Target(Case("sampling", 256, 64, P_DONE, 3, 64, 2048), 12, 1.2),
     Target(Case("sampling", 256, 64, P_DONE, 8, 48, 2048), 8, 1.3),
@@ -141,6 +144,12 @@ def calls_of(case: Case) -> int:
 
 def a_call(case: Case, rollout: TensorDict) -> Callable[[], TensorDict]:
     """What is measured: a call that gives out as many frames as it takes, or a sample of a ring that is full."""
+    if case.kind == "storing":
+        storage = LazyTensorStorage(8 * case.envs * case.frames, ndim=2)
+        buffer = NStepReplayBuffer(storage=storage, n_steps=case.n_steps, gamma=GAMMA, backend="triton")
+        for _ in range(2):
+            buffer.extend(rollout)
+        return partial(buffer.extend, rollout)
     if not case.batch:
         transform = MultiStepTransform(case.n_steps, GAMMA, backend="triton")
         for _ in range(calls_of(case) - 1):
@@ -167,6 +176,10 @@ def measure(driver: ptx_driver.Driver, case: Case) -> Cost:
     launches = list(driver.launches)
     if case.batch:
         least = least_of_sample(case, out)
+        return Cost(launches, least, least)
+    if case.kind == "storing":
+        # What is read is written, and besides the index that is returned, and every frame's slot.
+        least = 2 * memory_of(leaves(rollout)) + out.nbytes + out[:, 0].numel() * out.itemsize
         return Cost(launches, least, least)
     least = sum(leaf.nbytes for leaf in leaves(rollout) + leaves(out))
     least_once = memory_of(leaves(rollout)) + memory_of(leaves(out))

@@ -1,6 +1,7 @@
 """TD3 with a thousand environments, one frame of each per step, and n-step returns: training in the style of FastTD3.
 
-Usage: ``python examples/td3_gpu_style.py --buffer both --out DIR``. Environments, networks and the replay buffer lie on
+Usage: ``python examples/td3_gpu_style.py --buffer both --out DIR``; with ``--graph``, on a GPU, what the buffer does in
+a step is captured in a CUDA graph once, and repeated. Environments, networks and the replay buffer lie on
 one device. After Y. Seo et al., FastTD3 (https://arxiv.org/abs/2505.22642): many environments, large batches, a noise
 of its own for each environment; the critic is torchrl's, of scalars, not FastTD3's of distributions. Put your own
 vectorized environment where ``PendulumEnv`` is made. Needs ``pip install "multistep_triton[examples]"``.
@@ -20,6 +21,7 @@ import pandas as pd
 import torch
 from console import Parser, machine
 from pendulum import MAX_STEPS, MAX_TORQUE, PendulumEnv
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.modules import MLP, TanhModule, ValueOperator
@@ -52,7 +54,7 @@ def make_buffer(when: str, options: argparse.Namespace) -> ReplayBuffer:
     storage = LazyTensorStorage(CAPACITY * options.envs, ndim=2, device=options.device)
     n_step = {"n_steps": options.n_steps, "gamma": options.gamma, "done_at": "end", "backend": options.backend}
     if when == "sample":
-        return NStepReplayBuffer(**n_step, storage=storage, batch_size=options.batch_size)
+        return NStepReplayBuffer(**n_step, storage=storage, batch_size=options.batch_size, capturable=options.graph)
     # Not TensorDictReplayBuffer: torchrl's cannot be extended by one frame of each environment.
     return ReplayBuffer(storage=storage, transform=MultiStepTransform(**n_step), batch_size=options.batch_size)
 
@@ -72,8 +74,27 @@ def make_loss(gamma: float, device: torch.device) -> tuple[TensorDictModule, TD3
     return policy, loss
 
 
+class Captured:
+    """A frame of every environment stored, and batches sampled: calls of a buffer, captured in a CUDA graph."""
+
+    def __init__(self, buffer: NStepReplayBuffer, frame: TensorDict, batches: int) -> None:
+        """``frame`` is like those that the buffer has stored before."""
+        self.frame, self.graph = frame.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            buffer.extend(self.frame)
+            self.batches = [buffer.sample() for _ in range(batches)]
+
+    def extend(self, frame: TensorDict) -> None:
+        """Stores a frame, and samples; the batches lie where those of the call before did."""
+        self.frame.copy_(frame)
+        self.graph.replay()
+
+
 class Clock:
-    """Seconds in each part of a loop; it waits for the device before and after each, so that none pays for another."""
+    """Seconds in each part of a loop; it waits for the device before and after each, so that none pays for another.
+
+    Those until a part has launched what it does are the host's.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -82,6 +103,7 @@ class Clock:
     def start(self) -> None:
         """Forgets what was measured."""
         self.seconds: Counter[str] = Counter()
+        self.host: Counter[str] = Counter()
         self.began = self.now()
 
     def now(self) -> float:
@@ -95,18 +117,23 @@ class Clock:
         """Adds the time within to that of the part."""
         began = self.now()
         yield
+        self.host[part] += time.perf_counter() - began
         self.seconds[part] += self.now() - began
 
-    def measured(self, env_steps: int) -> dict[str, float]:
-        """Environment steps per second since the start, and the share of each part, evaluation left out of both."""
+    def measured(self, envs: int, steps: int) -> dict[str, float]:
+        """Environment steps per second since the start, and of each part its share and the host's time per step.
+
+        Evaluation is left out of all.
+        """
         spent = self.seconds
         total = self.now() - self.began - spent["evaluation"]
         parts = {part: spent[part] / total for part in PARTS}
         return {
-            "env_steps_per_s": env_steps / total,
+            "env_steps_per_s": envs * steps / total,
             "buffer_share": parts["extend"] + parts["sample"],
             **{f"{part}_share": share for part, share in parts.items()},
             "other_share": 1 - sum(parts.values()),
+            **{f"{part}_host_us": self.host[part] / steps * 1e6 for part in PARTS},
         }
 
 
@@ -133,6 +160,7 @@ def train(when: str, options: argparse.Namespace) -> dict[str, str | float]:
     # disable=None: only where stderr is a terminal.
     progress = tqdm(range(1, options.steps + 1), desc=when, unit=" env steps", unit_scale=envs, disable=None)
 
+    captured: Captured | None = None
     state = env.reset()
     done, noise = torch.ones(envs, 1, dtype=torch.bool, device=device), torch.zeros(envs, 1, device=device)
     for step in progress:
@@ -147,10 +175,10 @@ def train(when: str, options: argparse.Namespace) -> dict[str, str | float]:
             done = frame["next", "done"]
         with clock("extend"):
             # One frame of each environment: [envs, 1].
-            buffer.extend(frame.select(*STORED).unsqueeze(-1))
-        for _ in range(options.updates if step > collected else 0):
+            (captured or buffer).extend(frame.select(*STORED).unsqueeze(-1))
+        for update in range(options.updates if step > collected else 0):
             with clock("sample"):
-                batch = buffer.sample()
+                batch = captured.batches[update] if captured else buffer.sample()
             with clock("update"):
                 updates += 1
                 critic_loss, _ = loss.value_loss(batch)
@@ -164,12 +192,14 @@ def train(when: str, options: argparse.Namespace) -> dict[str, str | float]:
                     policy_optimizer.zero_grad()
                 target.step()
         if step == collected + WARM_UP:
+            if when == "sample" and options.graph:
+                captured = Captured(buffer, frame.select(*STORED).unsqueeze(-1), options.updates)
             clock.start()
         if step % every == 0 or step == options.steps:
             with clock("evaluation"):
                 returns.append(evaluate(policy, envs, options.seed + 1, device))
             progress.set_postfix({"return": f"{returns[-1]:.0f}"})
-    measured = clock.measured(envs * (options.steps - collected - WARM_UP))
+    measured = clock.measured(envs, options.steps - collected - WARM_UP)
     return {"buffer": when, **measured, "first_return": returns[0], "final_return": returns[-1]}
 
 
@@ -193,6 +223,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gamma", type=float, default=0.97, metavar="G", help="discount per step")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="auto, reference, triton or verify")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of everything")
+    parser.add_argument("--graph", action="store_true", help="capture the buffer that samples in a CUDA graph")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"where to write {RESULT}")
     options = parser.parse_args(arguments)
     for name, (_, low, _) in whole.items():
@@ -206,6 +237,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         # Says what is wrong with the device, gamma or the backend before anything is made.
         out = n_step_return(frame, frame.bool(), gamma=options.gamma, n_steps=options.n_steps, backend=options.backend)
         out.reward.cpu()
+        if options.graph and options.device.type != "cuda":
+            raise ValueError(f"graph needs a CUDA device, got {options.device}")
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:

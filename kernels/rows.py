@@ -29,13 +29,15 @@ def as_bytes(pointer):
 @triton.jit
 def copy_tile(
     tile, rows, data_ptr, carry_ptr, carry_rows, source_ptr, out_ptr, first, slots,
-    ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, CARRIED: tl.constexpr, RING: tl.constexpr,
-    TILE: tl.constexpr,
+    ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, CARRIED: tl.constexpr, LISTED: tl.constexpr,
+    RING: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Copies a tile of the units of ``rows`` rows, each WIDTH units of PARTS items.
 
     Row ``i`` comes from row ``source[i]`` of the data or, if that is negative, of the carry, counted from its end;
-    without a carry it is zeros then. It goes to row ``i`` or, in a RING of so many slots, to row ``first + i``.
+    without a carry it is zeros then. Without a list it comes from row ``i`` or, if ``source`` is ``frames`` and
+    ``envs``, of which row ``i`` counts time first, from that of the same frame where time is last. It goes to row ``i``
+    or, in a RING of so many ``slots`` rows, to row ``first + i``.
     """
     UNIT: tl.constexpr = PARTS * ITEM.primitive_bitwidth // 8
     begin = tile * TILE
@@ -45,7 +47,13 @@ def copy_tile(
     unit = begin - top * WIDTH + offset.to(tl.uint32)
     row = unit // WIDTH
     unit -= row * WIDTH
-    source = tl.load(source_ptr + top + row, mask=inside)
+    if LISTED:
+        source = tl.load(source_ptr + top + row, mask=inside)
+    elif source_ptr is None:
+        source = (top + row).to(tl.int32)
+    else:
+        frames, envs = source_ptr
+        source = ((top + row) % envs * frames + (top + row) // envs).to(tl.int32)
     origin = as_bytes(data_ptr)
     read = inside
     if CARRIED:
@@ -59,10 +67,14 @@ def copy_tile(
     part = tl.arange(0, PARTS)[None, :]
     value = tl.load(pointers[:, None] + part, mask=read[:, None], other=None if CARRIED else 0)
     out_ptr = out_ptr.to(tl.pointer_type(ITEM), bitcast=True)
-    if RING:
+    if RING and LISTED:  # the carry, whose units can be counted in 32 bits
         to = begin + offset.to(tl.uint32) + first.to(tl.uint32) * WIDTH
         to -= tl.where(to < slots.to(tl.uint32) * WIDTH, 0, slots.to(tl.uint32) * WIDTH)
         pointers = tl.multiple_of(out_ptr + to.to(tl.int64) * PARTS, [UNIT])
+    elif RING:
+        to = top + row + first.to(tl.uint32)
+        to -= tl.where(to < slots.to(tl.uint32), 0, slots.to(tl.uint32))
+        pointers = tl.multiple_of(out_ptr + (to.to(tl.int64) * WIDTH + unit) * PARTS, [UNIT])
     else:
         pointers = tl.multiple_of(out_ptr + begin.to(tl.int64) * PARTS, UNIT) + offset * PARTS
     tl.store(pointers[:, None] + part, value, mask=inside[:, None])
@@ -94,12 +106,12 @@ def n_step_rows_kernel(
                 source_ptr = rows_ptr + rows + held_rows if GATHERED[k] else rows_ptr
                 copy_tile(
                     tile - first_tile, rows, data[k], carry[k], carry_rows, source_ptr, out[k], first, slots,
-                    *UNITS[k], CARRIED, False, TILE,
+                    *UNITS[k], CARRIED, True, False, TILE,
                 )  # fmt: skip
             else:
                 copy_tile(
                     tile - first_tile - tiles, held_rows, data[k], carry[k], carry_rows, rows_ptr + rows, held[k],
-                    first, slots, *UNITS[k], CARRIED, True, TILE,
+                    first, slots, *UNITS[k], CARRIED, True, True, TILE,
                 )  # fmt: skip
             if RETURNS:
                 return

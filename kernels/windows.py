@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from multistep_triton.kernels.picked import find_live, find_picked, store_index
 from multistep_triton.kernels.rows import either_pointer
 
 # Lanes of a program: with 128 threads, 2 for each.
@@ -97,6 +98,25 @@ def find_ends(env, frame, step, live, limit, flags, stream, LEVELS: tl.constexpr
 
 
 @triton.jit
+def count_steps(
+    env, frame, lane, end, live, limit, n_steps, flags, stream,
+    LEVELS: tl.constexpr, PIECE: tl.constexpr, LONG: tl.constexpr, DATA: tl.constexpr,
+):  # fmt: skip
+    """Frames of the windows that begin at frames, of which the first piece ends at ``end``."""
+    done = tl.minimum(n_steps, 1 << PIECE)
+    steps = tl.minimum(end - lane + 1, done)
+    if LONG:
+        goes_on = end >= lane + done
+        while done < n_steps:
+            count = tl.minimum(n_steps - done, 1 << PIECE)
+            _, later, _ = find_ends(env, frame + done, done + lane, live, limit, flags, stream, LEVELS, DATA)
+            steps += tl.where(goes_on, tl.minimum(later - lane + 1, count), 0)
+            goes_on &= later >= lane + count
+            done += count
+    return steps
+
+
+@triton.jit
 def sum_piece(value, end, lane, count, powers_ptr, PIECE: tl.constexpr):
     """Discounted sums from every lane on, over ``count <= 2 ** PIECE`` lanes or to the first end."""
     total = value
@@ -143,25 +163,6 @@ def store_returns(
 
 
 @triton.jit
-def find_picked(block, exists, picked, others, envs, known, first):
-    """Environment and frame of each picked frame, and whether there is such a frame; for no other is anything read."""
-    slot = tl.load(picked[0] + block, mask=exists, other=0)
-    live = exists & (slot >= 0) & (slot < known)
-    begin = slot.to(tl.int32) - first
-    begin = tl.where(begin < 0, begin + known, begin)
-    outermost = envs
-    for d in tl.static_range(len(others)):
-        outermost = outermost // others[d]
-    env = block * 0
-    for d in tl.static_range(1, len(picked)):
-        size = outermost if d == 1 else others[d - 2]
-        index = tl.load(picked[d] + block, mask=exists, other=0)
-        live &= (index >= 0) & (index < size)
-        env = env * size + index.to(tl.int32)
-    return env, begin, live
-
-
-@triton.jit
 def list_held(own_ptr, rows, envs, inner, stream, DATA: tl.constexpr, TILE: tl.constexpr):
     """Lists the rows of the last frames that are known, in the order of the slots that hold them back."""
     count = rows // envs
@@ -178,14 +179,21 @@ RINGS = ["carry_first", "carry_slots", "carry_inner", "data_first", "data_slots"
 
 @triton.jit(do_not_specialize=SIZES + RINGS)
 def n_step_windows_kernel(
-    dones, masks, ids, rewards, returns, picked, limits, others, steps_ptr, discount_ptr, nonterminal_ptr, rows_ptr,
-    powers_ptr, envs, agents, carried, known, emitted, held_rows, n_steps, blocks, held_inner,
-    carry_first, carry_slots, carry_inner, data_first, data_slots, data_inner,
+    dones, masks, ids, rewards, returns, picked, limits, others, index_ptr, written_ptr, steps_ptr, discount_ptr,
+    nonterminal_ptr, rows_ptr, powers_ptr, envs, agents, carried, known, emitted, held_rows, n_steps, blocks,
+    held_inner, carry_first, carry_slots, carry_inner, data_first, data_slots, data_inner,
     WIDTHS: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr, LONG: tl.constexpr, TIME_MAJOR: tl.constexpr,
-    PICKED: tl.constexpr, DATA: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    PICKED: tl.constexpr, DRAWN: tl.constexpr, DIMS: tl.constexpr, DATA: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Flags and rewards are pairs of data and carry; of ``picked`` frames come their indices, and ``limits`` for n."""
+    """Flags and rewards are pairs of data and carry; of ``picked`` frames come their indices, and ``limits`` for n.
+
+    If ``written_ptr`` has how many frames were ever written of an environment, that says which slots hold frames.
+    """
     LANES: tl.constexpr = 1 << LEVELS
+    if written_ptr is not None:
+        data_first, known = find_live(written_ptr, known)
+        data_slots = known
     flags = dones, masks, ids, agents
     data = data_first, data_slots, data_inner
     stream = carried, known, (carry_first, carry_slots, carry_inner), carry_slots * envs, data
@@ -196,7 +204,9 @@ def n_step_windows_kernel(
     limit = n_steps
     if PICKED:
         exists = block < emitted
-        env, begin, live = find_picked(block, exists, picked, others, envs, known, data_first)
+        env, slot, begin, live = find_picked(block, exists, picked, others, envs, known, data_first, DRAWN)
+        if index_ptr is not None:
+            store_index(index_ptr, block, slot, env, others, exists, DIMS)
         if len(limits) > 0:
             limit = tl.minimum(tl.load(limits[0] + block, mask=exists, other=1), n_steps).to(tl.int32)
         rows, place = emitted, block + lane * 0
@@ -214,16 +224,7 @@ def n_step_windows_kernel(
 
     frame = begin + lane
     row, end, boundary = find_ends(env, frame, lane, live, limit, flags, stream, LEVELS, DATA)
-    done = tl.minimum(n_steps, 1 << PIECE)
-    steps = tl.minimum(end - lane + 1, done)
-    if LONG:
-        goes_on = end >= lane + done
-        while done < n_steps:
-            count = tl.minimum(n_steps - done, 1 << PIECE)
-            _, later, _ = find_ends(env, frame + done, done + lane, live, limit, flags, stream, LEVELS, DATA)
-            steps += tl.where(goes_on, tl.minimum(later - lane + 1, count), 0)
-            goes_on &= later >= lane + count
-            done += count
+    steps = count_steps(env, frame, lane, end, live, limit, n_steps, flags, stream, LEVELS, PIECE, LONG, DATA)
     end_row = row_of_frame(env, frame + steps - 1, stream, DATA)
     if PICKED:
         # What was picked where there is no frame comes out blank.

@@ -129,6 +129,11 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
     raise RuntimeError(f"backend {backend!r} cannot run: {obstacle}, or {otherwise}")
 
 
+def circumstances() -> tuple[Any, ...]:
+    """All that a choice depends on besides the tensors."""
+    return os.environ.get(BACKEND_VARIABLE), torch.is_grad_enabled(), is_transformed()
+
+
 @functools.cache
 def _asked_for(backend: str, asker: str) -> Choice:
     return Choice(backend, f"{asker} asks for it")

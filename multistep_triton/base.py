@@ -92,11 +92,14 @@ class MultiStepBase(Arguments):
                     like = results.returns[reward] if match else leaves[group.flags[0]]
                     written = [_expand(window, like.shape) for window in of_group]
                 leaves.update(zip(paths, written, strict=True))
-        for path, returns in results.returns.items():
-            leaves[roles.originals[path]] = leaves[path]
-            leaves[path] = returns
-        if len(roles.rewards) == 1:
-            leaves[ORIGINAL_REWARD_PATH] = leaves[roles.originals[roles.rewards[0]]]
+        for path in roles.rewards:
+            # Either may be among what a sample leaves out.
+            if path in leaves:
+                leaves[roles.originals[path]] = leaves[path]
+            if path in results.returns:
+                leaves[path] = results.returns[path]
+        if len(roles.rewards) == 1 and (original := roles.originals[roles.rewards[0]]) in leaves:
+            leaves[ORIGINAL_REWARD_PATH] = leaves[original]
         return leaves
 
 

@@ -1,7 +1,7 @@
 """CheckpointedReplayBuffer: what a buffer whose frames lie in order saves of that, and how it is loaded.
 
 Reaches into private attributes of torchrl's buffers, storages and writers. May import torchrl, ``stored`` and
-``ordered_buffer``.
+``storing_buffer``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 from torchrl.data import RoundRobinWriter
 
-from multistep_triton.ordered_buffer import OrderedReplayBuffer
 from multistep_triton.stored import leaves_of, versions_of
+from multistep_triton.storing_buffer import StoringReplayBuffer
 
 _RING_FILE = "n_step_ring.json"
 
 
-class CheckpointedReplayBuffer(OrderedReplayBuffer):
+class CheckpointedReplayBuffer(StoringReplayBuffer):
     """One that goes on where it was when it was saved; nothing is stored or sampled meanwhile."""
 
     @contextlib.contextmanager
@@ -69,7 +69,7 @@ class CheckpointedReplayBuffer(OrderedReplayBuffer):
     def _fingerprint(self) -> tuple[Any, ...]:
         """What is another one when frames are."""
         storage, entries = self._storage, self._order.entries()
-        versions = [] if entries is None else versions_of(leaves_of(entries, storage.ndim))
+        versions = [] if entries is None else versions_of(leaves_of(entries, storage.ndim).values())
         return id(entries), len(storage), storage._mutation_revision, versions
 
     def state_dict(self) -> dict[str, Any]:

@@ -131,6 +131,8 @@ class NStepReplayBufferConfig(_Arguments, TensorDictReplayBufferConfig):
 
     n_steps: Any = 3
     done_at: str = "end"
+    outputs: Any = None
+    capturable: bool = False
     _target_: str = "multistep_triton.configs._make_n_step_replay_buffer"
 
 
@@ -148,9 +150,9 @@ def _make_n_step_replay_buffer(**arguments: Any) -> NStepReplayBuffer:
 
 def _make(build: type[Built], arguments: dict[str, Any]) -> Built:
     """An object of arguments of which those of ours are as YAML has them: with lists in place of tuples."""
-    for name in {field.name for field in fields(_Arguments)} & arguments.keys():
+    for name in {"outputs", *(field.name for field in fields(_Arguments))} & arguments.keys():
         value = arguments[name]
-        listed = name.endswith("_keys") and _is_list(value)
+        listed = (name == "outputs" or name.endswith("_keys")) and _is_list(value)
         arguments[name] = [_as_tuple(each) for each in value] if listed else _as_tuple(value)
     return build(**arguments)
 

@@ -1,7 +1,7 @@
 """The fast path in eager PyTorch, on any device; held to ``spec`` by the tests and by ``backend="verify"``.
 
 Calls of fewer than n frames write these into the free slots of the carry, and read all that comes out there.
-Keys are opaque. May import torch, ``task``, ``carry``, ``samples`` and ``windows``.
+Keys are opaque. May import torch, ``task``, ``carry``, ``eager_ring`` and ``windows``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,17 @@ import torch
 from torch import Tensor
 
 from multistep_triton.carry import Carry, Slots, find_slots
-from multistep_triton.samples import Samples, sampled_where_frames_are
+from multistep_triton.eager_ring import n_step_sample as n_step_sample
+from multistep_triton.eager_ring import store_frames as store_frames
+from multistep_triton.eager_ring import write_runs
 from multistep_triton.task import Leaves, Results, Task, return_dtype
-from multistep_triton.windows import discounts, find_boundaries, index_dtype, sum_windows, take, take_rows
+from multistep_triton.windows import (
+    discounts,
+    find_boundaries,
+    index_dtype,
+    sum_windows,
+    take,
+)
 
 # Up to this many bytes, joining carry and data costs less than the calls it takes to read them where they lie.
 JOIN_BYTES = 1 << 16
@@ -78,7 +86,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     for key in keys.held if hold else ():
         if ring:
             older[key], held[key] = both.old(key, 0, emitted), ring.leaves[key]
-            _write(held[key], data[key], runs, time_dim)
+            write_runs(held[key], data[key], runs, time_dim)
         else:
             older[key], newer = both.split(key, emitted)
             held[key] = _lay_out(newer, slots, time_dim)
@@ -172,77 +180,6 @@ def _end_rows(lengths: Tensor, frames: int, offset: int) -> Tensor:
     return torch.add(before.unfold(0, count, max(frames, 1)), lengths.reshape(envs, count)).view(-1)
 
 
-@sampled_where_frames_are
-def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
-    """Computes :func:`multistep_triton.engine.n_step_sample` of frames that are all there."""
-    keys, gamma, live = task.keys, task.gamma, samples.live
-    sizes = next(iter(data.values())).shape[: len(samples.indices)]
-    envs, n_steps = math.prod(sizes[1:]), min(task.n_steps, live)
-    # One frame ahead, even if n is 1, tells where a trajectory goes on.
-    ahead = min(max(n_steps, 2), live)
-    own = _rows_of(samples, sizes)
-    frames = _frames_of_windows(samples, data, (*keys.flags, *keys.rewards), sizes, own, ahead)
-    if keys.done:
-        done = functools.reduce(torch.bitwise_or, [frames.flag(key) for key in keys.done])
-    else:
-        # Its n and the newest frame end a window.
-        done = torch.zeros_like(frames.followed)
-    mask, traj = (None if key is None else frames.flag(key) for key in (keys.mask, keys.traj))
-    goes_on = ~find_boundaries(done, mask, traj, 0) & frames.followed
-    nonterminal = frames.first(goes_on)
-    if samples.n_steps is not None:
-        goes_on &= torch.arange(1, ahead + 1, device=own.device).unsqueeze(1) < samples.n_steps
-    lengths, totals = sum_windows(goes_on, [frames.read[key] for key in keys.rewards], n_steps, gamma, 0)
-    length = frames.first(lengths)
-    steps = length.to(torch.int64)
-    returns = {
-        key: frames.first(total).to(return_dtype(data[key])) for key, total in zip(keys.rewards, totals, strict=True)
-    }
-    end = _turned(torch.add(own - envs, length, alpha=envs), live * envs)
-    leaves = {}
-    for out, key, at_end in keys.outputs:
-        if key in frames.read and not at_end:
-            leaves[out] = frames.first(frames.read[key])
-        else:
-            leaves[out] = take_rows(data[key], end if at_end else own, sizes)
-    return Results(leaves, returns, steps, discounts(steps, n_steps, gamma), nonterminal)
-
-
-class _Read(NamedTuple):
-    """The frames that windows have, ``[K, M]``, time first."""
-
-    read: dict[Hashable, Tensor]
-    """Their flags and rewards, ``[K, M, *F]``."""
-    followed: Tensor
-    """Whether a frame is not the newest."""
-    first: Callable[[Tensor], Tensor]
-    """Of a value ``[K, M, *F]``, that of the first frame of every sample, ``[N, *F]``, in new memory."""
-
-    def flag(self, key: Hashable) -> Tensor:
-        """A flag, ``[K, M]``."""
-        return self.read[key].view(self.followed.shape)
-
-
-def _frames_of_windows(
-    samples: Samples, data: Leaves, keys: Sequence[Hashable], sizes: torch.Size, own: Tensor, ahead: int
-) -> _Read:
-    """The first frames of all windows, then the next ones, and so on; or, where these are more, the whole ring."""
-    live, envs, newest = samples.live, math.prod(sizes[1:]), samples.newest
-    keys = list(dict.fromkeys(keys))
-    if samples.n_steps is None and 2 * live * envs <= 3 * ahead * len(own):
-        # Once round, and on until the window of the last slot ends.
-        round_on = {key: torch.cat((data[key][:live], data[key][: ahead - 1])) for key in keys}
-        read = {key: leaf.view(-1, envs, *leaf.shape[len(sizes) :]) for key, leaf in round_on.items()}
-        slot = torch.arange(live + ahead - 1, device=own.device).unsqueeze(1)
-        followed = ((slot != newest) & (slot != live + newest)).expand(-1, envs)
-        return _Read(read, followed, lambda value: take(value.flatten(0, 1), own))
-    offsets = torch.arange(ahead, device=own.device).unsqueeze(1)
-    walk = _turned(offsets * envs + own, live * envs).flatten()
-    rows = {key: take_rows(data[key], walk, sizes) for key in keys}
-    read = {key: leaf.view(ahead, len(own), *leaf.shape[1:]) for key, leaf in rows.items()}
-    return _Read(read, offsets < _after(samples), lambda value: value[0].clone())
-
-
 def gather_future(value: Tensor, steps: Tensor) -> Tensor:
     """Computes :func:`multistep_triton.gather_future`; ``steps`` is int64 ``[*B, T]``."""
     return take(value.flatten(0, steps.ndim - 1), _end_rows(steps, steps.shape[-1], 0)).view(value.shape)
@@ -263,32 +200,6 @@ def _lay_out(pieces: list[Tensor], slots: Slots, time_dim: int) -> Tensor:
     leaf, at = slots.empty(pieces[0], time_dim), 0
     for piece in pieces:
         count = piece.shape[time_dim]
-        _write(leaf, piece, [(at, count)], time_dim)
+        write_runs(leaf, piece, [(at, count)], time_dim)
         at += count
     return leaf
-
-
-def _write(leaf: Tensor, frames: Tensor, runs: list[tuple[int, int]], time_dim: int) -> None:
-    """Writes frames into runs of slots."""
-    parts = frames.split_with_sizes([count for _, count in runs], time_dim) if runs else ()
-    for (slot, count), part in zip(runs, parts, strict=True):
-        leaf.narrow(time_dim, slot, count).copy_(part)
-
-
-def _rows_of(samples: Samples, sizes: torch.Size) -> Tensor:
-    """The rows that samples lie in, counted over ``sizes``."""
-    row, *others = samples.indices
-    for size, each in zip(sizes[1:], others, strict=True):
-        row = torch.add(each, row, alpha=size)
-    # No window goes round more than once.
-    return row.to(index_dtype(2 * math.prod(sizes)))
-
-
-def _turned(rows: Tensor, end: int) -> Tensor:
-    """Rows of which those from ``end`` on are at the beginning."""
-    return torch.where(rows < end, rows, rows - end)
-
-
-def _after(samples: Samples) -> Tensor:
-    """How many newer frames there are in the row of each."""
-    return (samples.newest - samples.indices[0]) % samples.live

@@ -1,23 +1,24 @@
 """The engine: one task, one backend. Leaves in, leaves out, by whichever backend runs on them.
 
-Every backend computes the same three functions: :func:`n_step_extend` of carry and data, :func:`n_step_sample` of a
-storage, and :func:`gather_future`. May import ``task``, ``carry``, ``samples``, ``backends``, ``eager``
-and, inside the branch that runs them, the kernels and what verifies them.
+Every backend computes the same four functions: :func:`n_step_extend` of carry and data, :func:`n_step_sample` of a
+storage, :func:`store_frames` into one, and :func:`gather_future`. May import ``task``, ``carry``, ``samples``,
+``backends``, ``eager`` and, inside the branch that runs them, the kernels and what verifies them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from multistep_triton import eager
-from multistep_triton.backends import resolve_backend
+from multistep_triton.backends import circumstances, resolve_backend
 from multistep_triton.carry import Carry
 from multistep_triton.samples import Samples
-from multistep_triton.task import Leaves, Results, Task
+from multistep_triton.task import Leaves, Results, Task, find
 
 
 def n_step_extend(task: Task, carry: Carry | None, data: Leaves, backend: str = "auto") -> Results:
@@ -55,16 +56,62 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves, backend: str = "au
         IndexError: an index is that of no frame, on the CPU. On an accelerator the host does not wait to know: such a
             sample has 0 steps, NaN as its return, discount 1, and zeros for all else.
     """
-    chosen = resolve_backend(backend, [*data.values(), *samples.indices], [data[key] for key in task.keys.rewards])
-    _check_indices(samples, next(iter(data.values())).shape)
+    chosen = _resolve(backend, data, samples.indices, task.keys.rewards)
+    if samples.sizes is None:
+        _check_indices(samples, next(iter(data.values())).shape)
+    drawn = samples.sizes is not None
+    if chosen != "triton":
+        samples = samples.read().found()
     results: Results = implementation_of(chosen).n_step_sample(task, samples, data)
+    if drawn and results.indices is None:
+        results = results._replace(indices=torch.stack([*samples.indices], -1))
     return results
+
+
+def store_frames(
+    data: Leaves,
+    ring: Leaves,
+    numbers: Tensor | None,
+    dims: int,
+    time_dim: int,
+    slot: int | Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    """Stores frames in slots one after the other, from one on, beginning anew after the last.
+
+    Args:
+        data: leaves ``[*B, T, ...]`` of at most as many frames as there are slots.
+        ring: leaves of a storage ``[C, *R, ...]`` that lie in order in memory, the same keys, dtypes and devices.
+        numbers: int64 ``[C, *R]``, an entry of the storage that holds every frame's slot; or None.
+        dims: dimensions of ``[C, *R]``; those of the data are the same, with the first one and time exchanged.
+        time_dim: the position of the time dimension in ``[*B, T]``.
+        slot: of the first frame; or int64 on the device, how many frames of an environment were ever written, for the
+            kernels alone.
+        backend: one of ``BACKENDS``.
+
+    Returns:
+        Tensor: int64 ``[T * R, dims]``, where every frame lies, time first.
+    """
+    chosen = _resolve(backend, ring, data.values())
+    index: Tensor = implementation_of(chosen).store_frames(data, ring, numbers, dims, time_dim, slot)
+    return index
 
 
 def gather_future(value: Tensor, steps: Tensor, backend: str = "auto") -> Tensor:
     """:func:`multistep_triton.gather_future` of windows that lie within their rows; the kernels cut others."""
     future: Tensor = implementation_of(resolve_backend(backend, (value, steps))).gather_future(value, steps)
     return future
+
+
+def _resolve(backend: str, data: Leaves, others: Iterable[Tensor], rewards: Sequence[Hashable] = ()) -> str:
+    """The backend that runs on leaves and others on their device; looked for once of leaves that are known."""
+    chosen: str = find(
+        data,
+        "backend",
+        (backend, *circumstances()),
+        lambda: resolve_backend(backend, [*data.values(), *others], [data[key] for key in rewards]),
+    )
+    return chosen
 
 
 def implementation_of(backend: str) -> Any:

@@ -9,7 +9,8 @@ windows knows rows and neither groups nor agents. May import ``roles``, ``frames
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from multistep_triton.carry import Carry
 from multistep_triton.checks import check_flag, check_ids, check_reward, is_per_frame
 from multistep_triton.engine import n_step_extend, n_step_sample
 from multistep_triton.frames import Frames, KeyPath
-from multistep_triton.roles import WINDOW_PATHS, Roles
+from multistep_triton.roles import ORIGINAL_REWARD_PATH, WINDOW_PATHS, Roles
 from multistep_triton.samples import Samples
 from multistep_triton.task import Keys, Leaves, Results, Task
 
@@ -43,6 +44,25 @@ class Group(NamedTuple):
     """The same where they are sampled."""
     written: Sequence[tuple[Sequence[KeyPath], KeyPath]] = ()
     """The entries that the windows are written as, and the reward whose shape these take if they are to match it."""
+
+    def with_outputs(self, roles: Roles, is_asked: Callable[[KeyPath], bool], match_reward_shape: bool) -> Group:
+        """The same group, of which nothing is computed that nobody asks for; its windows are."""
+        original = is_asked(ORIGINAL_REWARD_PATH) and len(roles.rewards) == 1
+
+        def selected(keys: Keys) -> Keys:
+            asked: Callable[[Any], bool] = is_asked
+            comes_out = {
+                out: asked(roles.originals[out]) or original if out in roles.rewards else asked(out)
+                for out, _, _ in keys.outputs
+            }
+            if self.written and self.agents:
+                # Windows are written in its shape.
+                comes_out[self.flags[0]] = True
+            outputs = tuple([each for each in keys.outputs if comes_out[each[0]]])
+            rewards = tuple([path for path in keys.rewards if match_reward_shape or asked(path)])
+            return replace(keys, outputs=outputs, rewards=rewards)
+
+        return self._replace(keys=selected(self.keys), sampled=selected(self.sampled))
 
 
 Windows = tuple[Tensor, Tensor, Tensor]
@@ -202,6 +222,7 @@ def n_step_sample_groups(
     if len(groups) == 1 and not groups[0].agents:
         results = n_step_sample(task, samples, data, backend)
         return results, [results[2:5]]
+    samples, drawn = samples.found(), samples.sizes is not None
     dims, count = len(samples.indices), samples.indices[0].shape[0]
     leaves: dict[Any, Tensor] = {}
     returns: dict[Any, Tensor] = {}
@@ -223,7 +244,8 @@ def n_step_sample_groups(
         windows.append((each.steps.view(shape), each.discount.view(shape), nonterminal))
         if len(shape) > 1:
             shortest[group.flags] = each.steps.view(shape).flatten(1).amin(1), nonterminal.flatten(1).all(1)
-    return Results(leaves, returns, *windows[0]), windows
+    indices = torch.stack([*samples.indices], -1) if drawn else None
+    return Results(leaves, returns, *windows[0], indices=indices), windows
 
 
 def steps_at(path: KeyPath, groups: Sequence[Group], windows: Sequence[Windows]) -> Tensor:
@@ -274,4 +296,5 @@ def _every_agent(samples: Samples, shape: torch.Size) -> Samples:
     return samples._replace(
         indices=[*(dim[frame] for dim in samples.indices), *agent],
         n_steps=None if samples.n_steps is None else samples.n_steps[frame],
+        rows=None,
     )

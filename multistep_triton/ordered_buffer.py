@@ -1,36 +1,39 @@
-"""OrderedReplayBuffer: one whose frames are stored in order, and whole calls or none.
+"""OrderedReplayBuffer: one whose storage is a ring in time.
 
-Owns the parts of a buffer, and what is stored; knows no windows. Reaches into private attributes of torchrl's buffers,
+Owns the parts of a buffer; knows no windows. Reaches into private attributes of torchrl's buffers,
 storages and writers. May import torchrl, ``stored``, ``storage_order`` and ``torchrl_internals``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from tensordict import TensorDictBase
-from torch import Tensor
 from torchrl.data import ReplayBuffer, ReplayBufferEnsemble, Storage, Writer
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.envs.transforms import Transform
 
 from multistep_triton.storage_order import Order, order_of
-from multistep_triton.stored import Leaves, Position, check_continues, check_dims, check_parts, leaves_of, versions_of
+from multistep_triton.stored import check_parts
 from multistep_triton.torchrl_internals import calls, transforms_in
 
 
-def _collate_own(collate: Callable[[Any], Any], data: Any) -> Any:
+class _CollateOwn(NamedTuple):
     """Collates samples of a buffer's own; an ensemble's are single steps."""
-    mixing = calls().get("mix")
-    if mixing is not None and isinstance(mixing.f_locals["self"], ReplayBufferEnsemble):
-        raise TypeError(
-            "a ReplayBufferEnsemble reads single steps from the storages of its buffers, and must not have an "
-            "NStepReplayBuffer: give it buffers with a MultiStepTransform each"
-        )
-    return collate(data)
+
+    collate: Callable[[Any], Any]
+    is_given: bool
+    """Whether it is the user's, and not torchrl's, which does nothing."""
+
+    def __call__(self, data: Any) -> Any:
+        mixing = calls().get("mix")
+        if mixing is not None and isinstance(mixing.f_locals["self"], ReplayBufferEnsemble):
+            raise TypeError(
+                "a ReplayBufferEnsemble reads single steps from the storages of its buffers, and must not have an "
+                "NStepReplayBuffer: give it buffers with a MultiStepTransform each"
+            )
+        return self.collate(data)
 
 
 class OrderedReplayBuffer(ReplayBuffer):
@@ -41,12 +44,6 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     n_step_ordered = True
     """Tells the order that the writer is set to the storage's position before it writes."""
-
-    def _check_data(
-        self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
-    ) -> None:
-        """Checks data before it is written; its leaves, those of the storage, and whether there are frames in it."""
-        raise NotImplementedError
 
     def _check_transforms(self, transforms: list[Transform]) -> None:
         """Checks transforms that run when the buffer is sampled."""
@@ -94,12 +91,18 @@ class OrderedReplayBuffer(ReplayBuffer):
             self._leave()
             raise
 
+    def _check_parts(self, storage: Storage, writer: Writer, sampler: Sampler) -> None:
+        """Checks that these may be the parts of the buffer."""
+        check_parts(storage, writer, sampler)
+
     def _adopt(self) -> None:
         """Takes over the storage, at whose position every writer goes on."""
         storage = self._storage
-        check_parts(storage, self._writer, self._sampler)
+        self._check_parts(storage, self._writer, self._sampler)
         for other in storage._attached_entities:
             if other is not self:
+                if getattr(other, "capturable", False):
+                    raise ValueError("storage must be no other buffer's that has capturable=True, got one that is")
                 check_parts(storage, getattr(other, "_writer", None), getattr(other, "_sampler", None), True)
         if self.dim_extend >= storage.ndim:
             raise ValueError(f"dim_extend must be below the storage's ndim={storage.ndim}, got {self.dim_extend}")
@@ -115,7 +118,8 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     def _get_collate_fn(self, collate_fn: Callable[..., Any] | None) -> None:
         super()._get_collate_fn(collate_fn)
-        self._collate_fn: Callable[[Any], Any] = partial(_collate_own, self._collate_fn)
+        collate: Any = self._collate_fn
+        self._collate_fn: _CollateOwn = _CollateOwn(collate, collate_fn is not None)
 
     def set_storage(self, storage: Storage, collate_fn: Callable[..., Any] | None = None) -> Any:
         """Exchanges the storage, as in torchrl, and goes on at its position; its sampler begins anew.
@@ -123,7 +127,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         Raises:
             TypeError: the frames of the storage lie in no order.
         """
-        check_parts(storage, self.writer, self.sampler)
+        self._check_parts(storage, self.writer, self.sampler)
         before, dim_extend, collate = self._storage, self.dim_extend, self._collate_fn
 
         def put(storage: Storage, dim_extend: int) -> None:
@@ -154,7 +158,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         Raises:
             TypeError: it does not store in order.
         """
-        check_parts(self.storage, writer, self.sampler)
+        self._check_parts(self.storage, writer, self.sampler)
         with self._replay_lock:
             before = super().set_writer(writer)
             self._order.take_position()
@@ -162,7 +166,7 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     def set_sampler(self, sampler: Sampler) -> Any:
         """Exchanges the sampler, as in torchrl; one that consumes or alters what it samples is a TypeError."""
-        check_parts(self.storage, self.writer, sampler)
+        self._check_parts(self.storage, self.writer, sampler)
         return super().set_sampler(sampler)
 
     def append_transform(self, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
@@ -178,88 +182,6 @@ class OrderedReplayBuffer(ReplayBuffer):
     def _check_given(self, transform: Any, invert: bool) -> None:
         if isinstance(transform, Transform) and not invert:
             self._check_transforms(transforms_in(transform))
-
-    # Storing
-
-    def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
-        ndim, time_dim = self._storage.ndim, self.dim_extend
-        check_dims(data, ndim, ndim)
-        frames = data.shape[time_dim]
-        if not data.batch_size.numel():
-            return torch.zeros((0, ndim) if ndim > 1 else (0,), dtype=torch.long)
-
-        def write() -> Tensor:
-            # Of several frames for one slot, torch might keep any.
-            slots = self._slots(data.numel() // frames) or 1
-            indices = []
-            for part in data.split(slots, time_dim) if frames > slots else [data]:
-                indices.append(self._writer.extend(part.transpose(time_dim, 0) if time_dim else part))
-                self._sampler.extend(indices[-1])
-            return indices[0] if len(indices) == 1 else torch.cat(indices)
-
-        stored: Tensor = self._write(write, data, time_dim, frames)
-        return stored
-
-    def _add(self, data: TensorDictBase) -> Any:
-        check_dims(data, self._storage.ndim - 1, self._storage.ndim)
-        if self.dim_extend > 1:
-            # As extend lays out a frame of every environment.
-            data = data.unsqueeze(self.dim_extend).transpose(self.dim_extend, 0)[0]
-
-        def write() -> Any:
-            index = self._writer.add(data)
-            self._sampler.add(index)
-            return index
-
-        return self._write(write, data, None, 1)
-
-    def _write(self, write: Callable[[], Any], data: TensorDictBase, time_dim: int | None, frames: int) -> Any:
-        """Checks data, and writes it at the storage's position; where that fails, the newest frame stays the newest."""
-        with self._replay_lock, self._write_lock:
-            order, storage, writer = self._order, self._storage, self._writer
-            entries = order.entries()
-            stored = {} if entries is None else leaves_of(entries, storage.ndim)
-            self._check_new(leaves_of(data, data.batch_dims), stored, data, time_dim, entries)
-            position = order.take_position()
-            versions, count = versions_of(stored), getattr(writer, "_write_count", None)
-            before = len(storage), storage._last_cursor_index
-            try:
-                index = write()
-            except BaseException:
-                storage._len = before[0]
-                order.set_last(before[1])
-                if count is not None:
-                    writer._write_count = count
-                order.take_position()
-                if None in versions or versions != versions_of(stored):
-                    self._tear(position, frames)
-                raise
-        return index
-
-    def _check_new(
-        self, new: Leaves, stored: Leaves, data: TensorDictBase, time_dim: int | None, entries: TensorDictBase | None
-    ) -> None:
-        ndim, dims = self._storage.ndim, data.batch_dims
-        self._check_data(data, time_dim, new, stored, bool(len(self._storage)))
-        if entries is None:
-            return
-        batch = [*data.shape]
-        if time_dim is not None:
-            batch[0], batch[time_dim] = batch[time_dim], batch[0]
-            del batch[0]
-        rows = [*entries.shape[1:ndim]]
-        if batch != rows:
-            raise ValueError(f"data must be of {rows} rows, as what is stored, got {batch}")
-        check_continues(new, stored, dims, ndim)
-
-    def _tear(self, position: Position | None, frames: int) -> None:
-        """Remembers the slots of frames that a write of more has overwritten in part."""
-        if position is None:
-            return
-        free = position.slots - position.live
-        if (torn := min(frames - free, position.live)) > 0:
-            order = self._order
-            order.torn = (position.newest + 1 + free) % position.slots, max(torn, order.torn[1])
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Empties the buffer, and drops what was prefetched from it."""

@@ -21,15 +21,15 @@ from typing_extensions import Unpack
 from multistep_triton.arguments import ARGUMENTS, Argument, DoneAt, TorchRLArguments
 from multistep_triton.backends import Backend
 from multistep_triton.base import MultiStepBase
-from multistep_triton.checks import check_not_captured, check_steps
-from multistep_triton.frames import Frames, KeyPath
-from multistep_triton.groups import n_step_sample_groups, steps_at
+from multistep_triton.capturable import CapturableReplayBuffer
+from multistep_triton.checks import check_bool, check_not_captured, check_steps
+from multistep_triton.frames import Frames
 from multistep_triton.neighbours import check_mixing, check_transforms, facts_of
-from multistep_triton.roles import check_single_steps
-from multistep_triton.sampled_buffer import SampledReplayBuffer
+from multistep_triton.outputs import Asked, Layout
+from multistep_triton.roles import check_entries, check_single_steps
 from multistep_triton.samples import Samples
 from multistep_triton.stored import Leaves, Position, check_index, check_slots
-from multistep_triton.task import Task
+from multistep_triton.storing import INDEX
 from multistep_triton.torchrl_internals import calls, refuse_other_ways, transforms_in
 
 Steps = int | tuple[int, int]
@@ -37,11 +37,10 @@ Steps = int | tuple[int, int]
 # What a call of ``sample`` asks for, in its own thread alone: batches that are prefetched have the buffer's.
 _steps_of_call: ContextVar[Steps | None] = ContextVar("n_steps of a call", default=None)
 
-_INDEX = ("index",)
 _COUNTED = {*ARGUMENTS, "_storage"}
 
 
-class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
+class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
     """A replay buffer that stores single steps and computes n-step transitions of the frames that are sampled.
 
     With ``n = n_steps`` and ``e(t)`` the smallest of ``t + n - 1``, the first boundary at or after ``t``, and the
@@ -95,6 +94,10 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
             reward, and are of its windows at the root. Defaults to False.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which holds every sample to the
             specification.
+        outputs: the entries that a sample has, and groups all of whose entries it has; what is left out is not
+            copied. None, the default, stands for all.
+        capturable: whether calls can be captured into a CUDA graph: how far the buffer has come is then known to the
+            device, and read from it by whatever else asks (``docs/buffer.md``). Defaults to False.
         **kwargs: those of :class:`torchrl.data.TensorDictReplayBuffer`. The storage is a ``LazyTensorStorage``,
             ``LazyMemmapStorage`` or another ``TensorStorage`` of a tensordict, the writer a ``RoundRobinWriter`` (the
             default one is) or, for a storage that is filled before, an ``ImmutableDatasetWriter``.
@@ -104,10 +107,11 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         ValueError: an argument breaks its rule, there are fewer slots than ``n_steps``, or a transform would be wrong
             on n-step transitions (``docs/neighbours.md``); from ``extend``: data is of n steps already, or of another
             dtype, shape or number of rows than what is stored, or holds a flag that it lacks.
-        KeyError: from ``extend``: data lacks a reward, a done flag, trajectory ids, or an entry that is stored.
+        KeyError: from ``extend``: data lacks a reward, a done flag, trajectory ids, or an entry that is stored; from
+            ``sample``: ``outputs`` names an entry that there is not.
         RuntimeError: nobody can tell which frame is the newest, or some were overwritten in part; a CUDA graph is being
-            captured; the backend asked for cannot run; :class:`EquivalenceError`, one of these, if ``"verify"`` finds a
-            difference.
+            captured, of what cannot be; the backend asked for cannot run; :class:`EquivalenceError`, one of these, if
+            ``"verify"`` finds a difference.
 
     Source: R. S. Sutton, Learning to predict by the methods of temporal differences, Machine Learning 3, 1988.
 
@@ -132,6 +136,8 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         tensor([2, 1, 1])
     """
 
+    _layout_before: Layout | None = None
+
     def __init__(
         self,
         *,
@@ -145,21 +151,29 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         done_at: DoneAt = "end",
         match_reward_shape: bool = False,
         backend: Backend = "auto",
+        outputs: Sequence[NestedKey] | None = None,
+        capturable: bool = False,
         **kwargs: Unpack[TorchRLArguments],
     ) -> None:
         if kwargs.get("storage") is None:
             raise TypeError("storage must be a TensorStorage, such as LazyTensorStorage(max_size), got None")
-        self._changes = 0
         # As of which change of the arguments the data that comes has been checked, and of what transforms, too.
-        self._checked = -1
+        self._changes, self._checked = 0, -1
         self._checked_beside: tuple[Any, ...] = ()
+        self._asked = None if outputs is None else Asked(outputs)
+        self._capturable = check_bool("capturable", capturable)
         self._set_arguments(locals())
         super().__init__(**kwargs)
 
     def __repr__(self) -> str:
         """The arguments, and what torchrl says of its own."""
         said = "".join(f"{each}, " for each in self._said())
-        return SampledReplayBuffer.__repr__(self).replace("(", f"(\n    {said}", 1)
+        return CapturableReplayBuffer.__repr__(self).replace("(", f"(\n    {said}", 1)
+
+    @property
+    def outputs(self) -> list[NestedKey] | None:
+        """The entries that a sample has, and groups all of whose entries it has; None if all."""
+        return None if self._asked is None else [key[0] if len(key) == 1 else key for key in self._asked.by]
 
     @Argument
     def n_steps(self, value: Steps) -> Steps:  # type: ignore[override]
@@ -172,8 +186,9 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         """Sets an attribute and, if it is one of the arguments or the storage, counts that."""
         super().__setattr__(name, value)
         if name in _COUNTED:
-            # Batches that were prefetched before are of the arguments before.
+            # Batches that were prefetched before, and what was checked, are of the arguments before.
             self._changes += 1
+            self.__dict__["_seen"] = None
 
     def sample(self, *args: Any, n_steps: Steps | None = None, **kwargs: Any) -> Any:
         """Samples frames and computes their n-step transitions.
@@ -187,36 +202,38 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         Returns:
             TensorDict ``[batch_size]``; a tuple of this and the sampler's info if ``return_info``.
         """
-        roles = self._roles_in(())
-        check_mixing(calls(), roles.rewards, roles.dones, self._done_at)
-        check_not_captured("sample")
-        token = _steps_of_call.set(None if n_steps is None else check_steps("n_steps", n_steps))
-        try:
-            with self._up_to_date(self._changes, n_steps is not None):
-                return super().sample(*args, **kwargs)
-        finally:
-            _steps_of_call.reset(token)
+        if calling := calls():
+            roles = self._roles_in(())
+            check_mixing(calling, roles.rewards, roles.dones, self._done_at)
+        if not self._capturable:
+            check_not_captured("sample")
+        if n_steps is None and not self._prefetch:
+            sampled = super().sample(*args, **kwargs)
+        else:
+            token = _steps_of_call.set(None if n_steps is None else check_steps("n_steps", n_steps))
+            try:
+                with self._up_to_date(self._changes, n_steps is not None):
+                    sampled = super().sample(*args, **kwargs)
+            finally:
+                _steps_of_call.reset(token)
+        if self._asked is not None and not self._asked[INDEX]:
+            # torchrl sets it in the sample.
+            (sampled[0] if isinstance(sampled, tuple) else sampled).pop(INDEX, None)
+        return sampled
+
+    def _check_call(self) -> None:
+        refuse_other_ways(calls())
+        if not self._capturable:
+            check_not_captured("extend")
+        self._check_neighbours()
 
     def _check_data(
         self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
     ) -> None:
-        refuse_other_ways(calls())
-        check_not_captured("extend")
+        self._check_call()
         check_single_steps([(key,) for key in data.keys()])  # noqa: SIM118  # iterating it goes over its frames
         roles = self._roles_in({**stored, **new})
-        if missing := sorted(({*roles.needed} | stored.keys() - roles.written - {_INDEX}) - new.keys()):
-            message = f"data must hold {', '.join(map(str, missing))}, got the entries {list(new)}"
-            if not {*missing}.isdisjoint(stored):
-                message += (
-                    "; the storage has the others, too: for data of other entries give it a new one (set_storage)"
-                )
-            raise KeyError(message)
-        if is_filled and (late := sorted(key for key in new.keys() - stored.keys() if roles.is_role(key, new[key]))):
-            raise ValueError(
-                f"data must not hold {', '.join(map(str, late))}, which windows read and the frames stored before "
-                f"lack: extend with it from the first call on, or empty the buffer before"
-            )
-        self._check_neighbours()
+        check_entries(roles, new, stored, is_filled)
         if self._checked != self._changes or not is_filled:
             frames = Frames.read(data, roles.written)
             self._groups_in(frames, roles)
@@ -225,34 +242,36 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
 
     def _check_room(self, rows: int | None = None, n_steps: Steps | None = None) -> None:
         slots, n_steps = self._slots(rows), n_steps or self._n_steps
-        if slots is not None and not isinstance(self.writer, ImmutableDatasetWriter):
-            size, high = self.storage.max_size, max(n_steps) if isinstance(n_steps, tuple) else n_steps
+        if slots is not None and not isinstance(self._writer, ImmutableDatasetWriter):
+            size, high = self._storage.max_size, max(n_steps) if isinstance(n_steps, tuple) else n_steps
             check_slots(high, slots, size, rows or size // slots)
 
     def _n_step_at(self, index: Tensor | tuple[Tensor, ...], position: Position) -> TensorDict:
         """The n-step transitions of the frames that lie at an index of the storage."""
-        data, ndim = self._order.entries(), self.storage.ndim
-        # The writer's own entry says where a frame lies, which needs no reading.
-        indexed = isinstance(self.writer, TensorDictRoundRobinWriter)
-        written = self._roles_in(()).written
-        frames, objects = Frames.read_storage(data, ndim, {*written, _INDEX} if indexed else written)
-        check_single_steps(frames.left_out)
-        roles = self._roles_in(frames.leaves)
-        groups = self._groups_in(frames, roles)
-        indices = check_index(index, ndim, frames.leaves[roles.done].device)
+        layout = self._layout()
+        indices = check_index(index, self._storage.ndim, layout.frames.leaves[layout.roles.done].device)
         shape = indices[0].shape
         samples, high = self._samples([dim.reshape(-1) for dim in indices], position)
-        task = Task(groups[0].keys, high, float(self._gamma), 0, False)
-        results, windows = n_step_sample_groups(task, groups, samples, frames.leaves, self._backend)
-        entries: dict[KeyPath, Any] = self._output_leaves(results, roles, groups, windows)
-        if indexed:
-            entries[_INDEX] = samples.indices[0]
-        for path, value in objects.items():
-            time, *others = samples.indices
-            ahead = steps_at(path, groups, windows) - 1 if roles.is_gathered(path) else 0
-            entries[path] = value[((time + ahead) % samples.live, *others)]
-        built = frames.structure.build(entries, torch.Size([shape.numel()]))
+        built, _ = layout.sample(samples, high, self, self._asked, False)
         return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])
+
+    def _n_step_drawn(self, rows: Tensor, position: Position, with_index: bool) -> tuple[TensorDict, Any]:
+        samples, high = self._samples([rows], position)
+        layout = self._layout()
+        samples = samples._replace(sizes=layout.frames.batch_size)
+        if position.written is not None:
+            samples = samples._replace(newest=position.slots - 1, live=position.slots, written=position.written)
+        return layout.sample(samples, high, self, self._asked, with_index)
+
+    def _layout(self) -> Layout:
+        """What is known of the storage's entries, which are read anew where they may be others."""
+        order, before = self._order, self._layout_before
+        indexed = isinstance(self._writer, TensorDictRoundRobinWriter)
+        of = order.entries(), order.changes(), self._changes, indexed
+        if before is not None and of[0] is before.of[0] and of[1:] == before.of[1:]:
+            return before
+        self._layout_before = Layout.read(of, self._storage.ndim, indexed, self, self._asked)
+        return self._layout_before
 
     def _samples(self, indices: Sequence[Tensor], position: Position) -> tuple[Samples, int]:
         """Frames at indices of the storage, and the largest n of all."""
@@ -265,7 +284,7 @@ class NStepReplayBuffer(MultiStepBase, SampledReplayBuffer):
         return Samples(indices, position.newest, position.live, drawn), high
 
     def _check_neighbours(self) -> None:
-        transforms = transforms_in(self.transform)
+        transforms = transforms_in(self._transform) if len(self._transform) else []
         beside = self._changes, *map(facts_of, transforms)
         if beside != self._checked_beside:
             self._check_transforms(transforms)

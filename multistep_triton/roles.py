@@ -6,7 +6,7 @@ Owns the keys; no maths. May import ``frames``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,25 @@ def find_roles(
     needed = (done, *rewards) if traj is None else (done, *rewards, traj)
     flags = tuple(dict.fromkeys(path[-1] for path in dones))
     return Roles(done, mask, traj, rewards, needed, tuple(dones), flags, originals, at_start, frozenset(written))
+
+
+def check_entries(roles: Roles, new: Mapping[KeyPath, Any], stored: Mapping[KeyPath, Any], is_filled: bool) -> None:
+    """Checks that data whose entries are ``new`` has those that are needed, and goes on from those stored.
+
+    Raises:
+        KeyError: one is missing.
+        ValueError: there are frames without one that plays a role.
+    """
+    if missing := sorted(({*roles.needed} | stored.keys() - roles.written - {("index",)}) - new.keys()):
+        message = f"data must hold {', '.join(map(str, missing))}, got the entries {list(new)}"
+        if not {*missing}.isdisjoint(stored):
+            message += "; the storage has the others, too: for data of other entries give it a new one (set_storage)"
+        raise KeyError(message)
+    if is_filled and (late := sorted(key for key in new.keys() - stored.keys() if roles.is_role(key, new[key]))):
+        raise ValueError(
+            f"data must not hold {', '.join(map(str, late))}, which windows read and the frames stored before "
+            f"lack: extend with it from the first call on, or empty the buffer before"
+        )
 
 
 def check_single_steps(entries: Container[KeyPath]) -> None:

@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_nn_modules
 from torch import Tensor
-from torchrl.data import TensorDictReplayBuffer
+from torchrl.data import RandomSampler, TensorDictReplayBuffer
 
 from multistep_triton.checkpoints import CheckpointedReplayBuffer
 from multistep_triton.stored import Position
@@ -27,6 +27,36 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
     def _n_step_at(self, index: Any, position: Position) -> TensorDictBase:
         """What is sampled of the frames at an index of the storage."""
         raise NotImplementedError
+
+    def _n_step_drawn(self, rows: Tensor, position: Position, with_index: bool) -> tuple[TensorDictBase, Tensor]:
+        """What is sampled of rows ``[N]`` of those that hold frames, and their index ``[N, ndim]``; it may be in it."""
+        raise NotImplementedError
+
+    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
+        """As in torchrl, which copies the tensordict for transforms that it may not have."""
+        if self._seen is not None and not len(self._transform):
+            index = self._extend_alike(tensordicts)
+            if index is not None:
+                return index
+        stored: Tensor = super().extend(tensordicts, update_priority=update_priority)
+        return stored
+
+    def sample(self, batch_size: int | None = None, return_info: bool = False, **kwargs: Any) -> Any:
+        """As in torchrl, which sets what a sampler tells of frames in the sample, one entry after the other."""
+        if not self.initialized:
+            return super().sample(batch_size, return_info, **kwargs)
+        size, usual = self._batch_size if batch_size is None else batch_size, self._batch_size
+        unusual = kwargs or size is None or usual not in (None, size) or self._sample_dependency is not None
+        others = self._prefetch or self._service_shutdown or len(self._transform) or self._collate_fn.is_given
+        if unusual or others or not self._draws():
+            return super().sample(batch_size, return_info, **kwargs)
+        with self._replay_lock, self._write_lock:
+            if (position := self._check_whole()) is None:
+                return super().sample(batch_size, return_info)
+            data, index = self._n_step_drawn(self._draw(size, position), position, True)
+        if self._pin_memory and data.device == torch.device("cpu"):
+            data = data.pin_memory()
+        return (data, self._info_of(index)) if return_info else data
 
     def _set_index_in_td(self, tensordict: TensorDictBase, index: Tensor | int | None) -> None:
         # torchrl's takes the indices, which are those of frames with time first, for some with time last.
@@ -54,6 +84,9 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         self._order.entries()
         with self._replay_lock, self._write_lock:
             position = self._check_whole()
+            if position is not None and self._draws():
+                data, index = self._n_step_drawn(self._draw(batch_size, position), position, False)
+                return self._finished(data, self._info_of(index))
             index, info = self._sampler.sample(self._storage, batch_size)
             if self._sample_unit is not None:
                 index, info = self._sample_unit.expand(index, info, self._storage)
@@ -65,6 +98,21 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
             info["index"] = index
             data = self._read(info, position)
         return self._finished(data, info)
+
+    def _info_of(self, index: Tensor) -> dict[str, Any]:
+        """What a sampler would say of frames that were drawn."""
+        return {"index": index.unbind(1) if self._storage.ndim > 1 else index.squeeze(1)}
+
+    def _draws(self) -> bool:
+        """Whether frames are drawn here, all as likely, in one launch, and not by a sampler, in one per dimension."""
+        sampler = getattr(self._sampler.sample, "__func__", None)
+        return sampler is RandomSampler.sample and self._sample_unit is None and not self._writer.tracks_generations
+
+    def _draw(self, batch_size: int, position: Position) -> Tensor:
+        """Rows ``[N]`` of those that hold frames."""
+        storage = self._storage
+        rows = storage.max_size // position.slots * position.live
+        return torch.randint(rows, (batch_size,), generator=self._generator, device=storage.device)
 
     def _read(self, info: dict[str, Any], position: Position | None) -> TensorDictBase:
         """What is sampled of the frames that lie where ``info`` says, which is told how old they are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,36 @@ class Samples(NamedTuple):
     """Slots that hold frames: all, or those up to the newest."""
     n_steps: Tensor | None = None
     """int64 ``[N]``: frames in the full window of each, if that is not one number for all."""
+    sizes: tuple[int, ...] | None = None
+    """``[C, *R]`` where frames were drawn here and not by a sampler: ``indices`` is then one tensor of rows of those
+    that hold frames, counted over all dimensions, int64, or of shares of them in [0, 1), float64."""
+    rows: Tensor | None = None
+    """Their rows, int64 ``[N]``, if these are known."""
+    written: Tensor | None = None
+    """How many frames of an environment were ever written, int64 on the device, where the host does not know; ``live``
+    is then ``C``, and ``newest`` the last slot."""
+
+    def found(self) -> Samples:
+        """These, with an index for every dimension, which launches operators on the device, and nothing else."""
+        if self.sizes is None:
+            return self
+        (row,), (slots, *lead) = self.indices, self.sizes
+        if row.is_floating_point():
+            live = self.live if self.written is None else self.written.clamp(max=slots)
+            rows = live * math.prod(lead)
+            row = (row * rows).to(torch.int64).clamp(max=rows - 1)
+        slot, others = row, []
+        for size in reversed(lead):
+            others.append(slot % size)
+            slot = slot // size
+        return self._replace(indices=[slot, *reversed(others)], sizes=None, rows=row)
+
+    def read(self) -> Samples:
+        """These, with what the host did not know, for which it waits."""
+        if self.written is None:
+            return self
+        written, slots = int(self.written), self.live
+        return self._replace(newest=(written - 1) % slots, live=min(written, slots), written=None)
 
 
 def sampled_where_frames_are(compute: Callable[[Task, Samples, Leaves], Results]) -> Callable[..., Results]:
@@ -43,7 +74,7 @@ def find_there(samples: Samples, sizes: Sequence[int]) -> tuple[Tensor, Samples]
     there = torch.ones_like(samples.indices[0], dtype=torch.bool)
     for index, size in zip(samples.indices, (samples.live, *sizes[1:]), strict=False):
         there = there & (index >= 0) & (index < size)
-    return there, samples._replace(indices=[torch.where(there, index, 0) for index in samples.indices])
+    return there, samples._replace(indices=[torch.where(there, index, 0) for index in samples.indices], rows=None)
 
 
 def blanked(results: Results, there: Tensor) -> Results:

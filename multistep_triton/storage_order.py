@@ -6,6 +6,7 @@ Reaches into private attributes of torchrl's storages and writers. May import to
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,17 +31,22 @@ class Order:
     """The newest slot when the storage was last seen to be written to, by this process."""
     begun = 0
     """How often frames began anew."""
+    others = 0
+    """How often anything was written otherwise than by :meth:`advance`, as of :meth:`changes`."""
     laid_out: TensorDictBase | None = None
     """The storage's entries, once they were checked."""
+    known: tuple[Position, int, int] | None = None
+    """The position, after how many changes of the storage and of how many frames it was found."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage, self.cursor, self.revision = storage, storage._last_cursor, storage._mutation_revision
+        self.noticed = self.revision
         self.lock = threading.RLock()
         """That of all buffers on the storage, which take turns."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the lock, and what was checked in this process."""
-        return {name: value for name, value in vars(self).items() if name not in ("lock", "laid_out")}
+        return {name: value for name, value in vars(self).items() if name not in ("lock", "laid_out", "known")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What :meth:`__getstate__` returned, and a new lock."""
@@ -81,6 +87,17 @@ class Order:
         Raises:
             RuntimeError: nobody can tell.
         """
+        storage = self.storage
+        alone = not self.broken and len(storage._attached_entities) == 2
+        if self.known is not None and alone and storage._last_cursor is self.cursor:
+            known, *seen = self.known
+            if seen == [storage._mutation_revision, len(storage)]:
+                return known
+        if (position := self._find_position()) is not None:
+            self.known = position, storage._mutation_revision, len(storage)
+        return position
+
+    def _find_position(self) -> Position | None:
         entries, storage = self.stored(), self.storage
         if entries is None:
             return None
@@ -121,13 +138,33 @@ class Order:
 
     def forget(self) -> None:
         """Frames begin anew: what was known of those before is."""
-        self.broken, self.torn = None, (0, 0)
+        self.broken, self.torn, self.known = None, (0, 0), None
         self.begun += 1
 
-    def go_on(self, newest: int, slots: int) -> None:
-        """Makes every writer of the storage go on after the newest frame, whoever wrote it."""
+    def changes(self) -> int:
+        """How often anything was written otherwise than by :meth:`advance`: entries may have come or gone."""
+        if (revision := self.storage._mutation_revision) != self.noticed:
+            self.noticed, self.others = revision, self.others + 1
+        return self.others
+
+    def advance(self, position: Position, frames: int, writer: RoundRobinWriter) -> None:
+        """Frames were written after those of the position, by a buffer in the place of its writer."""
+        storage, (newest, live, slots, _) = self.storage, position
+        rows = storage.max_size // slots
+        self.changes()
+        newest, live = (newest + frames) % slots, min(live + frames, slots)
+        writer._write_count += frames
+        storage._len = live * rows
+        self.set_last(newest)
+        storage._bump_mutation_revision()
+        self.torn = mended(self.torn, position.newest, frames, slots)
+        self.go_on(newest, slots, [writer] if len(storage._attached_entities) == 2 else None)
+        self.known, self.noticed = (Position(newest, live, slots), self.revision, live * rows), self.revision
+
+    def go_on(self, newest: int, slots: int, writers: Iterable[RoundRobinWriter] | None = None) -> None:
+        """Makes every writer of the storage go on after the newest frame, whoever wrote it; these are all, if any."""
         storage = self.storage
-        for _, writer in self.writers():
+        for writer in writers or [each for _, each in self.writers()]:
             writer._cursor = (newest + 1) % slots
             writer.n_step_seen = writer._write_count
         if isinstance(storage._last_cursor, int):
@@ -137,7 +174,8 @@ class Order:
 
     def set_last(self, newest: int | None) -> None:
         """Tells the storage which frame is the newest."""
-        self.storage._set_last_cursor(newest)
+        # An int may be the same object the next time.
+        self.storage._set_last_cursor(None if newest is None else range(newest, newest + 1))
         self.cursor = self.storage._last_cursor
 
     def mark_update(self, index: int | Tensor) -> None:

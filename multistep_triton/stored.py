@@ -5,6 +5,7 @@ Owns these checks; knows no windows. May import ``frames`` and torchrl, by its p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ class Position(NamedTuple):
     live: int
     """Slots that hold frames: all, or those up to the newest."""
     slots: int
+    written: Tensor | None = None
+    """How many frames of an environment were ever written, int64 on the device, where the host need not know."""
 
 
 def check_parts(storage: Storage, writer: Writer | None, sampler: Sampler | None, of_other: bool = False) -> None:
@@ -151,7 +154,6 @@ def leaves_of(data: TensorDictBase, dims: int) -> Leaves:
     return {(key,) if isinstance(key, str) else key: leaf for key, leaf in items}
 
 
-def versions_of(leaves: Leaves) -> list[int | None]:
+def versions_of(leaves: Iterable[Any]) -> list[int | None]:
     """How often each was written to; None where that is not counted, as of what was made in inference mode."""
-    tensors = (leaf for leaf in leaves.values() if isinstance(leaf, Tensor))
-    return [None if leaf.is_inference() else leaf._version for leaf in tensors]
+    return [None if leaf.is_inference() else leaf._version for leaf in leaves if isinstance(leaf, Tensor)]

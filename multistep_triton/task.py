@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,27 @@ if TYPE_CHECKING:
 
 Leaves = Mapping[Any, Tensor]
 """Tensors of the same frames, by keys that mean nothing to what computes."""
+
+
+class KnownLeaves(dict[Any, Tensor]):
+    """Leaves that are the same tensors call after call, of which a backend keeps what it found out."""
+
+    def __init__(self, leaves: Leaves) -> None:
+        super().__init__(leaves)
+        self._kept: dict[Hashable, tuple[Any, Any]] = {}
+
+    def find(self, name: Hashable, of: Any, find_out: Callable[[], Any]) -> Any:
+        """What was found out before under a name, of the same; else what is found out now."""
+        known = self._kept.get(name)
+        if known is not None and known[0] == of:
+            return known[1]
+        self._kept[name] = of, found = of, find_out()
+        return found
+
+
+def find(leaves: Leaves, name: Hashable, of: Any, find_out: Callable[[], Any]) -> Any:
+    """What is found out about leaves: of those that are known, once."""
+    return leaves.find(name, of, find_out) if isinstance(leaves, KnownLeaves) else find_out()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -85,6 +106,8 @@ class Results(NamedTuple):
     """``[*B, E]``, bool: False where the frame is a boundary."""
     carry: Carry | None = None
     """The ``min(n_steps, c + T)`` frames held back."""
+    indices: Tensor | None = None
+    """int64 ``[N, 1 + len(R)]``: where frames lie that were drawn."""
 
 
 def return_dtype(reward: Tensor) -> torch.dtype:

@@ -6,13 +6,13 @@ Windows of 1, 2, 4, ... frames are joined, so that sums take as many operators a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from multistep_triton.task import summed_dtype
+from multistep_triton.task import Leaves, find, summed_dtype
 
 Windows: TypeAlias = tuple[Tensor, list[Tensor]]
 """Lengths, int32, and discounted sums of the rewards."""
@@ -72,7 +72,16 @@ def _append(on: Tensor, first: Windows, then: Windows, shift: int, weight: float
 
 def discounts(steps: Tensor, n_steps: int, gamma: float) -> Tensor:
     """``gamma ** steps``, float32, each power rounded once."""
-    powers = torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=torch.float32, device=steps.device)
+    return take_discounts(steps, powers_of(gamma, n_steps, steps.device))
+
+
+def powers_of(gamma: float, n_steps: int, device: torch.device) -> Tensor:
+    """``gamma ** k`` for ``k = 0 .. n_steps``, float32."""
+    return torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=torch.float32, device=device)
+
+
+def take_discounts(steps: Tensor, powers: Tensor) -> Tensor:
+    """Powers of these exponents."""
     return powers.index_select(0, steps.view(-1)).view(steps.shape)
 
 
@@ -90,11 +99,30 @@ def take(value: Tensor, rows: Tensor) -> Tensor:
     return value.index_select(0, rows)
 
 
-def take_rows(leaf: Tensor, rows: Tensor, sizes: torch.Size) -> Tensor:
-    """Rows of a leaf ``[*sizes, *F]``, counted over ``sizes``, as a new ``[N, *F]``; no other row is read."""
+def take_rows(data: Leaves, key: Hashable, rows: Tensor, sizes: torch.Size) -> Tensor:
+    """Rows of a leaf ``[*sizes, *F]``, counted over ``sizes``, as a new ``[*N, *F]``; no other row is read."""
+    # Of what requires grad, the graph is not kept.
+    known: Leaves = {} if data[key].requires_grad else data
+    flat, features, dtype = find(known, ("rows", key), sizes, lambda: _as_rows(data[key], sizes))
+    if flat is None:
+        taken = _viewed(data[key], dtype)[torch.unravel_index(rows, sizes)]
+    else:
+        taken = flat.index_select(0, rows if rows.ndim == 1 else rows.view(-1))
+        if taken.ndim != len(features) + 1 or rows.ndim > 1:
+            taken = taken.view(*rows.shape, *features)
+    return _viewed(taken, data[key].dtype)
+
+
+def _viewed(leaf: Tensor, dtype: torch.dtype) -> Tensor:
+    """A leaf by another dtype; torch takes no gradient through one that is the same."""
+    return leaf if leaf.dtype is dtype else leaf.view(dtype)
+
+
+def _as_rows(leaf: Tensor, sizes: torch.Size) -> tuple[Tensor | None, torch.Size, torch.dtype]:
+    """A leaf as rows, of one element as elements, if it lies so; features; and the dtype by which torch selects it."""
+    dtype, features = SIGNED.get(leaf.dtype, leaf.dtype), leaf.shape[len(sizes) :]
     strides, dims = leaf.stride(), [dim for dim, size in enumerate(sizes) if size != 1]
-    if all(strides[outer] == strides[inner] * sizes[inner] for outer, inner in itertools.pairwise(dims)):
-        return take(leaf.flatten(0, len(sizes) - 1), rows)
-    if signed := SIGNED.get(leaf.dtype):
-        return take_rows(leaf.view(signed), rows, sizes).view(leaf.dtype)
-    return leaf[torch.unravel_index(rows, sizes)]
+    if any(strides[outer] != strides[inner] * sizes[inner] for outer, inner in itertools.pairwise(dims)):
+        return None, features, dtype
+    value = _viewed(leaf, dtype).flatten(0, len(sizes) - 1)
+    return value.flatten() if value.numel() == value.shape[0] > 0 else value, features, dtype

@@ -35,7 +35,8 @@ IMPORTS = {
     "samples": ("task",),
     "windows": ("task",),
     "spec": ("carry", "samples", "task"),
-    "eager": ("carry", "samples", "task", "windows"),
+    "eager": ("carry", "eager_ring", "task", "windows"),
+    "eager_ring": ("samples", "task", "windows"),
     "backends": ("checks",),
     "engine": ("backends", "carry", "eager", "samples", "task"),
     "functional": ("backends", "checks", "engine", "task"),
@@ -71,7 +72,7 @@ def test_the_core_imports_the_kernels_and_the_tools_where_they_run_alone():
         assert later & {"kernels", "debug"} <= allowed, path
 
 
-@pytest.mark.parametrize("module", ["spec", "eager", "carry", "task", "samples", "windows"])
+@pytest.mark.parametrize("module", ["spec", "eager", "eager_ring", "carry", "task", "samples", "windows"])
 def test_what_computes_knows_tensors_alone(module):
     source = (ROOT / "multistep_triton" / f"{module}.py").read_text()
     modules = re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE)

@@ -33,6 +33,8 @@ NAMES = {
     "storage_order.py": {
         # where the newest frame is
         "_last_cursor", "_last_cursor_index", "_set_last_cursor", "_mutation_revision", "_storage",
+        # what a write leaves there
+        "_len", "_bump_mutation_revision",
         # which writers there are, and how far each has come
         "_attached_entities", "_cursor", "_write_count", "_replay_lock",
     },
@@ -41,9 +43,22 @@ NAMES = {
         "_init", "_initialized", "_get_collate_fn", "_collate_fn", "_storage", "_sampler", "_writer", "_rng", "_empty",
         "_attached_entities", "_dim_extend",
         # its locks, and what it prefetches
-        "_replay_lock", "_write_lock", "_futures_lock", "_clear_prefetch_queue_locked",
+        "_replay_lock", "_futures_lock", "_clear_prefetch_queue_locked",
+    },
+    "storing_buffer.py": {
+        # a buffer's parts and locks
+        "_storage", "_sampler", "_writer", "_replay_lock", "_write_lock", "_attached_entities",
         # how it stores, and what is put back where that fails
-        "_extend", "_add", "_len", "_last_cursor_index", "_write_count",
+        "_extend", "_add", "_len", "_last_cursor_index", "_write_count", "_generation",
+    },
+    "capturable.py": {
+        # a buffer's parts and locks
+        "_rng", "_storage", "_writer", "_replay_lock", "_write_lock", "_attached_entities", "_sample_unit", "_prefetch",
+        "_write_count",
+    },
+    "replay_buffer.py": {
+        # a buffer's parts, and whether samples are prefetched
+        "_storage", "_writer", "_transform", "_prefetch",
     },
     "checkpoints.py": {
         # what must stand still meanwhile
@@ -54,7 +69,7 @@ NAMES = {
     "sampled_buffer.py": {
         # how a buffer samples
         "_sample", "_set_index_in_td", "_storage", "_sampler", "_writer", "_transform", "_sample_unit", "_collate_fn",
-        "_pin_memory",
+        "_pin_memory", "_batch_size", "_sample_dependency", "_service_shutdown",
         # its locks, and what it prefetches
         "_replay_lock", "_write_lock", "_futures_lock", "_prefetch", "_prefetch_queue", "_clear_prefetch_queue_locked",
     },

@@ -78,6 +78,26 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     return got
 
 
+def store_frames(
+    data: Leaves, ring: Leaves, numbers: Tensor | None, dims: int, time_dim: int, slot: int | Tensor
+) -> Tensor:
+    """Computes :func:`multistep_triton.engine.store_frames`, and looks whether the frames lie where they belong."""
+    tested = _tested([*data.values(), *ring.values()])
+    slots, *lead = next(iter(ring.values())).shape[:dims]
+    frames = next(iter(data.values())).shape[time_dim]
+    at = (int(slot) + torch.arange(frames)) % slots
+    index: Tensor = tested.compute.store_frames(data, ring, numbers, dims, time_dim, slot)
+    expected = torch.cartesian_prod(at, *map(torch.arange, lead)).view(-1, dims)
+    stored = [Output("index", "where frames lie", index, expected.to(index.device), COPIED)]
+    for key, leaf in data.items():
+        lies, belongs = (
+            each.flatten(0, dims - 1) for each in (ring[key][at.to(leaf.device)], leaf.transpose(0, time_dim))
+        )
+        stored.append(Output(key, f"{key} as it is stored", lies, belongs, COPIED))
+    check(tested[:2], stored, 1, lambda output, frame, item: f"  stored at  {expected[frame[0]].tolist()}", "frame")
+    return index
+
+
 def gather_future(value: Tensor, steps: Tensor) -> Tensor:
     """Computes :func:`multistep_triton.gather_future` twice; returns and raises alike."""
     tested = _tested((value, steps))

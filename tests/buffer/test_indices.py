@@ -133,7 +133,7 @@ def test_an_index_of_no_frame_comes_out_blank(case, batch, marks, monkeypatch):
     assert there.nonzero().flatten().tolist() == inside
     outs = [blanked(each.n_step_sample(task, guarded, data), there) for each in (eager, spec)]
     outs.append(engine.n_step_sample(task, samples, data, "triton"))
-    for leaves, returns, steps, discount, nonterminal, _ in outs:
+    for leaves, returns, steps, discount, nonterminal, *_ in outs:
         assert steps[isolated].tolist() == [0] * len(isolated)
         assert discount[isolated].tolist() == [1.0] * len(isolated)
         assert not nonterminal[isolated].any()

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from rings import Drawn
 from rollouts import make_rollout
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
 
@@ -232,8 +233,78 @@ def test_launches_of_a_sample_as_the_profiler_counts_them(n_steps):
         torch.cuda.synchronize()
     ran = ran_on_gpu(profile)
     assert [name for name in ran if name in KERNELS] == KERNELS
-    # Besides, the sampler and n draw, and the indices are stacked.
-    assert len(ran) - len(KERNELS) <= 4
+    # Besides, frames are drawn, and n, if it is.
+    assert len(ran) - len(KERNELS) == (2 if isinstance(n_steps, tuple) else 1)
+
+
+def test_launches_of_storing_as_the_profiler_counts_them():
+    buffer, frame = buffer_on("cuda"), rollout_on("cuda", 1)
+    for _ in range(3):
+        buffer.extend(frame)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            buffer.extend(frame)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert ran_on_gpu(profile) == ["store_rows_kernel"]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"n_steps": (1, 4)}, {"outputs": ["observation", "next", "gamma"]}], ids=str)
+def test_a_step_in_a_cuda_graph(arguments):
+    """Captured once and replayed across many wraps, it stores what a usual buffer does, and samples right."""
+    buffer, usual = buffer_on("cuda", **arguments, capturable=True), buffer_on("cuda", **arguments)
+    # What is replayed writes where the capture did.
+    frame, stream = rollout_on("cuda", 1), rollout_on("cuda", 200)
+    usual.extend(frame), buffer.extend(frame)
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        buffer.extend(frame), buffer.sample(64)
+        usual.extend(frame)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        buffer.extend(frame)
+        sample = buffer.sample(64)
+    drawn = []
+    for t in range(200):
+        frame.copy_(stream[:, t : t + 1])
+        usual.extend(frame)
+        graph.replay()
+        drawn.append(sample["gamma"].sum() + sample["observation"].sum())
+        if t % 20 == 0:
+            assert len(buffer) == len(usual) == 320
+            assert (buffer[:] == usual[:]).all()
+            check = buffer_on("cpu", backend="verify")
+            check.load_state_dict(usual.state_dict())
+            check.sample(64)
+    assert len(set(torch.stack(drawn).tolist())) > 150
+    with pytest.raises(RuntimeError, match="outside of the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        len(buffer)
+    # Outside of the graph it goes on.
+    usual.extend(stream[:, :5]), buffer.extend(stream[:, :5])
+    assert (buffer[:] == usual[:]).all()
+
+
+@pytest.mark.parametrize("n_steps", N_STEPS)
+def test_what_a_graph_samples_is_what_is_sampled_of_the_same_draws(n_steps):
+    buffer, frame = buffer_on("cuda", n_steps, capturable=True), rollout_on("cuda", 1)
+    stream = rollout_on("cuda", 50)
+    for _ in range(2):
+        buffer.extend(frame), buffer.sample(64)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        buffer.extend(frame)
+        sample = buffer.sample(64)
+    for t in range(50):
+        frame.copy_(stream[:, t : t + 1])
+        graph.replay()
+        index = sample["index"].cpu().unbind(-1)
+        usual = buffer_on("cpu", n_steps, sampler=Drawn(index))
+        usual.load_state_dict(copy.deepcopy(buffer.state_dict()))
+        same(sample, usual.sample(64))
 
 
 def test_samples_of_a_storage_on_the_cpu_are_pinned():

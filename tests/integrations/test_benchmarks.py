@@ -201,6 +201,8 @@ def test_the_documentation_quotes_the_results_that_are_committed():
     verdict = training_step.verdict(pd.read_csv(RESULTS / "cpu-training-step.csv"))
     assert verdict in page
     assert verdict in (RESULTS / "cpu-training-step.md").read_text()
+    step = (RESULTS / "cpu-host.txt").read_text().split("\n\n")[2]
+    assert step.startswith("A replay step") and step in page
     for kind in ("ratio", "n-steps", "bandwidth", "sample", "growth"):
         assert (RESULTS / f"cpu-{kind}.png").is_file()
 

@@ -83,6 +83,9 @@ def test_every_argument_has_a_field_with_its_default(kind):
 def test_every_argument_arrives(kind):
     default = arguments(kind)["done_at"]
     values = {**VALUES, "done_at": [each[default] for each in VALUES["done_at"]]}
+    if kind is NStepReplayBuffer:
+        asked = ["gamma", ["next", "reward"]], ["gamma", ("next", "reward")]
+        values.update(outputs=asked, capturable=(True, True))
     assert values.keys() == arguments(kind).keys()
     node = OmegaConf.structured(KINDS[kind](**{name: given for name, (given, _) in values.items()}))
     if kind is NStepReplayBuffer:

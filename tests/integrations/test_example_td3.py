@@ -31,6 +31,7 @@ COLUMNS = [
     "act_share",
     "update_share",
     "other_share",
+    *(f"{part}_host_us" for part in td3_gpu_style.PARTS),
     "first_return",
     "final_return",
 ]
@@ -126,7 +127,7 @@ def test_staggered_environments_reach_their_limits_apart():
 
 
 def options(envs, batch_size, **others):
-    defaults = {"n_steps": 3, "gamma": 0.9, "backend": "reference", "device": torch.device("cpu")}
+    defaults = {"n_steps": 3, "gamma": 0.9, "backend": "reference", "device": torch.device("cpu"), "graph": False}
     return argparse.Namespace(envs=envs, batch_size=batch_size, **defaults | others)
 
 
@@ -248,6 +249,7 @@ def test_the_committed_run_learned():
         (["--backend", "cuda"], "backend must be one of 'auto', 'reference', 'triton', 'verify', got 'cuda'"),
         (["--device", "abacus"], "device string: abacus"),
         (["--device", "meta"], "meta tensor"),
+        (["--device", "cpu", "--graph"], "graph needs a CUDA device, got cpu"),
         (["--out", "/dev/null/x"], "/dev/null"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

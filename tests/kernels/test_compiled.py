@@ -27,9 +27,9 @@ def extend(n_steps=3, rollout=None, gamma=0.9, batch=(2,), frames=(16,), **argum
     for count in frames:
         transform.inv(make_rollout(batch, count) if rollout is None else rollout)
 
-def buffer(n_steps=3, envs=(2,), slots=8, frames=16):
+def buffer(n_steps=3, envs=(2,), slots=8, frames=16, **arguments):
     storage = LazyTensorStorage(torch.Size(envs).numel() * slots, ndim=len(envs) + 1)
-    buffer = NStepReplayBuffer(n_steps=n_steps, gamma=0.9, backend="triton", storage=storage)
+    buffer = NStepReplayBuffer(n_steps=n_steps, gamma=0.9, backend="triton", storage=storage, **arguments)
     buffer.extend(make_rollout(envs, frames))
     return buffer
 
@@ -184,7 +184,8 @@ print(json.dumps({
     assert counts == {
         "the first sample": 2,
         "samples": [0] * 5,
-        "the newest frame": [0] * 4,
+        # What stores one frame, which lies in order, and what stores several.
+        "the newest frame": [1, 1, 0, 0],
         "gamma": [0] * 4,
         # Of a single frame, windows are of one.
         "slots, frames": [1, 0, 0],
@@ -199,10 +200,8 @@ print(json.dumps({
 
 @pytest.mark.parametrize("n_steps", [1, 8, 9, (1, 8), (1, 9)])
 def test_launches_and_operators_of_a_sample(n_steps):
-    """Two launches, and besides them the allocation of what is returned, and what draws and returns indices."""
+    """Two launches, and besides them the draw, and the allocation of what is returned and of the lists of rows."""
     operators, launched, tensors = run(f"""
-from multistep_triton import engine
-engine._check_indices = lambda *arguments: None  # on a GPU, for which the host would wait, there is none
 rb = buffer({n_steps}, slots=128)
 rb.sample(4)
 driver.launches = 0
@@ -214,8 +213,45 @@ print(json.dumps([operators.names, driver.launches, len(distinct)]))
     assert launched == 2
     counts = Counter(operators)
     drawn = counts.pop("aten.randint.generator") + counts.pop("aten.randint.low_generator", 0)
-    assert drawn == (3 if isinstance(n_steps, tuple) else 2)
-    # The indices are the sampler's; the lists of rows are not returned.
-    made = counts.pop("aten.empty.memory_format") + counts.pop("aten.empty_like.default")
-    assert made == tensors
-    assert counts == {"aten.view.default": 2, "aten.stack.default": 1}
+    assert drawn == (2 if isinstance(n_steps, tuple) else 1)
+    assert counts == {"aten.empty_like.default": tensors + 1}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"outputs": ["observation", ("next", "reward"), "gamma"]}], ids=str)
+@pytest.mark.parametrize("n_steps", [1, 9])
+def test_launches_and_operators_of_a_step_that_can_be_captured(n_steps, arguments):
+    operators, launched, stored = run(f"""
+rb = buffer({n_steps}, slots=128, capturable=True, **{arguments!r})
+frame = make_rollout((2,), 1)
+for _ in range(3):
+    rb.extend(frame), rb.sample(4)
+driver.launches = 0
+with Calls() as operators:
+    rb.extend(frame)
+stored, launched = len(operators.names), driver.launches
+with Calls() as operators:
+    rb.sample(4)
+print(json.dumps([operators.names, [launched, driver.launches - launched], stored]))
+""")
+    assert launched == [1, 2]
+    # The index is allocated, and frames are counted; views are no launches.
+    assert stored == 2
+    counts = Counter(operators)
+    assert counts.pop("aten.uniform_.default") == 1
+    assert counts.keys() == {"aten.empty.memory_format", "aten.empty_like.default"}
+
+
+@pytest.mark.parametrize("frames", [1, 5, 8])
+def test_launches_and_operators_of_storing(frames):
+    """One launch, across the wrap too, and the allocation of the indices that are returned."""
+    operators, launched = run(f"""
+rb, data = buffer(slots=8, frames=8), make_rollout((2,), {frames})
+rb.extend(data)
+driver.launches = 0
+with Calls() as operators:
+    for _ in range(8):
+        rb.extend(data)
+print(json.dumps([operators.names, driver.launches]))
+""")
+    assert launched == 8
+    assert Counter(operators) == {"aten.empty.memory_format": 8}

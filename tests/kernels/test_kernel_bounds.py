@@ -3,7 +3,7 @@
 import numpy
 import pytest
 import torch
-from paths import kernels
+from paths import kernels, target_amd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.errors import InterpreterError
@@ -53,7 +53,14 @@ class Bounds(TorchDispatchMode):
         def launch_in_bounds(*arguments, **options):
             self.given.clear()
             self.made.clear()
-            for each in arguments:
+            if launch.__name__ == "store_frames":
+                data, ring, numbers, *_, slot = arguments
+                self.add(self.given, *data.values(), *([slot] if isinstance(slot, torch.Tensor) else []))
+                self.add(self.made, *ring.values(), *([] if numbers is None else [numbers]))
+                arguments_read = ()
+            else:
+                arguments_read = arguments
+            for each in arguments_read:
                 if isinstance(each, Carry):
                     time_dim, free = arguments[0].time_dim, each.capacity - each.count
                     self.add(self.made, *each.spare.values())
@@ -63,7 +70,7 @@ class Bounds(TorchDispatchMode):
                 elif isinstance(each, Samples):
                     # Of the storage, slots that hold frames.
                     _, samples, data = arguments
-                    own = [] if samples.n_steps is None else [samples.n_steps]
+                    own = [each for each in (samples.n_steps, samples.written) if each is not None]
                     self.add(self.given, *samples.indices, *own, *(leaf[: samples.live] for leaf in data.values()))
                     break
                 else:
@@ -95,7 +102,7 @@ def bounds(monkeypatch):
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
-    for name in ("n_step_extend", "n_step_sample", "gather_future"):
+    for name in ("n_step_extend", "n_step_sample", "store_frames", "gather_future"):
         monkeypatch.setattr(launch, name, bounds.launching(getattr(launch, name)))
     return bounds
 
@@ -104,7 +111,7 @@ def bounds(monkeypatch):
     ("seed", "amd"), [(seed, amd) for seed in range(len(KINDS)) for amd in (False, True) if not amd or seed % 4 == 0]
 )
 def test_random_streams_are_as_the_reference_has_them_and_touch_no_other_memory(bounds, seed, amd, monkeypatch):
-    monkeypatch.setattr(launch, "_is_amd", lambda: amd)
+    target_amd(monkeypatch, amd)
     result = run_verified(seed, torch.get_default_device())
     assert result.difference is None
     assert result.frames > 0
@@ -118,12 +125,12 @@ def test_steps_that_leave_the_row_touch_no_other_memory(bounds):
 
 @pytest.mark.skipif(not INTERPRETED, reason="addresses are checked in the interpreter")
 def test_an_access_outside_of_the_tensors_is_seen(bounds, monkeypatch):
-    run = launch._run
+    run = launch.run
 
     def run_one_row_more(plan, kernel, *arguments):
         *others, count, frames, tile = arguments
         run(plan, kernel, *((*others, count + 1, frames, tile) if kernel is rows.future_rows_kernel else arguments))
 
-    monkeypatch.setattr(launch, "_run", run_one_row_more)
+    monkeypatch.setattr(launch, "run", run_one_row_more)
     with pytest.raises(InterpreterError, match="an address is outside of all tensors"):
         launch.gather_future(torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.int64))

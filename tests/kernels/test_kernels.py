@@ -7,15 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import kernels
+from paths import kernels, target_amd
 from rollouts import assert_returns, boundaries, window_ends, window_sums
 from streams import check_functions, check_transform, frame_bytes, streams, take
 from tensordict import TensorDict
 
-from multistep_triton import MultiStepTransform, gather_future, n_step_return
+from multistep_triton import MultiStepTransform, eager, gather_future, n_step_return
 from multistep_triton.carry import Carry
 from multistep_triton.engine import n_step_extend, n_step_sample
 from multistep_triton.kernels import launch, rows
+from multistep_triton.kernels import run as running
 from multistep_triton.kernels.windows import MOST_PIECE, TILE
 from multistep_triton.samples import Samples
 from multistep_triton.task import Keys, Task
@@ -207,8 +208,8 @@ def test_units_of_a_ring_are_counted_in_32_bits(monkeypatch):
     data = rollout((2,), 3)
     data["value"] = torch.zeros(2, 3, 7, dtype=torch.uint8)
     carry = emitted_and_held(data, None, 8).carry
-    monkeypatch.setattr(launch, "MOST_UNITS", 2 * carry.capacity * 7 - 1)
-    with pytest.raises(RuntimeError, match=rf"at most {launch.MOST_UNITS} units of a leaf in a call, got"):
+    monkeypatch.setattr(running, "MOST_UNITS", 2 * carry.capacity * 7 - 1)
+    with pytest.raises(RuntimeError, match=rf"at most {running.MOST_UNITS} units of a leaf in a call, got"):
         emitted_and_held(data, None, 8)
 
 
@@ -402,7 +403,7 @@ def reverse(leaf):
 @pytest.mark.parametrize("amd", [False, True])
 def test_many_leaves(amd, monkeypatch):
     """As compiled for NVIDIA, where a program ends with its tile, and for AMD, where it looks at all leaves."""
-    monkeypatch.setattr(launch, "_is_amd", lambda: amd)
+    target_amd(monkeypatch, amd)
     data, carry = rollout((3,), 9), rollout((3,), 2, seed=1)
     for leaves, frames in ((data, 9), (carry, 2)):
         for i in range(12):
@@ -467,7 +468,7 @@ def test_views_whose_bytes_are_not_their_values():
 
 def test_what_is_read_lives_until_the_launch(monkeypatch):
     """A copy of what lies in another way, too."""
-    arrange, run, copies = launch.lie_alike, launch._run, []
+    arrange, run, copies = launch.lie_alike, launch.run, []
 
     def remember(data, *arguments):
         read, *layout = arrange(data, *arguments)
@@ -480,7 +481,7 @@ def test_what_is_read_lives_until_the_launch(monkeypatch):
         run(*arguments)
 
     monkeypatch.setattr(launch, "lie_alike", remember)
-    monkeypatch.setattr(launch, "_run", check_and_run)
+    monkeypatch.setattr(launch, "run", check_and_run)
     emitted_and_held({**rollout((2,), 6), "value": torch.ones(2, 6, dtype=torch.complex64).conj()}, None, 2)
 
 
@@ -583,3 +584,38 @@ def test_every_bfloat16():
     out = n_step_return(reward, done, gamma=0.5, n_steps=2, backend="triton").reward[::2]
     expected = (reward[::2].double() + 0.5 * reward[1::2].double()).to(torch.bfloat16)
     assert torch.equal(out.nan_to_num(7), expected.nan_to_num(7))
+
+
+AT = {"an address that is no multiple of 16": 1, "one of 8": 2, "one of 16": 4, "in order": 0}
+
+
+@pytest.mark.parametrize("at", AT)
+@pytest.mark.parametrize(("lead", "time_dim"), [((), 0), ((3,), 1), ((3,), 0), ((2, 3), 2), ((2, 3), 1)], ids=str)
+def test_frames_are_stored_as_by_the_fast_path(lead, time_dim, at):
+    frames, slots = 5, 7
+
+    def lay_out(leaf):
+        return torch.cat((leaf.flatten()[: AT[at]], leaf.flatten()))[AT[at] :].view(leaf.shape)
+
+    shape = (*lead[:time_dim], frames, *lead[time_dim:])
+    data = {
+        "observation": lay_out(torch.randn(*shape, 4)),
+        "action": lay_out(torch.randn(*shape, 3)),
+        "done": lay_out(torch.rand(shape) < 0.5),
+        "count": lay_out(torch.randint(99, (*shape, 2))),
+        "empty": torch.zeros(*shape, 0),
+        "phase": torch.complex(*torch.randn(2, *shape)),
+    }
+    for slot in (0, 3, 5, 6):
+        stored = []
+        for store in (launch.store_frames, eager.store_frames):
+            sizes = (slots, *data["done"].transpose(0, time_dim).shape[1:])
+            ring = {key: torch.zeros(*sizes, *leaf.shape[len(sizes) :], dtype=leaf.dtype) for key, leaf in data.items()}
+            numbers = torch.full(sizes, -1)
+            index = store(data, ring, numbers, len(sizes), time_dim, slot)
+            stored.append([*ring.values(), numbers, index])
+        assert all(map(torch.equal, *stored))
+    written = torch.tensor(3 * slots + slot)
+    ring = {key: torch.zeros_like(leaf) for key, leaf in ring.items()}
+    assert torch.equal(launch.store_frames(data, ring, None, len(sizes), time_dim, written), index)
+    assert all(map(torch.equal, ring.values(), stored[1]))

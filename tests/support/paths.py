@@ -41,6 +41,14 @@ def no_collection():
         gc.enable()
 
 
+def target_amd(patch, amd):
+    """Makes the launchers take the target for AMD's, or for another's."""
+    from multistep_triton.kernels import plan, run, store
+
+    for module in (plan, run, store):
+        patch.setattr(module, "is_amd", lambda: amd)
+
+
 def _call(function, *args, **kwargs):
     return function.rewrite()(*args, **kwargs)
 

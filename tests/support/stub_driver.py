@@ -65,9 +65,14 @@ def install(target: str) -> StubDriver:
 
 def kernels() -> list:
     """Those of the library."""
-    from multistep_triton.kernels import rows, windows
+    from multistep_triton.kernels import rows, store, windows
 
-    return [windows.n_step_windows_kernel, rows.n_step_rows_kernel, rows.future_rows_kernel]
+    return [
+        windows.n_step_windows_kernel,
+        rows.n_step_rows_kernel,
+        rows.future_rows_kernel,
+        store.store_rows_kernel,
+    ]
 
 
 def compiled_kernels() -> list:

@@ -202,7 +202,7 @@ def test_a_failing_backend_leaves_the_carry_as_it_was(monkeypatch, backend):
         transform.inv(rollout[:, :20])
         with monkeypatch.context() as patch:
             if backend == "triton":
-                patch.setattr(importlib.import_module("multistep_triton.kernels.launch"), "_run", fail)
+                patch.setattr(importlib.import_module("multistep_triton.kernels.launch"), "run", fail)
             else:
                 patch.setattr(eager, "discounts", fail)
             with pytest.raises(RuntimeError, match="out of memory"):

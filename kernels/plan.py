@@ -1,0 +1,114 @@
+"""Plans: what of a call depends on its leaves alone, and what launchers share: the second launch, which copies rows."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from multistep_triton.kernels import rows, windows
+from multistep_triton.kernels.run import as_real, check_fits, is_amd, run
+from multistep_triton.task import Keys, Leaves
+
+
+class Plan(NamedTuple):
+    """What of a call depends on its leaves."""
+
+    returns: list[tuple[Hashable, tuple[int, ...], torch.dtype]]
+    """Key, features and dtype of each n-step return."""
+    elements: tuple[int, ...]
+    """Those of each."""
+    copies: list[tuple[Hashable, Hashable, tuple[int, ...], torch.dtype]]
+    """Of each output that is copied its key, that of its leaf, features and dtype."""
+    order: list[tuple[Hashable, Hashable]]
+    """Keys of output and leaf of those that have rows, the widest first."""
+    units: tuple[tuple[Any, ...], ...]
+    """How these are copied; see ``rows.units_of``."""
+    widths: tuple[int, ...]
+    """Units of a row of each."""
+    gathered: tuple[bool, ...]
+    has_complex: bool
+    compiled: dict[Any, Any]
+    """Kernels, by what else they are compiled for."""
+
+
+@functools.lru_cache(maxsize=256)
+def find_plan(
+    keys: Keys, addresses: tuple[int, ...], every: bool, default_dtype: torch.dtype, device: torch.device
+) -> Plan:
+    """The plan for leaves at such addresses; ``every`` output is copied, or those gathered."""
+    kinds = {
+        key: (features, dtype, rows.units_of(math.prod(features) * dtype.itemsize, address))
+        for (key, dtype, features), address in zip(keys.kinds, addresses, strict=True)
+    }
+    copied = [output for output in keys.outputs if every or output[2]]
+    wide = sorted([each for each in copied if kinds[each[1]][2][2]], key=lambda each: -kinds[each[1]][2][2])
+    returns = [(key, *kinds[key][:2]) for key in keys.rewards]
+    return Plan(
+        [(key, features, dtype if dtype.is_floating_point else default_dtype) for key, features, dtype in returns],
+        tuple([math.prod(features) for _, features, _ in returns]),
+        [(out, key, *kinds[key][:2]) for out, key, _ in copied],
+        [(out, key) for out, key, _ in wide],
+        tuple([kinds[key][2] for _, key, _ in wide]),
+        tuple([kinds[key][2][2] for _, key, _ in wide]),
+        tuple([at_end for _, _, at_end in wide]),
+        any(kinds[key][1].is_complex for _, key, _ in wide),
+        {},
+    )
+
+
+def roles_of(keys: Keys, data: Leaves, olds: Leaves) -> tuple[tuple[tuple[Tensor, Tensor], ...], ...]:
+    """Done flags, masks, ids and rewards, pairs of data and carry."""
+    of_kind = keys.done, () if keys.mask is None else (keys.mask,), () if keys.traj is None else (keys.traj,)
+    *flags, rewards = [tuple([(data[key], olds[key]) for key in each]) for each in (*of_kind, keys.rewards)]
+    if windows.INTERPRETED:
+        # The interpreter neither converts subnormal bfloat16 nor rounds to it.
+        rewards = tuple([(widened(leaf), widened(old)) for leaf, old in rewards])
+    return *flags, rewards
+
+
+def widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+def tile_of(longest: int, piece: int, marks: bool) -> int:
+    """Lanes of a program: half as many windows where each takes more registers."""
+    return windows.TILE // 2 if longest > 1 << piece or marks else windows.TILE
+
+
+@functools.lru_cache(maxsize=64)
+def powers(gamma: float, n_steps: int, device: torch.device) -> Tensor:
+    """``gamma ** k`` for ``k = 0 .. n_steps``, float64."""
+    return torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=torch.float64, device=device)
+
+
+def copy_rows(
+    plan: Plan,
+    jobs: Sequence[Sequence[Tensor]],
+    carried: bool,
+    lists: Tensor,
+    count: int,
+    held: int,
+    carry_rows: int,
+    first: int,
+    slots: int,
+) -> None:
+    """Copies rows of leaves of the data and of the carry to where they come out and where they are held back."""
+    # A place in the ring is counted from its first slot on, and up to once round.
+    check_fits(0, max(count, first + held, slots if held else 0) * plan.widths[0])
+    tile = rows.TILE
+    if plan.has_complex:
+        jobs = [[*map(as_real, leaves)] for leaves in jobs]
+    programs = sum([-(-count * width // tile) - (-held * width // tile) for width in plan.widths])
+    amd = is_amd()
+    run(
+        *(plan.compiled, rows.n_step_rows_kernel, (carried, amd), programs),
+        *(*map(tuple, jobs), lists, count, held, carry_rows, first, slots),
+        *(plan.units, plan.widths, plan.gathered, carried, tile, not amd),
+        # Many leaves would take more, to no use.
+        registers=rows.MOST_REGISTERS,
+    )

@@ -1,0 +1,118 @@
+"""Sampling: the windows of frames that were picked from a ring, in two launches.
+
+Whoever samples the same leaves again and again hands them over as :class:`multistep_triton.task.KnownLeaves`; what a
+launch is given of them, and of a batch of a size, is found out once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from multistep_triton.kernels import windows
+from multistep_triton.kernels.layout import lie_alike
+from multistep_triton.kernels.plan import Plan, copy_rows, find_plan, powers, roles_of, tile_of, widened
+from multistep_triton.kernels.run import ALIGNMENT, aligned, check_fits, on, run
+from multistep_triton.samples import Samples
+from multistep_triton.task import Leaves, Results, Task, find
+
+
+class _Ready(NamedTuple):
+    """What launches are given of leaves, n and the number of samples, and not of which samples."""
+
+    plan: Plan
+    roles: tuple[Any, ...]
+    sources: list[Tensor]
+    """The leaves that are copied."""
+    copies: list[tuple[Hashable, Tensor]]
+    returns: list[tuple[Hashable, Tensor]]
+    rest: list[Tensor]
+    """Steps, discount, nonterminal, lists of rows, and the index. What comes out is like these, which are small."""
+    sizes: tuple[int, ...]
+    """Environments, and how many agents share a mark."""
+    others: tuple[int, ...]
+    """Those of the batch dimensions after the first."""
+    kind: tuple[Any, ...]
+    programs: int
+    tile: int
+    longest: int
+    inner: int
+    powers: Tensor
+
+
+def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
+    """Computes :func:`multistep_triton.engine.n_step_sample`."""
+    indices, newest, live, own, sizes, _, written = samples
+    count, drawn, dims, longest = indices[0].shape[0], sizes is not None, len(sizes or indices), min(task.n_steps, live)
+    # What lies otherwise is copied for every call.
+    lies_in_order = all(map(Tensor.is_contiguous, data.values())) and not windows.INTERPRETED
+    known, of = data if lies_in_order else {}, (dims, count, longest, drawn)
+    kept = task.keys, task.gamma, torch.get_default_dtype(), of
+    ready = find(known, "sample", kept, lambda: _make_ready(task, data, *of))
+    plan, (*flags, rewards), sources, copies, likes, rest, (envs, agents), others, kind, programs, tile, *_ = ready
+    check_fits(max(count, envs * live), 0)
+    leaves = {out: torch.empty_like(like) for out, like in copies}
+    returns = {key: torch.empty_like(like) for key, like in likes}
+    steps, discount, nonterminal, lists = [torch.empty_like(like) for like in rest[:4]]
+    index = torch.empty_like(rest[4]) if drawn else None
+    results = Results(leaves, returns, steps, discount, nonterminal, indices=index)
+    if not count:
+        return results
+    wide: dict[Hashable, Tensor] = {}
+    if windows.INTERPRETED:
+        wide = {key: widened(each) for key, each in returns.items() if each.dtype == torch.bfloat16}
+    picked = tuple([aligned(dim.contiguous()) for dim in indices])
+    limits = () if own is None else (aligned(own.contiguous()),)
+    with on(steps.device):
+        run(
+            *(plan.compiled, windows.n_step_windows_kernel, (kind, len(limits), others, written is None), programs),
+            *(*flags, rewards, tuple({**returns, **wide}.values()), picked, limits, others, index, written),
+            *(steps, discount, nonterminal, lists, ready.powers),
+            *(envs, agents, 0, live, count, 0, longest, 1, 1, 0, 1, 1, (newest + 1) % live, live, ready.inner),
+            *(plan.elements, *kind, tile),
+        )
+        if plan.order:
+            copied = [leaves[out] for out, _ in plan.order]
+            copy_rows(plan, (sources, sources, copied, sources), False, lists, count, 0, 0, 0, 0)
+    for key, each in wide.items():
+        returns[key] = each.to(torch.bfloat16)
+    return results
+
+
+def _make_ready(task: Task, data: Leaves, dims: int, count: int, longest: int, drawn: bool) -> _Ready:
+    keys, default_dtype = task.keys, torch.get_default_dtype()
+    data, inner, agents = lie_alike(data, dims, 0, keys)
+    first = next(iter(data.values()))
+    lead, device = first.shape[1:dims], first.device
+    addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in data.values()])
+    plan = find_plan(keys, addresses, True, default_dtype, device)
+    levels, piece, _ = windows.shape_blocks(longest, count, True)
+    tile = tile_of(longest, piece, (keys.mask, keys.traj) != (None, None))
+    where = 1 < inner < lead.numel(), True
+
+    def like(features: tuple[int, ...], dtype: torch.dtype, rows: int = count) -> Tensor:
+        return torch.empty(1, dtype=dtype, device=device).expand(rows, *features)
+
+    return _Ready(
+        plan,
+        roles_of(keys, data, data),
+        [data[leaf] for _, leaf in plan.order],
+        [(out, like(features, dtype)) for out, _, features, dtype in plan.copies],
+        [(reward, like(features, dtype)) for reward, features, dtype in plan.returns],
+        [
+            *(like((), dtype) for dtype in (torch.int64, torch.float32, torch.bool)),
+            like((), torch.int32, 2 * count if plan.copies else 0),
+            like((dims,), torch.int64),
+        ],
+        (lead.numel(), agents),
+        tuple(lead[1:]),
+        (levels, piece, longest > 1 << piece, False, True, drawn, dims, where, bool(plan.copies)),
+        -(-(count << levels) // tile),
+        tile,
+        longest,
+        inner,
+        powers(task.gamma, min(task.n_steps, 1 << longest.bit_length()), device),
+    )

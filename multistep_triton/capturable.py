@@ -1,0 +1,210 @@
+"""CapturableReplayBuffer: one whose calls can be captured into a CUDA graph, as how far it has come the device knows.
+
+Owns that number, and when the host reads it. Reaches into private attributes of torchrl's buffers. May import torchrl,
+``sampled_buffer`` and what it may, ``backends`` and ``checks``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrl.data import RandomSampler, ReplayBuffer, Storage, Writer
+from torchrl.data.replay_buffers.samplers import Sampler
+
+from multistep_triton.backends import resolve_backend
+from multistep_triton.checks import check_not_captured
+from multistep_triton.frames import KeyPath
+from multistep_triton.sampled_buffer import SampledReplayBuffer
+from multistep_triton.stored import Position
+from multistep_triton.storing import Seen
+
+
+class CapturableReplayBuffer(SampledReplayBuffer):
+    """One that may be ``capturable``; if it is not, the host knows how far it has come.
+
+    Where the kernels run, a call of frames like those before, and a sample, then make the same launches with the same
+    arguments each time, and read nothing back. Whatever else asks the host for the frames makes it read the number.
+    """
+
+    _capturable = False
+    _written: Tensor | None = None
+    """How many frames of an environment were ever written, int64 on the device; None while the host knows."""
+    _read_last = 0
+    """The same, when the host read it last."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether calls can be captured into a CUDA graph."""
+        return self._capturable
+
+    def _pull(self) -> None:
+        """The host reads how far the device has come."""
+        if self._written is None:
+            return
+        check_not_captured("what is neither sample, nor extend with frames like those of a call before,")
+        with self._replay_lock, self._write_lock:
+            order, frames = self._order, int(self._written) - self._read_last
+            if frames and (entries := order.entries()) is not None:
+                position = order.position() or Position(-1, 0, int(entries.shape[0]))
+                order.advance(position, frames, self._writer)
+                self._read_last += frames
+
+    def _push(self) -> None:
+        """Tells the device how far the host has come."""
+        entries = self._order.entries()
+        if not self._capturable or entries is None:
+            return
+        position = self._order.position() or Position(-1, 0, 0)
+        # Whether slots are free, and which is the next one, is all that is asked of it.
+        self._read_last = position.newest + 1 + (position.slots if position.live == position.slots else 0)
+        if self._written is None:
+            device = next(iter(entries.values(True, True))).device
+            with torch.inference_mode(False):
+                self._written = torch.zeros((), dtype=torch.int64, device=device)
+        self._written.fill_(self._read_last)
+
+    @contextmanager
+    def _by_host(self) -> Iterator[None]:
+        """Within, the host knows how far the device has come, which is told after that how far the host has."""
+        self._pull()
+        yield
+        self._push()
+
+    def _on_device(self, tensors: Collection[Tensor]) -> bool:
+        """Whether the kernels run on these, which take how far it has come from the device."""
+        return self._written is not None and resolve_backend(self._backend, tensors) == "triton"
+
+    # Parts
+
+    def _check_parts(self, storage: Storage, writer: Writer, sampler: Sampler) -> None:
+        super()._check_parts(storage, writer, sampler)
+        if not self._capturable:
+            return
+        generator = self._rng
+        if type(sampler).sample is not RandomSampler.sample or self._sample_unit is not None:
+            raise TypeError(
+                f"sampler must be a RandomSampler, of single frames, with capturable=True, as frames are drawn on the "
+                f"device, got {type(sampler).__name__} and sample_unit={self._sample_unit}"
+            )
+        if self._prefetch or writer.tracks_generations:
+            raise ValueError(
+                f"capturable must be False where samples are prefetched, or a writer tracks generations, as the host "
+                f"knows of no call that a graph repeats, got prefetch={self._prefetch} and track_generations="
+                f"{writer.tracks_generations}"
+            )
+        self._check_alone(storage)
+        # A device that is to be the data's is none yet.
+        device = getattr(storage.device, "type", None)
+        if generator is not None and device not in (None, generator.device.type):
+            raise ValueError(
+                f"generator must be on the storage's device, {storage.device}, with capturable=True, got one on "
+                f"{generator.device}"
+            )
+
+    def _check_alone(self, storage: Storage) -> None:
+        """Checks that no other buffer writes into the storage, of which the device would not know, or reads it."""
+        others = [each for each in storage._attached_entities if isinstance(each, ReplayBuffer) and each is not self]
+        if others:
+            raise ValueError(
+                f"storage must be this buffer's alone with capturable=True, as others see nothing of what the device "
+                f"knows, got one of {', '.join(type(each).__name__ for each in others)}, too"
+            )
+
+    def _adopt(self) -> None:
+        super()._adopt()
+        self._written = None
+        self._push()
+
+    def set_storage(self, storage: Storage, collate_fn: Callable[..., Any] | None = None) -> Any:
+        """Exchanges the storage, as in torchrl, and goes on at its position."""
+        self._pull()
+        return super().set_storage(storage, collate_fn)
+
+    # Storing and sampling
+
+    def _store(self, seen: Seen, leaves: dict[KeyPath, Tensor], frames: int) -> Tensor | None:
+        written = self._written
+        if written is None or not self._on_device(leaves.values()):
+            with self._by_host():
+                return super()._store(seen, leaves, frames)
+        if not 0 < frames <= len(seen.entries):
+            return None
+        if len(seen.storage._attached_entities) > 2:
+            self._check_alone(seen.storage)
+        index = self._store_at(seen, leaves, written)
+        written.add_(frames)
+        return index
+
+    def _write(self, *arguments: Any) -> Any:
+        with self._by_host():
+            return super()._write(*arguments)
+
+    def _check_whole(self) -> Position | None:
+        on_device = self._written is not None and self._on_device([self._written])
+        if not (on_device and self._read_last):
+            self._pull()
+        if on_device and len(self._storage._attached_entities) > 2:
+            self._check_alone(self._storage)
+        position = super()._check_whole()
+        return position if position is None or not on_device else position._replace(written=self._written)
+
+    def _draw(self, batch_size: int, position: Position) -> Tensor:
+        if position.written is None:
+            return super()._draw(batch_size, position)
+        shares = torch.empty(batch_size, dtype=torch.float64, device=position.written.device)
+        return shares.uniform_(generator=self._generator)
+
+    # All at once
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        with self._by_host(), super()._settled():
+            yield
+
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Empties the buffer, as in torchrl."""
+        with self._by_host():
+            super().empty(empty_write_count)
+
+    @property
+    def storage(self) -> Storage:
+        """The storage, of which the host knows how many frames it holds."""
+        self._pull()
+        return super().storage
+
+    @property
+    def writer(self) -> Writer:
+        """The writer, which is told how many frames there are."""
+        self._pull()
+        return super().writer
+
+    @property
+    def write_count(self) -> int:
+        """How many frames were ever stored of an environment."""
+        self._pull()
+        count: int = super().write_count
+        return count
+
+
+def _once_known(name: str) -> Any:
+    """Torchrl's method, of which the host is to know how many frames there are."""
+    inherited = getattr(CapturableReplayBuffer, name)
+
+    @functools.wraps(inherited)
+    def method(self: CapturableReplayBuffer, *args: Any, **kwargs: Any) -> Any:
+        self._pull()
+        return inherited(self, *args, **kwargs)
+
+    return method
+
+
+for _name in (
+    *("__len__", "__getitem__", "__getstate__", "__repr__", "stats", "can_sample", "query", "read_all_in_order"),
+    *("set_at_", "set_", "update_"),
+):
+    setattr(CapturableReplayBuffer, _name, _once_known(_name))

@@ -1,0 +1,109 @@
+"""What a sample holds: which entries of a storage, and which of those that windows give.
+
+May import ``base`` and what it may, and ``storing``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from tensordict import NestedKey, TensorDict
+from torch import Tensor
+
+from multistep_triton.base import MultiStepBase
+from multistep_triton.frames import Frames, KeyPath
+from multistep_triton.groups import Group, n_step_sample_groups, steps_at
+from multistep_triton.roles import ORIGINAL_REWARD_PATH, Roles, as_path, check_single_steps, key_list
+from multistep_triton.samples import Samples
+from multistep_triton.storing import INDEX
+from multistep_triton.task import KnownLeaves, Task
+
+
+class Asked(dict[KeyPath, bool]):
+    """Whether entries are among those that keys name, or in a group that is."""
+
+    def __init__(self, keys: Iterable[NestedKey]) -> None:
+        super().__init__()
+        self.by = tuple(map(as_path, key_list("outputs", keys, ())))
+        if not self.by:
+            raise ValueError(f"outputs must name entries of a sample, or be None for all, got {keys!r}")
+
+    def __missing__(self, path: KeyPath) -> bool:
+        """Finds it out."""
+        self[path] = asked = any(path[: len(key)] == key for key in self.by)
+        return asked
+
+    def may_hold(self, path: KeyPath) -> bool:
+        """Whether a group has entries that come out."""
+        return self[path] or any(key[: len(path)] == path for key in self.by)
+
+    def check(self, stored: Iterable[KeyPath], roles: Roles, groups: list[Group]) -> None:
+        """Checks that all keys name something of what is stored, and of what windows of these groups give."""
+        there = {*stored, *roles.originals.values(), INDEX}
+        there.update(path for group in groups for paths, _ in group.written for path in paths)
+        if len(roles.rewards) == 1:
+            there.add(ORIGINAL_REWARD_PATH)
+        if none := [key for key in self.by if not any(path[: len(key)] == key for path in there)]:
+            raise KeyError(f"outputs must name entries of a sample, got {none}, which are none of {sorted(there)}")
+
+
+class Layout(NamedTuple):
+    """What is known of the entries of a storage, all of which may be sampled, or those asked for."""
+
+    of: tuple[Any, ...]
+    """The entries, how often others wrote them, and how often arguments were set."""
+    frames: Frames
+    objects: dict[KeyPath, Any]
+    roles: Roles
+    groups: list[Group]
+    indexed: bool
+    """Whether an entry holds every frame's slot."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a buffer reads its own."""
+        return type(None), ()
+
+    @classmethod
+    def read(cls, of: tuple[Any, ...], ndim: int, indexed: bool, buffer: MultiStepBase, asked: Asked | None) -> Layout:
+        """Reads a storage of ``ndim`` dimensions, by the arguments of a buffer."""
+        written = buffer._roles_in(()).written
+        # The writer's own entry says where a frame lies, which needs no reading.
+        frames, objects = Frames.read_storage(of[0], ndim, {*written, INDEX} if indexed else written)
+        check_single_steps(frames.left_out)
+        roles = buffer._roles_in(frames.leaves)
+        groups, structure, match = buffer._groups_in(frames, roles), frames.structure, buffer._match_reward_shape
+        if asked is not None:
+            asked.check({*frames.leaves, *objects}, roles, groups)
+            all_of_them, is_asked = groups, asked.__getitem__
+            groups = structure.layout.find(
+                (roles, match, asked.by), lambda: [each.with_outputs(roles, is_asked, match) for each in all_of_them]
+            )
+            structure.nodes = {path: node for path, node in structure.nodes.items() if asked.may_hold(path)}
+        frames.leaves = KnownLeaves(frames.leaves)
+        return cls(of, frames, objects, roles, groups, indexed)
+
+    def sample(
+        self, samples: Samples, high: int, buffer: MultiStepBase, asked: Asked | None, with_index: bool
+    ) -> tuple[TensorDict, Tensor | None]:
+        """The n-step transitions of samples, of ``high`` steps at most, and where these lie, if they were drawn.
+
+        That is an entry ``with_index``; without, it is the slot, if the storage has such an entry.
+        """
+        frames, objects, roles, groups, indexed = self[1:]
+        task = Task(groups[0].keys, high, float(buffer._gamma), 0, False)
+        results, windows = n_step_sample_groups(task, groups, samples, frames.leaves, buffer._backend)
+        index = results.indices
+        entries: dict[KeyPath, Any] = buffer._output_leaves(results, roles, groups, windows)
+        if with_index and index is not None and index.shape[1] > 1:
+            entries[INDEX] = index
+        elif with_index or indexed:
+            entries[INDEX] = samples.indices[0] if index is None else index.select(1, 0)
+        if asked is not None:
+            entries = {path: value for path, value in entries.items() if asked[path]}
+            objects = {path: value for path, value in objects.items() if asked[path]}
+        for path, value in objects.items():
+            time, *others = samples.indices if index is None else index.unbind(1)
+            ahead = steps_at(path, groups, windows) - 1 if roles.is_gathered(path) else 0
+            entries[path] = value[((time + ahead) % samples.live, *others)]
+        return frames.structure.build(entries, results.steps.shape[:1]), index

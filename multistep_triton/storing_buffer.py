@@ -1,0 +1,175 @@
+"""StoringReplayBuffer: one whose frames are stored in order, and whole calls or none.
+
+Owns what is stored, by torchrl's writer or, of calls like one before, at once; knows no windows. Reaches into private
+attributes of torchrl's buffers, storages and writers. May import torchrl, ``ordered_buffer``, ``stored``, ``storing``
+and ``engine``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from multistep_triton.backends import Backend
+from multistep_triton.engine import store_frames
+from multistep_triton.frames import KeyPath
+from multistep_triton.ordered_buffer import OrderedReplayBuffer
+from multistep_triton.stored import Leaves, Position, check_continues, check_dims, leaves_of, versions_of
+from multistep_triton.storing import Seen, find_seen
+
+
+class StoringReplayBuffer(OrderedReplayBuffer):
+    """A replay buffer that goes on at its storage's position, whoever wrote there.
+
+    A base beside ``TensorDictReplayBuffer``, which calls ``_extend`` and ``_add`` when its transforms are through.
+    """
+
+    _seen: Seen | None = None
+    """A call that was stored, whose like are stored at once."""
+    _backend: Backend
+
+    def _check_call(self) -> None:
+        """Checks of a call that stores frames all that does not depend on its data."""
+        raise NotImplementedError
+
+    def _check_data(
+        self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
+    ) -> None:
+        """Checks data before it is written; its leaves, those of the storage, and whether there are frames in it."""
+        raise NotImplementedError
+
+    def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
+        if (index := self._extend_alike(data)) is not None:
+            return index
+        ndim, time_dim = self._storage.ndim, self.dim_extend
+        check_dims(data, ndim, ndim)
+        frames = data.shape[time_dim]
+        if not data.batch_size.numel():
+            return torch.zeros((0, ndim) if ndim > 1 else (0,), dtype=torch.long)
+
+        def write() -> Tensor:
+            # Of several frames for one slot, torch might keep any.
+            slots = self._slots(data.numel() // frames) or 1
+            indices = []
+            for part in data.split(slots, time_dim) if frames > slots else [data]:
+                part = part.transpose(time_dim, 0) if time_dim else part
+                if not self._storage.initialized and type(part) is TensorDict:
+                    # Entries are laid out as those of the first frames lie.
+                    part = part.apply(Tensor.contiguous)
+                indices.append(self._writer.extend(part))
+                self._sampler.extend(indices[-1])
+            return indices[0] if len(indices) == 1 else torch.cat(indices)
+
+        stored: Tensor = self._write(write, data, time_dim, frames)
+        with self._replay_lock:
+            storage, writer, priority_key = self._storage, self._writer, getattr(self, "priority_key", "")
+            entries, others = storage._storage, self._order.changes()
+            self._seen = find_seen(data, storage, entries, writer, time_dim, others, priority_key)
+        return stored
+
+    def _extend_alike(self, data: TensorDictBase) -> Tensor | None:
+        """Stores what is like a call before it at once; None if it is for torchrl to store, after all checks."""
+        seen = self._seen
+        if seen is None or (leaves := seen.read(data)) is None:
+            return None
+        with self._replay_lock, self._write_lock:
+            order, storage, writer = self._order, self._storage, self._writer
+            # Whoever else wrote may have added entries; who is told of what is written may ask anything.
+            known = seen.storage is storage and seen.writer is writer and seen.entries is order.entries()
+            if not known or seen.others != order.changes() or writer._generation is not None:
+                return None
+            self._check_call()
+            return self._store(seen, leaves, data.batch_size[seen.time_dim])
+
+    def _store(self, seen: Seen, leaves: dict[KeyPath, Tensor], frames: int) -> Tensor | None:
+        """Stores frames that are like those seen; None if there are none, or more than slots."""
+        order, storage, writer = self._order, self._storage, self._writer
+        position = order.position()
+        if position is None or not 0 < frames <= position.slots:
+            return None
+
+        def write() -> Tensor:
+            index = self._store_at(seen, leaves, (position.newest + 1) % position.slots)
+            order.advance(position, frames, writer)
+            return index
+
+        index: Tensor = self._whole(write, position, seen.ring.values(), frames)
+        for entity in storage._attached_entities:
+            if entity is not order:
+                entity.mark_update(index)
+        self._sampler.extend(index)
+        return index
+
+    def _store_at(self, seen: Seen, leaves: dict[KeyPath, Tensor], slot: int | Tensor) -> Tensor:
+        """The index of frames that are stored from a slot on, as a writer returns it."""
+        ndim = self._storage.ndim
+        index = store_frames(leaves, seen.ring, seen.numbers, ndim, seen.time_dim, slot, self._backend)
+        return index if ndim > 1 else index.squeeze(1)
+
+    def _add(self, data: TensorDictBase) -> Any:
+        check_dims(data, self._storage.ndim - 1, self._storage.ndim)
+        if self.dim_extend > 1:
+            # As extend lays out a frame of every environment.
+            data = data.unsqueeze(self.dim_extend).transpose(self.dim_extend, 0)[0]
+
+        def write() -> Any:
+            index = self._writer.add(data)
+            self._sampler.add(index)
+            return index
+
+        return self._write(write, data, None, 1)
+
+    def _write(self, write: Callable[[], Any], data: TensorDictBase, time_dim: int | None, frames: int) -> Any:
+        """Checks data, and writes it at the storage's position; where that fails, the newest frame stays the newest."""
+        with self._replay_lock, self._write_lock:
+            order, storage = self._order, self._storage
+            entries = order.entries()
+            stored = {} if entries is None else leaves_of(entries, storage.ndim)
+            self._check_new(leaves_of(data, data.batch_dims), stored, data, time_dim, entries)
+            return self._whole(write, order.take_position(), stored.values(), frames)
+
+    def _whole(self, write: Callable[[], Any], position: Position | None, stored: Collection[Any], frames: int) -> Any:
+        """Writes into leaves of the storage; where that fails, the newest frame is the one it was."""
+        order, storage, writer = self._order, self._storage, self._writer
+        versions, count = versions_of(stored), getattr(writer, "_write_count", None)
+        before = len(storage), storage._last_cursor_index
+        try:
+            return write()
+        except BaseException:
+            storage._len = before[0]
+            order.set_last(before[1])
+            if count is not None:
+                writer._write_count = count
+            order.take_position()
+            if None in versions or versions != versions_of(stored):
+                self._tear(position, frames)
+            raise
+
+    def _check_new(
+        self, new: Leaves, stored: Leaves, data: TensorDictBase, time_dim: int | None, entries: TensorDictBase | None
+    ) -> None:
+        ndim, dims = self._storage.ndim, data.batch_dims
+        self._check_data(data, time_dim, new, stored, bool(len(self._storage)))
+        if entries is None:
+            return
+        batch = [*data.shape]
+        if time_dim is not None:
+            batch[0], batch[time_dim] = batch[time_dim], batch[0]
+            del batch[0]
+        rows = [*entries.shape[1:ndim]]
+        if batch != rows:
+            raise ValueError(f"data must be of {rows} rows, as what is stored, got {batch}")
+        check_continues(new, stored, dims, ndim)
+
+    def _tear(self, position: Position | None, frames: int) -> None:
+        """Remembers the slots of frames that a write of more has overwritten in part."""
+        if position is None:
+            return
+        free = position.slots - position.live
+        if (torn := min(frames - free, position.live)) > 0:
+            order = self._order
+            order.torn = (position.newest + 1 + free) % position.slots, max(torn, order.torn[1])

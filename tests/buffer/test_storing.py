@@ -1,0 +1,270 @@
+"""Calls like one before, which are stored at once: whatever they hold, however it lies, and whoever writes between."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paths import EITHER, kernels
+from rings import Ring, assert_every_frame, make_buffer, make_stream
+from tensordict import TensorDict
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, RandomSampler, ReplayBuffer, RoundRobinWriter
+
+from multistep_triton import EquivalenceError, NStepReplayBuffer
+from multistep_triton.kernels import store
+
+LAYOUTS = {
+    "in order": lambda leaf: leaf,
+    "time first": lambda leaf: leaf.transpose(0, 1).contiguous().transpose(0, 1),
+    "every other frame": lambda leaf: leaf.repeat_interleave(2, 1)[:, ::2],
+    "a part of the features": lambda leaf: torch.cat((leaf, leaf), -1)[..., : leaf.shape[-1]],
+    "expanded": lambda leaf: leaf[:1, :1].expand(leaf.shape),
+    "an address that is no multiple": lambda leaf: torch.cat((leaf.flatten()[:1], leaf.flatten()))[1:].view(leaf.shape),
+}
+
+
+def stored_at_once(buffer):
+    """Counts the calls that are."""
+    calls, stores = [], buffer._store_at
+    buffer._store_at = lambda *arguments: calls.append(1) or stores(*arguments)
+    return calls
+
+
+def assert_stored(buffer, parts, slots):
+    """The newest frames lie where the index of a loop says, and each holds its slot."""
+    for t, frame in enumerate(torch.cat(parts, -1).unbind(-1)):
+        total = sum(part.shape[-1] for part in parts)
+        if t >= total - slots:
+            stored = buffer.storage[:][t % slots]
+            for key, leaf in frame.items(True, True):
+                where = stored[key] if frame.ndim < 2 else stored[key].transpose(0, 1)
+                assert torch.equal(where, leaf), key
+            assert (stored["index"] == t % slots).all()
+
+
+@EITHER
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_data_that_lies_in_any_way(where, layout, batch):
+    with where():
+        buffer = make_buffer(6, batch)
+        calls = stored_at_once(buffer)
+        parts = []
+        for seed, frames in enumerate((2, 1, 3, 6, 4)):
+            part = make_stream(batch, frames, seed=seed)
+            part["observation"] = torch.randn(*batch, frames, 3, 2)
+            part["action"] = torch.randint(99, (*batch, frames, 5), dtype=torch.uint8)
+            part["phase"] = torch.complex(*torch.randn(2, *batch, frames, 3))
+            if batch:
+                for key in ("observation", "action", "phase"):
+                    part[key] = LAYOUTS[layout](part[key])
+                part["conjugate"] = part["phase"].conj()
+                part["negative"] = part["conjugate"].imag
+            else:
+                part["conjugate"], part["negative"] = part["phase"], part["phase"].imag.clone()
+            index = buffer.extend(part)
+            begin = sum(each.shape[-1] for each in parts)
+            parts.append(part.clone())
+            sizes = (frames, *reversed(batch)) if len(batch) > 1 else (frames, *batch)
+            expected = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"), -1).flatten(0, -2)
+            expected[:, 0] = (expected[:, 0] + begin) % 6
+            assert torch.equal(index, expected if batch else expected.squeeze(-1))
+        assert len(calls) == 4
+        assert_stored(buffer, parts, 6)
+
+
+@settings(max_examples=30)
+@given(
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    capacity=st.integers(3, 9),
+    batch=st.sampled_from([(), (2,)]),
+)
+def test_calls_of_any_number_of_frames(cuts, capacity, batch):
+    ring = Ring(make_stream(batch, sum(cuts)), capacity)
+    buffer = make_buffer(capacity, batch)
+    for frames in cuts:
+        buffer.extend(ring.take(frames))
+    assert_every_frame(buffer, ring)
+
+
+@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
+def test_storages_and_writers(storage):
+    for writer in (None, RoundRobinWriter()):
+        ring = Ring(make_stream((2,), 30), 8)
+        size = {"storage": storage(16, ndim=2)}
+        buffer = NStepReplayBuffer(n_steps=3, gamma=0.9, sampler=RandomSampler(), writer=writer, **size)
+        calls = stored_at_once(buffer)
+        for frames in (3, 4, 6, 1):
+            buffer.extend(ring.take(frames))
+        assert len(calls) == 3 and buffer.write_count == 14 and len(buffer) == 16
+        assert sorted(set(buffer.sample(400)["number"].tolist())) == ring.numbers()
+
+
+def test_who_writes_between_is_seen():
+    """Another buffer that adds an entry, a checkpoint, and a copy: the next call is checked."""
+    stream = make_stream((2,), 40)
+    ring, buffer = Ring(stream, 8), make_buffer(8, (2,))
+    calls = stored_at_once(buffer)
+    for frames in (2, 3):
+        buffer.extend(ring.take(frames))
+    assert len(calls) == 1
+    state = copy.deepcopy(buffer.state_dict())
+    other = ReplayBuffer(storage=buffer.storage)
+    other.extend(ring.take(2).transpose(0, 1).set("new", torch.zeros(2, 2)))
+    with pytest.raises(KeyError, match=r"data must hold .*'new'"):
+        buffer.extend(stream[:, 7:8])
+    buffer = make_buffer(8, (2,))
+    buffer.load_state_dict(state)
+    ring = Ring(stream, 8)
+    ring.take(5)
+    for frames in (3, 1, 2):
+        buffer.extend(ring.take(frames))
+    assert_every_frame(buffer, ring)
+    part = ring.take(2)
+    for each in (copy.deepcopy(buffer), pickle.loads(pickle.dumps(buffer)), buffer):
+        each.extend(part)
+        assert_every_frame(each, ring)
+
+
+class Told(RandomSampler):
+    """Remembers what it is told of frames that were written."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def extend(self, index):
+        self.told.append(("extend", index.clone()))
+
+    def mark_update(self, index, *, storage=None):
+        self.told.append(("mark_update", index.clone()))
+
+
+def test_samplers_are_told_of_every_call():
+    ring, sampler = Ring(make_stream((2,), 20), 8), Told()
+    buffer = make_buffer(8, (2,), sampler=sampler)
+    calls = stored_at_once(buffer)
+    for frames in (2, 3, 5):
+        sampler.told.clear()
+        index = buffer.extend(ring.take(frames))
+        assert [what for what, _ in sampler.told] == ["mark_update", "extend"]
+        assert all(torch.equal(told, index) for _, told in sampler.told)
+    assert len(calls) == 2
+
+
+def test_data_that_is_not_alike_is_checked():
+    stream = make_stream((2,), 20)
+    buffer = make_buffer(8, (2,))
+    buffer.extend(stream[:, :3]), buffer.extend(stream[:, 3:5])
+    for data, message in [
+        (stream[:, 5:6].clone().set("observation", stream[:, 5:6]["observation"].double()), "torch.float64"),
+        (make_stream((3,), 1), "data must be of \\[2\\] rows"),
+        (stream[:, 5:6].exclude("number"), "data must hold \\('number',\\)"),
+        (stream[:, 5:6].clone().set("mask", torch.ones(2, 1, dtype=torch.bool)), "mask"),
+    ]:
+        with pytest.raises((ValueError, KeyError), match=message):
+            buffer.extend(data)
+    assert len(buffer) == 10
+    # What keeps a graph is for torch to copy.
+    data = stream[:, 5:6].clone()
+    data["observation"].requires_grad_()
+    calls = stored_at_once(buffer)
+    buffer.extend(data)
+    assert not calls and len(buffer) == 12
+
+
+@pytest.mark.parametrize("fails_at", [0, 3])
+def test_a_write_that_fails_on_the_way_is_undone(monkeypatch, fails_at):
+    """Where it has overwritten some entries, frames are in parts until the next ones overwrite them wholly."""
+    ring, buffer = Ring(make_stream((2,), 40), 8), make_buffer(8, (2,))
+    for frames in (5, 4):
+        buffer.extend(ring.take(frames))
+    calls, write, count, done = stored_at_once(buffer), torch.Tensor.copy_, buffer.write_count, []
+
+    def fail(self, *arguments):
+        done.append(1)
+        if len(done) > fails_at:
+            raise MemoryError("no room")
+        return write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", fail)
+        with pytest.raises(MemoryError):
+            buffer.extend(ring.stream[:, 9:11])
+    assert buffer.write_count == count and len(buffer) == 16
+    if fails_at:
+        with pytest.raises(RuntimeError, match="overwritten frames in part"):
+            buffer.sample(4)
+    buffer.extend(ring.take(2))
+    assert_every_frame(buffer, ring)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("priority_key", ["td_error", ("agents", "td_error")], ids=str)
+def test_priorities_of_any_key(priority_key):
+    """Data that has them is for torchrl to store, which asks the sampler."""
+    ring, buffer = Ring(make_stream((2,), 20), 8), make_buffer(8, (2,), priority_key=priority_key)
+    calls = stored_at_once(buffer)
+    for frames in (2, 3):
+        buffer.extend(ring.take(frames))
+    assert len(calls) == 1
+    assert_every_frame(buffer, ring)
+
+
+def test_what_is_stored_with_a_graph_is_sampled_with_it():
+    buffer, stream = make_buffer(8, (2,), sampler=RandomSampler()), make_stream((2,), 8)
+    stream["observation"].requires_grad_()
+    buffer.extend(stream)
+    for _ in range(2):
+        assert buffer.sample(4)["observation"].requires_grad
+
+
+def test_a_sampler_of_ones_own_and_a_buffer_that_is_not_made_yet():
+    buffer, stream = make_buffer(8, (2,), sampler=RandomSampler()), make_stream((2,), 8)
+    buffer.extend(stream)
+    buffer.sampler.sample = lambda storage, count: ((torch.arange(count), torch.zeros(count, dtype=torch.int64)), {})
+    assert torch.equal(buffer.sample(4)["index"][:, 0], torch.arange(4))
+    delayed = NStepReplayBuffer(
+        n_steps=3, gamma=0.9, storage=lambda: LazyTensorStorage(16, ndim=2), batch_size=4, delayed_init=True
+    )
+    with pytest.raises(RuntimeError, match="empty"):
+        delayed.sample()
+
+
+def test_without_info_the_index_is_the_entry_that_is_stored():
+    for writer, expected in ((None, (4,)), (RoundRobinWriter(), None)):
+        buffer = make_buffer(8, (2,), sampler=RandomSampler(), writer=writer)
+        buffer.extend(make_stream((2,), 8))
+        with pytest.warns(match="include_info"):
+            sample = buffer.sample(4, include_info=False)
+        index = sample.get("index", None)
+        assert (None if index is None else tuple(index.shape)) == expected
+        assert buffer.sample(4)["index"].shape == (4, 2)
+
+
+def test_verified():
+    """``verify`` looks whether every frame lies where it belongs."""
+    with kernels(), pytest.MonkeyPatch.context() as patch:
+        buffer, stream = make_buffer(8, (2,), backend="verify"), make_stream((2,), 20)
+        buffer.extend(stream[:, :3]), buffer.extend(stream[:, 3:8])
+        at = store.store_frames
+
+        def a_slot_on(data, ring, numbers, dims, time_dim, slot):
+            return at(data, ring, numbers, dims, time_dim, slot + 1)
+
+        patch.setattr("multistep_triton.kernels.launch.store_frames", a_slot_on)
+        with pytest.raises(EquivalenceError, match="differ at where frames lie") as raised:
+            buffer.extend(stream[:, 8:10])
+        assert raised.value.key == "index"
+
+
+def test_a_tensordict_without_a_device_and_of_other_batch_sizes():
+    buffer = make_buffer(8, (2,))
+    for frames in (2, 3, 1):
+        part = make_stream((2,), frames)
+        after = TensorDict(dict(part["next"].items()), batch_size=[2])
+        data = TensorDict({**dict(part.items()), "next": after}, batch_size=[2, frames])
+        buffer.extend(data)
+    assert len(buffer) == 12
