@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from multistep_triton.task import Keys
+
+
+def lie_in_order(leaves: Collection[Tensor]) -> bool:
+    """Whether the bytes of leaves are their values, one after the other."""
+    every = map(Tensor.is_contiguous, leaves)
+    return all(every) and not any(map(Tensor.is_neg, leaves)) and not any(map(Tensor.is_conj, leaves))
 
 
 def lie_alike(
@@ -21,8 +27,7 @@ def lie_alike(
         The leaves, ``inner``, and how many inner environments, agents, share a mark or an id where these are expanded.
     """
     sizes = next(iter(data.values())).shape[:dims]
-    every = data.values()
-    if all(map(Tensor.is_contiguous, every)) and not any([*map(Tensor.is_neg, every), *map(Tensor.is_conj, every)]):
+    if lie_in_order(data.values()):
         return data, math.prod(sizes[time_dim + 1 :]), 1
     data = {key: leaf.resolve_neg().resolve_conj() for key, leaf in data.items()}
     most = max(data.values(), key=Tensor.numel)

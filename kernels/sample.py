@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multistep_triton.kernels import windows
-from multistep_triton.kernels.layout import lie_alike
+from multistep_triton.kernels.layout import lie_alike, lie_in_order
 from multistep_triton.kernels.plan import Plan, copy_rows, find_plan, powers, roles_of, tile_of, widened
 from multistep_triton.kernels.run import ALIGNMENT, aligned, check_fits, on, run
 from multistep_triton.samples import Samples
@@ -40,7 +40,6 @@ class _Ready(NamedTuple):
     tile: int
     longest: int
     inner: int
-    powers: Tensor
 
 
 def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
@@ -48,9 +47,9 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     indices, newest, live, own, sizes, _, written = samples
     count, drawn, dims, longest = indices[0].shape[0], sizes is not None, len(sizes or indices), min(task.n_steps, live)
     # What lies otherwise is copied for every call.
-    lies_in_order = all(map(Tensor.is_contiguous, data.values())) and not windows.INTERPRETED
-    known, of = data if lies_in_order else {}, (dims, count, longest, drawn)
-    kept = task.keys, task.gamma, torch.get_default_dtype(), of
+    as_it_lies = lie_in_order(data.values()) and not windows.INTERPRETED
+    known, of = data if as_it_lies else {}, (dims, count, longest, drawn)
+    kept = task.keys, torch.get_default_dtype(), of
     ready = find(known, "sample", kept, lambda: _make_ready(task, data, *of))
     plan, (*flags, rewards), sources, copies, likes, rest, (envs, agents), others, kind, programs, tile, *_ = ready
     check_fits(max(count, envs * live), 0)
@@ -66,11 +65,12 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
         wide = {key: widened(each) for key, each in returns.items() if each.dtype == torch.bfloat16}
     picked = tuple([aligned(dim.contiguous()) for dim in indices])
     limits = () if own is None else (aligned(own.contiguous()),)
+    most = min(task.n_steps, 1 << longest.bit_length())
     with on(steps.device):
         run(
             *(plan.compiled, windows.n_step_windows_kernel, (kind, len(limits), others, written is None), programs),
             *(*flags, rewards, tuple({**returns, **wide}.values()), picked, limits, others, index, written),
-            *(steps, discount, nonterminal, lists, ready.powers),
+            *(steps, discount, nonterminal, lists, powers(task.gamma, most, steps.device)),
             *(envs, agents, 0, live, count, 0, longest, 1, 1, 0, 1, 1, (newest + 1) % live, live, ready.inner),
             *(plan.elements, *kind, tile),
         )
@@ -114,5 +114,4 @@ def _make_ready(task: Task, data: Leaves, dims: int, count: int, longest: int, d
         tile,
         longest,
         inner,
-        powers(task.gamma, min(task.n_steps, 1 << longest.bit_length()), device),
     )

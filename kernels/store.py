@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from multistep_triton.kernels import rows
+from multistep_triton.kernels.layout import lie_in_order
 from multistep_triton.kernels.picked import store_index
 from multistep_triton.kernels.rows import copy_tile
 from multistep_triton.kernels.run import ALIGNMENT, as_real, check_fits, is_amd, on, run
@@ -85,7 +86,7 @@ def store_frames(
     leaves = [*data.values()]
     frames, envs, device = leaves[0].shape[time_dim], math.prod(lead), kept[0].device
     count, time_last = frames * envs, frames > 1 and time_dim > 0
-    if (dims > 2 and time_dim) or not _lie_in_order(leaves):
+    if (dims > 2 and time_dim) or not lie_in_order(leaves):
         leaves = [leaf.transpose(0, time_dim).resolve_conj().resolve_neg().contiguous() for leaf in leaves]
         time_last = False
     addresses = tuple(
@@ -119,8 +120,3 @@ def _make_ready(
     bytes_of_rows = tuple([leaf.nbytes // max(sizes.numel(), 1) for leaf in leaves])
     addresses = tuple([leaf.data_ptr() for leaf in leaves])
     return leaves, bytes_of_rows, addresses, sizes, any([leaf.is_complex() for leaf in leaves])
-
-
-def _lie_in_order(leaves: list[Tensor]) -> bool:
-    every = map(Tensor.is_contiguous, leaves)
-    return all(every) and not any(map(Tensor.is_neg, leaves)) and not any(map(Tensor.is_conj, leaves))

@@ -54,7 +54,6 @@ NAMES = {
     "capturable.py": {
         # a buffer's parts and locks
         "_rng", "_storage", "_writer", "_replay_lock", "_write_lock", "_attached_entities", "_sample_unit", "_prefetch",
-        "_write_count",
     },
     "replay_buffer.py": {
         # a buffer's parts, and whether samples are prefetched

@@ -19,7 +19,7 @@ def test_single_frames_cost_what_they_may():
     found = run("""
 driver = ptx_driver.install(kernel_cost.CAPABILITY)
 found = []
-for target in (each for each in kernel_cost.TARGETS if each.case.frames == 1):
+for target in (each for each in kernel_cost.TARGETS if each.case.kind == "streaming"):
     cost = kernel_cost.measure(driver, target.case)
     more = target._replace(bytes_per_instruction=1000, bus=1)
     worse = cost._replace(launches=cost.launches * 2)
@@ -32,6 +32,22 @@ print(json.dumps(found))
         assert not missed
         assert missed_of_more == 3
         assert theirs > 2 * ours
+
+
+def test_storing_is_one_launch_and_moves_no_more_than_it_must():
+    found = run("""
+driver = ptx_driver.install(kernel_cost.CAPABILITY)
+found = []
+for target in (each for each in kernel_cost.TARGETS if each.case.kind == "storing" and each.case.frames == 1):
+    cost = kernel_cost.measure(driver, target.case)
+    found.append([kernel_cost.missed(target, cost), len(cost.launches), cost.bus])
+print(json.dumps(found))
+""")
+    assert len(found) == 2
+    for missed, launches, bus in found:
+        assert not missed
+        assert launches == 1
+        assert bus < 1.01
 
 
 def test_traffic_of_operators():
