@@ -166,7 +166,10 @@ def test_calls_of_other_frames_between(where):
         ring, buffer = Ring(stream, CAPACITY), make()
         for frames in (2, 2, 11, 1, 1):
             buffer.extend(ring.take(frames))
-            assert_sampled(buffer.sample(32), ring)
+            sample = buffer.sample(400)
+            assert_sampled(sample, ring)
+            # All that are there, whoever stored them.
+            assert sample["number"].unique().tolist() == sorted(ring.numbers())
         buffer.add(ring.take(1)[:, 0])
         buffer.extend(ring.take(1))
         assert_sampled(buffer.sample(32), ring)
