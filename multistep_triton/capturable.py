@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchrl.data import RandomSampler, ReplayBuffer, Storage, Writer
+from torchrl.data import ReplayBuffer, Storage, Writer
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from multistep_triton.backends import resolve_backend
 from multistep_triton.checks import check_not_captured
 from multistep_triton.frames import KeyPath
 from multistep_triton.sampled_buffer import SampledReplayBuffer
-from multistep_triton.stored import Position
+from multistep_triton.stored import Position, draws_alike
 from multistep_triton.storing import Seen
 
 
@@ -86,7 +86,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
         if not self._capturable:
             return
         generator = self._rng
-        if type(sampler).sample is not RandomSampler.sample or self._sample_unit is not None:
+        if not draws_alike(sampler) or self._sample_unit is not None:
             raise TypeError(
                 f"sampler must be a RandomSampler, of single frames, with capturable=True, as frames are drawn on the "
                 f"device, got {type(sampler).__name__} and sample_unit={self._sample_unit}"
@@ -134,8 +134,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
                 return super()._store(seen, leaves, frames)
         if not 0 < frames <= len(seen.entries):
             return None
-        if len(seen.storage._attached_entities) > 2:
-            self._check_alone(seen.storage)
+        self._check_alone(seen.storage)
         index = self._store_at(seen, leaves, written)
         written.add_(frames)
         return index
@@ -145,10 +144,10 @@ class CapturableReplayBuffer(SampledReplayBuffer):
             return super()._write(*arguments)
 
     def _check_whole(self) -> Position | None:
-        on_device = self._written is not None and self._on_device([self._written])
+        on_device = self._written is not None and self._draws() and self._on_device([self._written])
         if not (on_device and self._read_last):
             self._pull()
-        if on_device and len(self._storage._attached_entities) > 2:
+        if on_device:
             self._check_alone(self._storage)
         position = super()._check_whole()
         return position if position is None or not on_device else position._replace(written=self._written)

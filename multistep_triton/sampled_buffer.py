@@ -15,10 +15,10 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_nn_modules
 from torch import Tensor
-from torchrl.data import RandomSampler, TensorDictReplayBuffer
+from torchrl.data import TensorDictReplayBuffer
 
 from multistep_triton.checkpoints import CheckpointedReplayBuffer
-from multistep_triton.stored import Position
+from multistep_triton.stored import Position, draws_alike
 
 
 class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
@@ -105,8 +105,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
 
     def _draws(self) -> bool:
         """Whether frames are drawn here, all as likely, in one launch, and not by a sampler, in one per dimension."""
-        sampler = getattr(self._sampler.sample, "__func__", None)
-        return sampler is RandomSampler.sample and self._sample_unit is None and not self._writer.tracks_generations
+        return draws_alike(self._sampler) and self._sample_unit is None and not self._writer.tracks_generations
 
     def _draw(self, batch_size: int, position: Position) -> Tensor:
         """Rows ``[N]`` of those that hold frames."""

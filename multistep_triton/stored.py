@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase, is_leaf_nontensor, is_tensor_collection
 from torch import Tensor
-from torchrl.data import ImmutableDatasetWriter, RoundRobinWriter, Storage, TensorStorage, Writer
+from torchrl.data import ImmutableDatasetWriter, RandomSampler, RoundRobinWriter, Storage, TensorStorage, Writer
 from torchrl.data.replay_buffers.samplers import ConsumingSampler, Sampler, SliceSampler
 
 from multistep_triton.frames import KeyPath
@@ -30,6 +30,11 @@ class Position(NamedTuple):
     slots: int
     written: Tensor | None = None
     """How many frames of an environment were ever written, int64 on the device, where the host need not know."""
+
+
+def draws_alike(sampler: Sampler | None) -> bool:
+    """Whether a sampler draws every frame as likely, as torchrl's does; one that overrides this draws for itself."""
+    return getattr(sampler.sample, "__func__", None) is RandomSampler.sample if sampler else False
 
 
 def check_parts(storage: Storage, writer: Writer | None, sampler: Sampler | None, of_other: bool = False) -> None:

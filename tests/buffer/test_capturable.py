@@ -2,12 +2,11 @@
 
 import copy
 import pickle
-import shutil
 
 import fresh
 import pytest
 import torch
-from paths import EITHER
+from paths import EITHER, GCC
 from rings import Drawn, Ring, assert_sampled, make_buffer, make_stream
 from torchrl.data import (
     LazyTensorStorage,
@@ -22,7 +21,6 @@ from torchrl.envs.transforms import RewardScaling
 
 from multistep_triton import MultiStepTransform, NStepReplayBuffer
 
-GCC = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc compiles the recording libcuda")
 CAPACITY, BATCH = 8, (3,)
 
 
@@ -247,6 +245,20 @@ def test_a_buffer_that_is_given_the_storage_later(where):
             for call in (lambda: buffer.extend(stream[:, 6:7]), lambda: buffer.sample(4)):
                 with pytest.raises(ValueError, match="storage must be this buffer's alone"):
                     call()
+
+
+@EITHER
+def test_a_sampler_whose_method_is_replaced_is_asked_by_the_host(where):
+    with where():
+        stream = make_stream(BATCH, 40)
+        ring, buffer = Ring(stream, CAPACITY), make()
+        for frames in (2, 3, 6):
+            buffer.extend(ring.take(frames))
+        index = torch.arange(CAPACITY), torch.zeros(CAPACITY, dtype=torch.int64)
+        buffer.sampler.sample = lambda storage, count: (index, {})
+        sample = buffer.sample(CAPACITY)
+        assert torch.equal(sample["index"], torch.stack(index, -1))
+        assert_sampled(sample, ring)
 
 
 @EITHER

@@ -1,11 +1,9 @@
 """The machine on what Triton compiles, in processes without the interpreter, and what it refuses there."""
 
-import shutil
-
 import fresh
 import pytest
+from paths import GCC
 
-GCC = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc compiles the recording libcuda")
 CHECKS = {
     "ptx_kernels": ["casts", "roundings", "arithmetic", "long_division", "products"],
     "ptx_tile_kernels": ["reductions", "gathers", "rows", "control", "faults"],

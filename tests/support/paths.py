@@ -1,6 +1,7 @@
 """The paths that a result can come by, and what tests of any of them switch on or off."""
 
 import gc
+import shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from multistep_triton import engine, spec
 from multistep_triton.backends import BACKEND_VARIABLE
 
 POISON = 0xA5
+GCC = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc compiles the recording libcuda")
 
 
 def poisoned(allocate):
