@@ -70,8 +70,12 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def find_plan(bytes_of_rows: tuple[int, ...], addresses: tuple[int, ...], device: torch.device) -> _Plan:
-    units = [rows.units_of(row, address) for row, address in zip(bytes_of_rows, addresses, strict=True)]
+def find_plan(
+    bytes_of_rows: tuple[int, ...], addresses: tuple[int, ...], ring: tuple[int, ...], device: torch.device
+) -> _Plan:
+    """The plan for leaves and those of a ring at such addresses, of each of which a kernel knows what divides it."""
+    both = zip(bytes_of_rows, addresses, ring, strict=True)
+    units = [rows.units_of(row, address | other) for row, address, other in both]
     order = sorted([k for k, unit in enumerate(units) if unit[2]], key=lambda k: -units[k][2])
     return _Plan(order, tuple([units[k] for k in order]), tuple([units[k][2] for k in order]), {})
 
@@ -80,7 +84,7 @@ def store_frames(
     data: Leaves, ring: Leaves, numbers: Tensor | None, dims: int, time_dim: int, slot: int | Tensor
 ) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`."""
-    kept, bytes_of_rows, addresses, (slots, *lead), has_complex = find(
+    kept, bytes_of_rows, ring_addresses, (slots, *lead), has_complex = find(
         ring, "store", dims, lambda: _make_ready(data, ring, dims)
     )
     leaves = [*data.values()]
@@ -89,10 +93,8 @@ def store_frames(
     if (dims > 2 and time_dim) or not lie_in_order(leaves):
         leaves = [leaf.transpose(0, time_dim).resolve_conj().resolve_neg().contiguous() for leaf in leaves]
         time_last = False
-    addresses = tuple(
-        [(leaf.data_ptr() | address) % ALIGNMENT for leaf, address in zip(leaves, addresses, strict=True)]
-    )
-    plan = find_plan(bytes_of_rows, addresses, device)
+    addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in leaves])
+    plan = find_plan(bytes_of_rows, addresses, ring_addresses, device)
     check_fits(max(slots * envs, count), count * plan.widths[0] if plan.widths else 0)
     index = torch.empty((count, dims), dtype=torch.int64, device=device)
     slot, written = (0, slot) if isinstance(slot, Tensor) else (slot, None)
@@ -100,9 +102,10 @@ def store_frames(
     if has_complex:
         jobs = [tuple(map(as_real, each)) for each in jobs]
     tile, amd, others = rows.TILE, is_amd(), tuple(lead[1:])
+    at = None if numbers is None else numbers.data_ptr() % ALIGNMENT
     with on(device):
         run(
-            *(plan.compiled, store_rows_kernel, (time_last, dims, *others, written is None, numbers is None)),
+            *(plan.compiled, store_rows_kernel, (time_last, dims, *others, written is None, at)),
             sum([-(-count * width // tile) for width in plan.widths]) - (-count // tile),
             *(*jobs, index, numbers, written, others, count, frames, envs, slot, slots),
             *(plan.units, plan.widths, time_last, dims, tile, not amd),
@@ -118,5 +121,5 @@ def _make_ready(
     leaves = [ring[key] for key in data]
     sizes = leaves[0].shape[:dims]
     bytes_of_rows = tuple([leaf.nbytes // max(sizes.numel(), 1) for leaf in leaves])
-    addresses = tuple([leaf.data_ptr() for leaf in leaves])
+    addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in leaves])
     return leaves, bytes_of_rows, addresses, sizes, any([leaf.is_complex() for leaf in leaves])
