@@ -1,6 +1,6 @@
 """Storing calls that are like one before, whose leaves need no checks again.
 
-Owns what such calls have in common. May import ``frames``, ``stored`` and torchrl, by its public names alone.
+Owns what such calls have in common. May import ``frames``, ``storage_order``, ``task`` and torchrl, by its public names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torchrl.data import RoundRobinWriter, Storage, TensorDictRoundRobinWriter, TensorStorage, Writer
 
 from multistep_triton.frames import KeyPath
+from multistep_triton.storage_order import Order
 from multistep_triton.task import KnownLeaves
 
 INDEX = ("index",)
@@ -54,20 +55,13 @@ class Seen:
         return dict(zip(self.paths, found[0], strict=True))
 
 
-def find_seen(
-    data: TensorDictBase,
-    storage: Storage,
-    entries: TensorDictBase,
-    writer: Writer,
-    time_dim: int,
-    others: int,
-    priority_key: str,
-) -> Seen | None:
+def find_seen(data: TensorDictBase, order: Order, writer: Writer, time_dim: int, priority_key: str) -> Seen | None:
     """What is to be remembered of a call that was stored; None if others like it are for torchrl to store."""
-    found = read_plain(data, time_dim)
+    storage, entries, found = order.storage, order.entries(), read_plain(data, time_dim)
     # Theirs and no other's, in whose place this would be.
     usual = type(storage).set is TensorStorage.set and type(writer) in (RoundRobinWriter, TensorDictRoundRobinWriter)
-    if found is None or not usual or writer.tracks_generations or data.get(priority_key, None) is not None:
+    is_asked_more = writer.tracks_generations or data.get(priority_key, None) is not None
+    if found is None or entries is None or not usual or is_asked_more:
         return None
     _, names, kinds, rows = found
     paths, ndim = _paths(names), storage.ndim
@@ -80,7 +74,8 @@ def find_seen(
     count = len([*entries.keys(True, True)])
     if not alike or count != len(stored) or (numbers is not None and numbers.dtype != torch.int64) or INDEX in ring:
         return None
-    return Seen(storage, writer, entries, names, kinds, rows, time_dim, paths, KnownLeaves(ring), numbers, others)
+    known, others = KnownLeaves(ring), order.changes()
+    return Seen(storage, writer, entries, names, kinds, rows, time_dim, paths, known, numbers, others)
 
 
 def read_plain(

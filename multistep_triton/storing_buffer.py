@@ -66,9 +66,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
 
         stored: Tensor = self._write(write, data, time_dim, frames)
         with self._replay_lock:
-            storage, writer, priority_key = self._storage, self._writer, getattr(self, "priority_key", "")
-            entries, others = storage._storage, self._order.changes()
-            self._seen = find_seen(data, storage, entries, writer, time_dim, others, priority_key)
+            self._seen = find_seen(data, self._order, self._writer, time_dim, getattr(self, "priority_key", ""))
         return stored
 
     def _extend_alike(self, data: TensorDictBase) -> Tensor | None:
