@@ -1,6 +1,6 @@
 """Storing calls that are like one before, whose leaves need no checks again.
 
-Owns what such calls have in common. May import ``frames``, ``storage_order``, ``task`` and torchrl, by its public names.
+Owns what such calls have in common. May import ``frames``, ``storage_order``, ``task`` and torchrl, by public names.
 """
 
 from __future__ import annotations
