@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import PIXELS, Case, make_rollout
 from benchmarks.compare import bytes_of, prepare
-from benchmarks.contenders import COMPILED, CONTENDERS, FLOORS, SAMPLE, TRANSFORM, Subject, applies
+from benchmarks.contenders import COMPILED, CONTENDERS, FLOORS, SAMPLE, STORE_AND_SAMPLE, TRANSFORM, Subject, applies
 from benchmarks.machine import about, sentence
 from benchmarks.measure import set_up
 from benchmarks.report import table
@@ -37,7 +37,7 @@ CASES = [
     Case("sampling", 1024, 64, 0.01, 3, 64, 2048),
 ]
 CALLS = 10
-OURS = ("n_step_windows_kernel", "n_step_rows_kernel")
+OURS = ("store_rows_kernel", "n_step_windows_kernel", "n_step_rows_kernel")
 
 
 def kernels_of(subject: Subject, rollout: TensorDict) -> list[FunctionEvent]:
@@ -57,9 +57,13 @@ def microseconds(kernels: Iterable[FunctionEvent]) -> float:
     return sum(kernel.time_range.elapsed_us() for kernel in kernels) / CALLS
 
 
-def rows_of(case: Case, device: torch.device) -> list[dict[str, Any]]:
+def operations_of(case: Case) -> list[str]:
+    """Storing is measured with one frame of every environment, as a replay step stores it."""
+    return [SAMPLE] if case.kind == "sampling" else [TRANSFORM, *[STORE_AND_SAMPLE] * (case.kind == "streaming")]
+
+
+def rows_of(case: Case, operation: str, device: torch.device) -> list[dict[str, Any]]:
     """One row per contender."""
-    operation = SAMPLE if case.kind == "sampling" else TRANSFORM
     rollout, rows, floor = make_rollout(case, device), [], float("nan")
     for contender in CONTENDERS:
         if not applies(contender, operation, case) or contender.name == COMPILED:
@@ -78,7 +82,7 @@ def rows_of(case: Case, device: torch.device) -> list[dict[str, Any]]:
             row["us"], row["launches"] = microseconds(kernels), len(kernels) // CALLS
             row["GB/s"] = sum(bytes_of(subject, rollout)) / row["us"] / 1e3
             ours = [[kernel for kernel in kernels if kernel.name == name] for name in OURS]
-            row["windows + rows, us"] = " + ".join(f"{microseconds(each):.1f}" for each in ours if each)
+            row["store + windows + rows, us"] = " + ".join(f"{microseconds(each):.1f}" for each in ours if each)
             floor = row["us"] if contender.name in FLOORS else floor
         rows.append(row)
     return [row | {"this / floor": row["us"] / floor} for row in rows]
@@ -93,7 +97,9 @@ def main(arguments: list[str] | None = None) -> None:
     set_up()
     device = torch.device("cuda")
     machine = about(device)
-    rows = pd.DataFrame([row for case in CASES for row in rows_of(case, device)])
+    rows = pd.DataFrame(
+        [row for case in CASES for operation in operations_of(case) for row in rows_of(case, operation, device)]
+    )
     text = "\n\n".join(
         (
             "# Time on the GPU",
