@@ -200,7 +200,7 @@ def sampling(rows: pd.DataFrame) -> Figure | None:
     times = rows.pivot(index="case", columns="contender", values=ROWS)
     times = times.reindex(index=rows["case"].unique()[::-1], columns=rows["contender"].unique()[::-1])
     # "sampling 8192 of 1024x64x256B p=0.01 n=3" in two lines, without what all of them share
-    times.index = times.index.str.replace(r"sampling (.* of .*)x(\d+)B p=.* (n=\d+)", r"\1\n\2 B, \3", regex=True)
+    times.index = times.index.str.replace(r"sampling (.* of .*)x(\d+)B p=.* (n=\d+)", "\\1\n\\2 B, \\3", regex=True)
     figure, axes = plt.subplots(figsize=(7.5, 1.2 + 0.16 * times.size))
     times.plot.barh(ax=axes, color=COLORS, width=0.8, legend=False)
     for bars in axes.containers:

@@ -64,9 +64,9 @@ class PendulumEnv(EnvBase):
         one = torch.ones(num_envs, 1, device=self.device, dtype=dtype)
         most = torch.tensor([1.0, 1.0, MAX_SPEED], device=self.device, dtype=dtype).expand(num_envs, 3)
         self.observation_spec = Composite(
-            observation=Bounded(-most, most, dtype=dtype), shape=[num_envs], device=self.device
+            observation=Bounded(-most, most, device=self.device, dtype=dtype), shape=[num_envs], device=self.device
         )
-        self.action_spec = Bounded(-MAX_TORQUE * one, MAX_TORQUE * one, dtype=dtype)
+        self.action_spec = Bounded(-MAX_TORQUE * one, MAX_TORQUE * one, device=self.device, dtype=dtype)
         self.reward_spec = Unbounded([num_envs, 1], device=self.device, dtype=dtype)
         flags = {
             name: Binary(1, shape=[num_envs, 1], device=self.device, dtype=torch.bool)

@@ -277,7 +277,7 @@ def test_a_step_in_a_cuda_graph(arguments):
         if t % 20 == 0:
             assert len(buffer) == len(usual) == 320
             assert (buffer[:] == usual[:]).all()
-            check = buffer_on("cpu", backend="verify")
+            check = buffer_on("cuda", backend="verify")
             check.load_state_dict(usual.state_dict())
             check.sample(64)
     assert len(set(torch.stack(drawn).tolist())) > 150
@@ -301,8 +301,7 @@ def test_what_a_graph_samples_is_what_is_sampled_of_the_same_draws(n_steps):
     for t in range(50):
         frame.copy_(stream[:, t : t + 1])
         graph.replay()
-        index = sample["index"].cpu().unbind(-1)
-        usual = buffer_on("cpu", n_steps, sampler=Drawn(index))
+        usual = buffer_on("cuda", n_steps, sampler=Drawn(sample["index"].unbind(-1)), backend="reference")
         usual.load_state_dict(copy.deepcopy(buffer.state_dict()))
         same(sample, usual.sample(64))
 

@@ -23,7 +23,8 @@ def make_stream(
 
     A number is the frame's place in the flattened stream: what a sample holds of which frame is seen in the sample.
     """
-    stream = make_rollout(batch, frames, p_done=p_done, seed=seed)
+    # By its device torchrl knows where the index of what is stored belongs.
+    stream = make_rollout(batch, frames, p_done=p_done, seed=seed).to(torch.get_default_device())
     number = torch.arange(stream.numel()).view(stream.batch_size)
     stream["number"], stream["next", "number"] = number, number.clone()
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed + 1)
