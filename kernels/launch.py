@@ -60,9 +60,9 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     with on(device):
         run(
             *(plan.compiled, windows.n_step_windows_kernel, kind, programs),
-            *(*flags, rewards, tuple({**returns, **wide}.values()), (), (), (), None, None),
+            *(*flags, rewards, tuple({**returns, **wide}.values()), (), (), (), None, None, None),
             *(steps, discount, nonterminal, lists, powers(gamma, min(n_steps, 1 << longest.bit_length()), device)),
-            *(envs, agents, carried, known, emitted, held_rows, longest, blocks, held_inner),
+            *(envs, agents, carried, known, emitted, held_rows, longest, blocks, held_inner, 0),
             *(*carry_ring, 0, max(new, 1), inner),
             *(plan.elements, *kind, tile),
         )

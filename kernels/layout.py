@@ -33,7 +33,7 @@ def lie_alike(
     most = max(data.values(), key=Tensor.numel)
     at = next((dim for dim in range(dims) if most.movedim(time_dim, dim).is_contiguous()), time_dim)
     inner = [dim for dim in range(dims) if dim != time_dim][at:]
-    marks = [key for key in (keys.mask, keys.traj) if key is not None]
+    marks = [key for key in (keys.mask, keys.traj, keys.count) if key is not None]
     # Either all of them have a row for so many, or each has one for every environment.
     sharing = {_count_sharing(data[key], inner, time_dim, at) if key not in keys.held else 1 for key in marks}
     agents = sharing.pop() if len(sharing) == 1 else 1

@@ -7,6 +7,19 @@ import triton.language as tl
 
 
 @triton.jit
+def row_of_slot(env, slot, ring, NESTED: tl.constexpr, TURNS: tl.constexpr):
+    """The row of the slot after so many from the first one on; a ring that does not TURN begins with slot 0."""
+    first, slots, inner = ring
+    if TURNS:
+        slot += first
+        slot = tl.where(slot < slots, slot, slot - slots)
+    if NESTED:
+        return (env // inner * slots + slot) * inner + env % inner
+    else:  # environments are all inner ones or all outer ones
+        return slot * inner + env * tl.where(inner == 1, slots, 1)
+
+
+@triton.jit
 def find_picked(block, exists, picked, others, envs, known, first, DRAWN: tl.constexpr):
     """Environment, slot and frame of each picked frame, and whether there is one; for no other is anything read.
 

@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     """How these are copied; see ``rows.units_of``."""
     widths: tuple[int, ...]
     """Units of a row of each."""
-    gathered: tuple[bool, ...]
+    gathered: tuple[int, ...]
     has_complex: bool
     compiled: dict[Any, Any]
     """Kernels, by what else they are compiled for."""
@@ -55,7 +55,7 @@ def find_plan(
         [(out, key) for out, key, _ in wide],
         tuple([kinds[key][2] for _, key, _ in wide]),
         tuple([kinds[key][2][2] for _, key, _ in wide]),
-        tuple([at_end for _, _, at_end in wide]),
+        tuple([int(at) for _, _, at in wide]),
         any(kinds[key][1].is_complex for _, key, _ in wide),
         {},
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Of what comes after no frame.
+NOWHERE: tl.constexpr = tl.constexpr(-(2**31))
 # Units of a program: with 128 threads, 8 for each, all of whose loads are on their way at once.
 TILE = 1024
 # With so many of a thread, eight programs share a multiprocessor.
@@ -30,14 +32,14 @@ def as_bytes(pointer):
 def copy_tile(
     tile, rows, data_ptr, carry_ptr, carry_rows, source_ptr, out_ptr, first, slots,
     ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, CARRIED: tl.constexpr, LISTED: tl.constexpr,
-    RING: tl.constexpr, TILE: tl.constexpr,
+    RING: tl.constexpr, TILE: tl.constexpr, BLANK: tl.constexpr = False,
 ):  # fmt: skip
     """Copies a tile of the units of ``rows`` rows, each WIDTH units of PARTS items.
 
     Row ``i`` comes from row ``source[i]`` of the data or, if that is negative, of the carry, counted from its end;
-    without a carry it is zeros then. Without a list it comes from row ``i`` or, if ``source`` is ``frames`` and
-    ``envs``, of which row ``i`` counts time first, from that of the same frame where time is last. It goes to row ``i``
-    or, in a RING of so many ``slots`` rows, to row ``first + i``.
+    without a carry it is zeros then, and with BLANK if it is NOWHERE. Without a list it comes from row ``i`` or, if
+    ``source`` is ``frames`` and ``envs``, of which row ``i`` counts time first, from that of the same frame where time
+    is last. It goes to row ``i`` or, in a RING of so many ``slots`` rows, to row ``first + i``.
     """
     UNIT: tl.constexpr = PARTS * ITEM.primitive_bitwidth // 8
     begin = tile * TILE
@@ -59,13 +61,15 @@ def copy_tile(
     if CARRIED:
         carry_end = as_bytes(carry_ptr) + carry_rows.to(tl.int64) * (WIDTH * UNIT)
         origin = either_pointer(source < 0, carry_end, origin)
+        if BLANK:
+            read &= source != NOWHERE
     else:
         read &= source >= 0
     # In bytes, so that a row is added to an address by one multiplication of 32 bits.
     origin = (origin + source.to(tl.int64) * (WIDTH * UNIT)).to(tl.pointer_type(ITEM), bitcast=True)
     pointers = tl.multiple_of(origin + unit * PARTS, [UNIT])
     part = tl.arange(0, PARTS)[None, :]
-    value = tl.load(pointers[:, None] + part, mask=read[:, None], other=None if CARRIED else 0)
+    value = tl.load(pointers[:, None] + part, mask=read[:, None], other=None if CARRIED and not BLANK else 0)
     out_ptr = out_ptr.to(tl.pointer_type(ITEM), bitcast=True)
     if RING and LISTED:  # the carry, whose units can be counted in 32 bits
         to = begin + offset.to(tl.uint32) + first.to(tl.uint32) * WIDTH
@@ -89,7 +93,8 @@ def n_step_rows_kernel(
     """A program copies a tile of one leaf: of the rows that come out or, after those, of the rows held back.
 
     With RETURNS it ends after that, which Triton does not compile for AMD.
-    The lists of ``rows_ptr`` are the rows of the frames that come out, of those held back, and of the windows' ends.
+    The lists of ``rows_ptr`` are the rows of the frames that come out, of those held back, of the windows' ends and, if
+    any leaf is GATHERED from those, of what comes after them.
     """
     tile = tl.program_id(0).to(tl.uint32)
     rows = rows.to(tl.uint32)
@@ -103,10 +108,10 @@ def n_step_rows_kernel(
             mine &= tile >= first_tile
         if mine:
             if tile < first_tile + tiles:
-                source_ptr = rows_ptr + rows + held_rows if GATHERED[k] else rows_ptr
+                source_ptr = rows_ptr + GATHERED[k] * rows + held_rows if GATHERED[k] else rows_ptr
                 copy_tile(
                     tile - first_tile, rows, data[k], carry[k], carry_rows, source_ptr, out[k], first, slots,
-                    *UNITS[k], CARRIED, True, False, TILE,
+                    *UNITS[k], CARRIED or GATHERED[k] == 2, True, False, TILE, GATHERED[k] == 2,
                 )  # fmt: skip
             else:
                 copy_tile(

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from multistep_triton.ends import Ends
 from multistep_triton.kernels import windows
 from multistep_triton.kernels.layout import lie_alike, lie_in_order
 from multistep_triton.kernels.plan import Plan, copy_rows, find_plan, powers, roles_of, tile_of, widened
 from multistep_triton.kernels.run import ALIGNMENT, aligned, check_fits, on, run
 from multistep_triton.samples import Samples
-from multistep_triton.task import Leaves, Results, Task, find
+from multistep_triton.task import AFTER_END, Leaves, Results, Task, find
 
 
 class _Ready(NamedTuple):
@@ -27,6 +28,9 @@ class _Ready(NamedTuple):
     roles: tuple[Any, ...]
     sources: list[Tensor]
     """The leaves that are copied."""
+    kept: list[Tensor]
+    """In the place of those that are kept once, the rows of what comes after ends."""
+    count_leaf: Tensor | None
     copies: list[tuple[Hashable, Tensor]]
     returns: list[tuple[Hashable, Tensor]]
     rest: list[Tensor]
@@ -44,14 +48,15 @@ class _Ready(NamedTuple):
 
 def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     """Computes :func:`multistep_triton.engine.n_step_sample`."""
-    indices, newest, live, own, sizes, _, written = samples
+    indices, newest, live, own, sizes, _, written, ends = samples
     count, drawn, dims, longest = indices[0].shape[0], sizes is not None, len(sizes or indices), min(task.n_steps, live)
     # What lies otherwise is copied for every call.
     as_it_lies = lie_in_order(data.values()) and not windows.INTERPRETED
     known, of = data if as_it_lies else {}, (dims, count, longest, drawn)
     kept = task.keys, torch.get_default_dtype(), of
-    ready = find(known, "sample", kept, lambda: _make_ready(task, data, *of))
-    plan, (*flags, rewards), sources, copies, likes, rest, (envs, agents), others, kind, programs, tile, *_ = ready
+    ready = find(known, "sample", kept, lambda: _make_ready(task, data, ends, *of))
+    plan, (*flags, rewards), sources, *_, copies, likes, rest, (envs, agents), others, kind, programs, tile = ready[:13]
+    end_slots = 0 if ends is None else ends.slots
     check_fits(max(count, envs * live), 0)
     leaves = {out: torch.empty_like(like) for out, like in copies}
     returns = {key: torch.empty_like(like) for key, like in likes}
@@ -70,24 +75,30 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
         run(
             *(plan.compiled, windows.n_step_windows_kernel, (kind, len(limits), others, written is None), programs),
             *(*flags, rewards, tuple({**returns, **wide}.values()), picked, limits, others, index, written),
+            ready.count_leaf,
             *(steps, discount, nonterminal, lists, powers(task.gamma, most, steps.device)),
-            *(envs, agents, 0, live, count, 0, longest, 1, 1, 0, 1, 1, (newest + 1) % live, live, ready.inner),
+            *(envs, agents, 0, live, count, 0, longest, 1, 1, end_slots),
+            *(0, 1, 1, (newest + 1) % live, live, ready.inner),
             *(plan.elements, *kind, tile),
         )
         if plan.order:
             copied = [leaves[out] for out, _ in plan.order]
-            copy_rows(plan, (sources, sources, copied, sources), False, lists, count, 0, 0, 0, 0)
+            jobs = sources, ready.kept, copied, sources
+            copy_rows(plan, jobs, False, lists, count, 0, (end_slots + 1) * envs, 0, 0)
     for key, each in wide.items():
         returns[key] = each.to(torch.bfloat16)
     return results
 
 
-def _make_ready(task: Task, data: Leaves, dims: int, count: int, longest: int, drawn: bool) -> _Ready:
+def _make_ready(
+    task: Task, data: Leaves, ends: Ends | None, dims: int, count: int, longest: int, drawn: bool
+) -> _Ready:
     keys, default_dtype = task.keys, torch.get_default_dtype()
     data, inner, agents = lie_alike(data, dims, 0, keys)
     first = next(iter(data.values()))
     lead, device = first.shape[1:dims], first.device
-    addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in data.values()])
+    after = {} if ends is None else {key: ends.rows[key] for _, key, at in keys.outputs if at == AFTER_END}
+    addresses = tuple([(leaf.data_ptr() | after.get(key, leaf).data_ptr()) % ALIGNMENT for key, leaf in data.items()])
     plan = find_plan(keys, addresses, True, default_dtype, device)
     levels, piece, _ = windows.shape_blocks(longest, count, True)
     tile = tile_of(longest, piece, (keys.mask, keys.traj) != (None, None))
@@ -100,11 +111,13 @@ def _make_ready(task: Task, data: Leaves, dims: int, count: int, longest: int, d
         plan,
         roles_of(keys, data, data),
         [data[leaf] for _, leaf in plan.order],
+        [after.get(leaf, data[leaf]) for _, leaf in plan.order],
+        None if keys.count is None else data[keys.count],
         [(out, like(features, dtype)) for out, _, features, dtype in plan.copies],
         [(reward, like(features, dtype)) for reward, features, dtype in plan.returns],
         [
             *(like((), dtype) for dtype in (torch.int64, torch.float32, torch.bool)),
-            like((), torch.int32, 2 * count if plan.copies else 0),
+            like((), torch.int32, (3 if after else 2) * count if plan.copies else 0),
             like((dims,), torch.int64),
         ],
         (lead.numel(), agents),

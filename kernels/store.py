@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from multistep_triton.ends import Ends
 from multistep_triton.kernels import rows
 from multistep_triton.kernels.layout import lie_in_order
 from multistep_triton.kernels.picked import store_index
@@ -81,9 +82,19 @@ def find_plan(
 
 
 def store_frames(
-    data: Leaves, ring: Leaves, numbers: Tensor | None, dims: int, time_dim: int, slot: int | Tensor
+    data: Leaves,
+    ring: Leaves,
+    numbers: Tensor | None,
+    dims: int,
+    time_dim: int,
+    slot: int | Tensor,
+    ends: Ends | None = None,
 ) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`."""
+    if ends is not None:
+        from multistep_triton.eager_ring import store_frames as eager
+
+        return eager(data, ring, numbers, dims, time_dim, slot, ends)
     kept, bytes_of_rows, ring_addresses, (slots, *lead), has_complex = find(
         ring, "store", dims, lambda: _make_ready(data, ring, dims)
     )

@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multistep_triton.kernels.picked import find_live, find_picked, store_index
+from multistep_triton.kernels.ends import any_of, count_at, find_following, stand_in
+from multistep_triton.kernels.picked import find_live, find_picked, row_of_slot, store_index
 from multistep_triton.kernels.rows import either_pointer
 
 # Lanes of a program: with 128 threads, 2 for each.
@@ -23,19 +24,6 @@ TILE = 512
 # A piece has 2**6 frames at most, so that what lanes exchange stays within a warp.
 MOST_PIECE = 6
 INTERPRETED = triton.knobs.runtime.interpret
-
-
-@triton.jit
-def row_of_slot(env, slot, ring, NESTED: tl.constexpr, TURNS: tl.constexpr):
-    """The row of the slot after so many from the first one on; a ring that does not TURN begins with slot 0."""
-    first, slots, inner = ring
-    if TURNS:
-        slot += first
-        slot = tl.where(slot < slots, slot, slot - slots)
-    if NESTED:
-        return (env // inner * slots + slot) * inner + env % inner
-    else:  # environments are all inner ones or all outer ones
-        return slot * inner + env * tl.where(inner == 1, slots, 1)
 
 
 @triton.jit
@@ -117,6 +105,19 @@ def count_steps(
 
 
 @triton.jit
+def cut(env, begin, steps, gone, limit, total, count_ptr, end_slots, flags, stream, DATA: tl.constexpr):
+    """Limits of windows, a frame less where their last one is an end that has lost what comes after it."""
+    lane = tl.arange(0, steps.shape[1])[None, :]
+    steps = tl.sum(tl.where(lane == 0, steps, 0), 1)[:, None]
+    last = begin + steps - 1
+    _, known, _, _, data = stream
+    inner = gone & (last + 1 < known)
+    ends = is_boundary(env, last, row_of_frame(env, last, stream, DATA), inner, flags, stream, DATA)
+    own = count_at(count_ptr, env, last, inner, flags[3], data, DATA)
+    return tl.where(inner & ends & (total - own > end_slots) & (steps > 1), steps - 1, limit)
+
+
+@triton.jit
 def sum_piece(value, end, lane, count, powers_ptr, PIECE: tl.constexpr):
     """Discounted sums from every lane on, over ``count <= 2 ** PIECE`` lanes or to the first end."""
     total = value
@@ -173,21 +174,22 @@ def list_held(own_ptr, rows, envs, inner, stream, DATA: tl.constexpr, TILE: tl.c
     tl.store(own_ptr + index, row_of_frame(env, stream[1] - count + slot, stream, DATA), mask=index < rows)
 
 
-SIZES = ["envs", "agents", "carried", "known", "emitted", "held_rows", "n_steps", "blocks", "held_inner"]
+SIZES = ["envs", "agents", "carried", "known", "emitted", "held_rows", "n_steps", "blocks", "held_inner", "end_slots"]
 RINGS = ["carry_first", "carry_slots", "carry_inner", "data_first", "data_slots", "data_inner"]
 
 
 @triton.jit(do_not_specialize=SIZES + RINGS)
 def n_step_windows_kernel(
-    dones, masks, ids, rewards, returns, picked, limits, others, index_ptr, written_ptr, steps_ptr, discount_ptr,
-    nonterminal_ptr, rows_ptr, powers_ptr, envs, agents, carried, known, emitted, held_rows, n_steps, blocks,
-    held_inner, carry_first, carry_slots, carry_inner, data_first, data_slots, data_inner,
+    dones, masks, ids, rewards, returns, picked, limits, others, index_ptr, written_ptr, count_ptr, steps_ptr,
+    discount_ptr, nonterminal_ptr, rows_ptr, powers_ptr, envs, agents, carried, known, emitted, held_rows, n_steps,
+    blocks, held_inner, end_slots, carry_first, carry_slots, carry_inner, data_first, data_slots, data_inner,
     WIDTHS: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr, LONG: tl.constexpr, TIME_MAJOR: tl.constexpr,
     PICKED: tl.constexpr, DRAWN: tl.constexpr, DIMS: tl.constexpr, DATA: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Flags and rewards are pairs of data and carry; of ``picked`` frames come their indices, and ``limits`` for n.
 
+    With ``count_ptr`` observations are kept once; what comes after windows is listed, too.
     If ``written_ptr`` has how many frames were ever written of an environment, that says which slots hold frames.
     """
     LANES: tl.constexpr = 1 << LEVELS
@@ -202,6 +204,9 @@ def n_step_windows_kernel(
 
     # Where blocks begin, which of their windows are written, and where.
     limit = n_steps
+    if count_ptr is not None:
+        # The same in all branches.
+        limit = block * 0 + n_steps
     if PICKED:
         exists = block < emitted
         env, slot, begin, live = find_picked(block, exists, picked, others, envs, known, data_first, DRAWN)
@@ -209,6 +214,8 @@ def n_step_windows_kernel(
             store_index(index_ptr, block, slot, env, others, exists, DIMS)
         if len(limits) > 0:
             limit = tl.minimum(tl.load(limits[0] + block, mask=exists, other=1), n_steps).to(tl.int32)
+        if count_ptr is not None:
+            begin, total, gone = stand_in(count_ptr, env, begin, live, known, end_slots, agents, data, DATA)
         rows, place = emitted, block + lane * 0
         written = exists & (lane == 0)
     else:
@@ -225,6 +232,11 @@ def n_step_windows_kernel(
     frame = begin + lane
     row, end, boundary = find_ends(env, frame, lane, live, limit, flags, stream, LEVELS, DATA)
     steps = count_steps(env, frame, lane, end, live, limit, n_steps, flags, stream, LEVELS, PIECE, LONG, DATA)
+    if count_ptr is not None:  # noqa: SIM102  # what is not compiled in must be a condition of its own
+        if any_of(gone):
+            limit = cut(env, begin, steps, live & gone, limit, total, count_ptr, end_slots, flags, stream, DATA)
+            _, end, _ = find_ends(env, frame, lane, live, limit, flags, stream, LEVELS, DATA)
+            steps = count_steps(env, frame, lane, end, live, limit, n_steps, flags, stream, LEVELS, PIECE, LONG, DATA)
     end_row = row_of_frame(env, frame + steps - 1, stream, DATA)
     if PICKED:
         # What was picked where there is no frame comes out blank.
@@ -244,6 +256,11 @@ def n_step_windows_kernel(
         # Lists of rows: the frames' own, those of frames held back, and those of the windows' ends.
         tl.store(rows_ptr + place, row, mask=written)
         tl.store(rows_ptr + rows + held_rows + place, end_row, mask=written)
+        if count_ptr is not None:
+            after = find_following(
+                count_ptr, env, frame + steps - 1, total, written & live, known, end_slots, envs, agents, data, DATA
+            )
+            tl.store(rows_ptr + 2 * rows + held_rows + place, after, mask=written)
         if tl.program_id(0) * TILE < held_rows:
             list_held(rows_ptr + rows, held_rows, envs, held_inner, stream, DATA, TILE)
 

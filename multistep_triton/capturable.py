@@ -132,7 +132,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
         if written is None or not self._on_device(leaves.values()):
             with self._by_host():
                 return super()._store(seen, leaves, frames)
-        if not 0 < frames <= len(seen.entries):
+        if not 0 < frames <= seen.most:
             return None
         self._check_alone(seen.storage)
         index = self._store_at(seen, leaves, written)

@@ -14,13 +14,13 @@ from typing import Any
 
 from torchrl.data import RoundRobinWriter
 
+from multistep_triton.compact_buffer import CompactReplayBuffer
 from multistep_triton.stored import leaves_of, versions_of
-from multistep_triton.storing_buffer import StoringReplayBuffer
 
 _RING_FILE = "n_step_ring.json"
 
 
-class CheckpointedReplayBuffer(StoringReplayBuffer):
+class CheckpointedReplayBuffer(CompactReplayBuffer):
     """One that goes on where it was when it was saved; nothing is stored or sampled meanwhile."""
 
     @contextlib.contextmanager

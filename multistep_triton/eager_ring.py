@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from multistep_triton.eager_ends import Following, stand_in
+from multistep_triton.ends import Ends
 from multistep_triton.samples import Samples, sampled_where_frames_are
-from multistep_triton.task import Leaves, Results, Task, find, return_dtype
+from multistep_triton.task import AFTER_END, Leaves, Results, Task, find, return_dtype
 from multistep_triton.windows import (
     find_boundaries,
     index_dtype,
@@ -29,11 +31,12 @@ from multistep_triton.windows import (
 @sampled_where_frames_are
 def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     """Computes :func:`multistep_triton.engine.n_step_sample` of frames that are all there."""
+    samples = stand_in(samples)
     keys, gamma, live = task.keys, task.gamma, samples.live
     sizes = next(iter(data.values())).shape[: len(samples.indices)]
     envs, n_steps = math.prod(sizes[1:]), min(task.n_steps, live)
-    # One frame ahead, even if n is 1, tells where a trajectory goes on.
-    ahead = min(max(n_steps, 2), live)
+    # One frame ahead tells where a trajectory goes on: after the first and, for what comes after it, after the last.
+    ahead = min(max(n_steps, 2) + (samples.ends is not None), live)
     own = _rows_of(samples, sizes)
     frames = _frames_of_windows(samples, data, (*keys.flags, *keys.rewards), sizes, own, ahead)
     if keys.done:
@@ -42,8 +45,14 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
         # Its n and the newest frame end a window.
         done = torch.zeros_like(frames.followed)
     mask, traj = (None if key is None else frames.flag(key) for key in (keys.mask, keys.traj))
-    goes_on = ~find_boundaries(done, mask, traj, 0) & frames.followed
+    boundary = find_boundaries(done, mask, traj, 0)
+    goes_on = ~boundary & frames.followed
     nonterminal = frames.first(goes_on)
+    if samples.ends is not None and keys.count is not None:
+        # A window ends before an end whose rows are gone.
+        newest = data[keys.count].reshape(-1, envs)[samples.newest]
+        gone = frames.of_rows(newest) - frames.flag(keys.count) > samples.ends.slots
+        goes_on[:-1] &= ~(boundary & frames.followed & gone)[1:]
     if samples.n_steps is not None:
         goes_on &= torch.arange(1, ahead + 1, device=own.device).unsqueeze(1) < samples.n_steps
     lengths, totals = sum_windows(goes_on, [frames.read[key] for key in keys.rewards], n_steps, gamma, 0)
@@ -54,11 +63,15 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     }
     end = _turned(torch.add(own - envs, length, alpha=envs), live * envs)
     leaves = {}
-    for out, key, at_end in keys.outputs:
-        if key in frames.read and not at_end:
+    following: Following | None = None
+    for out, key, at in keys.outputs:
+        if at == AFTER_END:
+            following = following or Following(samples, steps, sizes)
+            leaves[out] = following.take(data, key)
+        elif key in frames.read and not at:
             leaves[out] = frames.first(frames.read[key])
         else:
-            leaves[out] = take_rows(data, key, end if at_end else own, sizes)
+            leaves[out] = take_rows(data, key, end if at else own, sizes)
     powers = find(data, "powers", (gamma, n_steps), lambda: powers_of(gamma, n_steps, own.device))
     return Results(leaves, returns, steps, take_discounts(steps, powers), nonterminal)
 
@@ -72,6 +85,8 @@ class _Read(NamedTuple):
     """Whether a frame is not the newest."""
     first: Callable[[Tensor], Tensor]
     """Of a value ``[K, M, *F]``, that of the first frame of every sample, ``[N, *F]``, in new memory."""
+    of_rows: Callable[[Tensor], Tensor]
+    """Of what there is for every environment, that of every column, ``[M]``."""
 
     def flag(self, key: Hashable) -> Tensor:
         """A flag, ``[K, M]``."""
@@ -90,15 +105,21 @@ def _frames_of_windows(
         read = {key: leaf.view(-1, envs, *leaf.shape[len(sizes) :]) for key, leaf in round_on.items()}
         slot = torch.arange(live + ahead - 1, device=own.device).unsqueeze(1)
         followed = ((slot != newest) & (slot != live + newest)).expand(-1, envs)
-        return _Read(read, followed, lambda value: take(value.flatten(0, 1), own))
+        return _Read(read, followed, lambda value: take(value.flatten(0, 1), own), lambda value: value)
     offsets = torch.arange(ahead, device=own.device).unsqueeze(1)
     walk = _turned(torch.add(own, offsets, alpha=envs), live * envs)
     read = {key: take_rows(data, key, walk, sizes) for key in keys}
-    return _Read(read, offsets < _after(samples), lambda value: value[0].clone())
+    return _Read(read, offsets < _after(samples), lambda value: value[0].clone(), lambda value: value[own % envs])
 
 
 def store_frames(
-    data: Leaves, ring: Leaves, numbers: Tensor | None, dims: int, time_dim: int, slot: int | Tensor
+    data: Leaves,
+    ring: Leaves,
+    numbers: Tensor | None,
+    dims: int,
+    time_dim: int,
+    slot: int | Tensor,
+    ends: Ends | None = None,
 ) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`."""
     kept = next(iter(ring.values()))
@@ -111,8 +132,16 @@ def store_frames(
     else:
         runs = [(slot, slots - slot), (0, slot + frames - slots)]
         index.select(1, 0).remainder_(slots)
-    for key, leaf in data.items():
-        write_runs(ring[key], leaf.transpose(0, time_dim) if time_dim else leaf, runs, 0)
+    if time_dim:
+        data = {key: leaf.transpose(0, time_dim) for key, leaf in data.items()}
+    keep = None
+    if ends is not None:
+        newest = (slot - 1) % slots
+        keep = ends.find_writes(data, ends.find_ended(data, ring, newest), newest, slot)
+    for key, leaf in ring.items():
+        write_runs(leaf, data[key], runs, 0)
+    if keep is not None:
+        keep()
     if numbers is not None:
         write_runs(numbers, index.select(1, 0).view(frames, *lead), runs, 0)
     return index

@@ -17,6 +17,7 @@ from torch import Tensor
 from multistep_triton import eager
 from multistep_triton.backends import circumstances, resolve_backend
 from multistep_triton.carry import Carry
+from multistep_triton.ends import Ends
 from multistep_triton.samples import Samples
 from multistep_triton.task import Leaves, Results, Task, find
 
@@ -76,24 +77,27 @@ def store_frames(
     time_dim: int,
     slot: int | Tensor,
     backend: str = "auto",
+    ends: Ends | None = None,
 ) -> Tensor:
     """Stores frames in slots one after the other, from one on, beginning anew after the last.
 
     Args:
-        data: leaves ``[*B, T, ...]`` of at most as many frames as there are slots.
-        ring: leaves of a storage ``[C, *R, ...]`` that lie in order in memory, the same keys, dtypes and devices.
+        data: leaves ``[*B, T, ...]`` of at most as many frames as there are slots or, with ends, fewer.
+        ring: leaves of a storage ``[C, *R, ...]`` that lie in order in memory, the same keys, dtypes and devices but
+            for those of which ends have rows.
         numbers: int64 ``[C, *R]``, an entry of the storage that holds every frame's slot; or None.
         dims: dimensions of ``[C, *R]``; those of the data are the same, with the first one and time exchanged.
         time_dim: the position of the time dimension in ``[*B, T]``.
         slot: of the first frame; or int64 on the device, how many frames of an environment were ever written, for the
             kernels alone.
         backend: one of ``BACKENDS``.
+        ends: those of a storage that keeps observations once; a frame lies in the slot before.
 
     Returns:
         Tensor: int64 ``[T * R, dims]``, where every frame lies, time first.
     """
     chosen = _resolve(backend, ring, data.values())
-    index: Tensor = implementation_of(chosen).store_frames(data, ring, numbers, dims, time_dim, slot)
+    index: Tensor = implementation_of(chosen).store_frames(data, ring, numbers, dims, time_dim, slot, ends)
     return index
 
 

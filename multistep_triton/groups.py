@@ -9,8 +9,7 @@ windows knows rows and neither groups nor agents. May import ``roles``, ``frames
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from multistep_triton.carry import Carry
 from multistep_triton.checks import check_flag, check_ids, check_reward, is_per_frame
 from multistep_triton.engine import n_step_extend, n_step_sample
 from multistep_triton.frames import Frames, KeyPath
-from multistep_triton.roles import ORIGINAL_REWARD_PATH, WINDOW_PATHS, Roles
+from multistep_triton.roles import COUNT_PATH, WINDOW_PATHS, Roles
 from multistep_triton.samples import Samples
 from multistep_triton.task import Keys, Leaves, Results, Task
 
@@ -45,24 +44,10 @@ class Group(NamedTuple):
     written: Sequence[tuple[Sequence[KeyPath], KeyPath]] = ()
     """The entries that the windows are written as, and the reward whose shape these take if they are to match it."""
 
-    def with_outputs(self, roles: Roles, is_asked: Callable[[KeyPath], bool], match_reward_shape: bool) -> Group:
-        """The same group, of which nothing is computed that nobody asks for; its windows are."""
-        original = is_asked(ORIGINAL_REWARD_PATH) and len(roles.rewards) == 1
-
-        def selected(keys: Keys) -> Keys:
-            asked: Callable[[Any], bool] = is_asked
-            comes_out = {
-                out: asked(roles.originals[out]) or original if out in roles.rewards else asked(out)
-                for out, _, _ in keys.outputs
-            }
-            if self.written and self.agents:
-                # Windows are written in its shape.
-                comes_out[self.flags[0]] = True
-            outputs = tuple([each for each in keys.outputs if comes_out[each[0]]])
-            rewards = tuple([path for path in keys.rewards if match_reward_shape or asked(path)])
-            return replace(keys, outputs=outputs, rewards=rewards)
-
-        return self._replace(keys=selected(self.keys), sampled=selected(self.sampled))
+    @property
+    def counted(self) -> tuple[KeyPath, ...]:
+        """The mark that counts the ends of a storage which keeps observations once."""
+        return tuple([mark for mark in self.marks if mark == COUNT_PATH])
 
 
 Windows = tuple[Tensor, Tensor, Tensor]
@@ -91,6 +76,8 @@ def find_groups(frames: Frames, roles: Roles, match_reward_shape: bool = False) 
     shared = {parent: group._replace(paths=[], shared=True) for parent, group in own.items() if group.agents}
     top = ("next",) if ("next",) in own else roles.done[:-1]
     for path, leaf in leaves.items():
+        if path == COUNT_PATH:
+            continue
         parent = next((path[:k] for k in range(len(path) - 1, 0, -1) if path[:k] in own), top)
         sizes = (*lead, *own[parent].agents)
         of_agent = path[: len(parent)] == parent and leaf.shape[: len(sizes)] == sizes
@@ -236,7 +223,7 @@ def n_step_sample_groups(
         elif group.agents:
             shape = torch.Size([count, *group.agents])
             picked = _every_agent(samples, shape)
-        of_group = _view(group, () if group.shared else group.marks, data, dims)
+        of_group = _view(group, group.counted if group.shared else group.marks, data, dims)
         each = n_step_sample(task._replace(keys=group.sampled), picked, of_group, backend)
         returns.update((key, value.view(*shape, *value.shape[1:])) for key, value in each.returns.items())
         leaves.update((key, leaf.view(*shape, *leaf.shape[1:])) for key, leaf in each.leaves.items())
@@ -271,9 +258,9 @@ def _view(group: Group, marks: Iterable[KeyPath], data: Mapping[Any, Tensor], di
 
 def _with_keys(group: Group, leaves: Mapping[Any, Tensor], dims: int, roles: Roles) -> Group:
     """A group that has its entries, with which of them and of its marks is what."""
-    mask, traj = (key if key in leaves else None for key in (roles.mask, roles.traj))
+    mask, traj, count = (key if key in leaves else None for key in (roles.mask, roles.traj, COUNT_PATH))
     flags = group.flags if group.shared else ()
-    group = group._replace(marks=tuple(key for key in (mask, traj, *flags) if key is not None))
+    group = group._replace(marks=tuple(key for key in (mask, traj, *flags, count) if key is not None))
     outputs = [(path, path, roles.is_gathered(path)) for path in group.paths]
     gathered_dones = [path for path in roles.dones if path in group.paths and roles.is_gathered(path)]
     outputs += [(roles.originals[path], path, False) for path in gathered_dones]
@@ -282,10 +269,11 @@ def _with_keys(group: Group, leaves: Mapping[Any, Tensor], dims: int, roles: Rol
         dims=dims + (0 if group.shared else len(group.agents)),
         rewards=tuple(path for path in roles.rewards if path in group.paths),
         outputs=tuple(outputs),
+        count=count,
     )
     extend = keys(_view(group, group.marks, leaves, dims), done=group.flags, mask=mask, traj=traj)
     # Of samples, windows of what agents share are as long as the shortest of an agent, and need no flags.
-    sample = keys(_view(group, (), leaves, dims), done=()) if group.shared else extend
+    sample = keys(_view(group, group.counted, leaves, dims), done=()) if group.shared else extend
     return group._replace(keys=extend, sampled=sample)
 
 

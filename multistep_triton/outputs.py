@@ -1,23 +1,26 @@
 """What a sample holds: which entries of a storage, and which of those that windows give.
 
-May import ``base`` and what it may, and ``storing``.
+May import ``base`` and what it may, ``ends``, ``eager_ends`` and ``storing``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
 from multistep_triton.base import MultiStepBase
+from multistep_triton.eager_ends import stand_in
+from multistep_triton.ends import Ends
 from multistep_triton.frames import Frames, KeyPath
 from multistep_triton.groups import Group, n_step_sample_groups, steps_at
-from multistep_triton.roles import ORIGINAL_REWARD_PATH, Roles, as_path, check_single_steps, key_list
+from multistep_triton.roles import COUNT_PATH, ORIGINAL_REWARD_PATH, Roles, as_path, check_single_steps, key_list
 from multistep_triton.samples import Samples
 from multistep_triton.storing import INDEX
-from multistep_triton.task import KnownLeaves, Task
+from multistep_triton.task import AFTER_END, Keys, KnownLeaves, Task
 
 
 class Asked(dict[KeyPath, bool]):
@@ -48,6 +51,36 @@ class Asked(dict[KeyPath, bool]):
             raise KeyError(f"outputs must name entries of a sample, got {none}, which are none of {sorted(there)}")
 
 
+def asked_of(group: Group, roles: Roles, is_asked: Callable[[KeyPath], bool], match_reward_shape: bool) -> Group:
+    """A group of which nothing is computed that nobody asks for; its windows are."""
+    original = is_asked(ORIGINAL_REWARD_PATH) and len(roles.rewards) == 1
+
+    def selected(keys: Keys) -> Keys:
+        asked: Callable[[Any], bool] = is_asked
+        comes_out = {
+            out: asked(roles.originals[out]) or original if out in roles.rewards else asked(out)
+            for out, _, _ in keys.outputs
+        }
+        if group.written and group.agents:
+            # Windows are written in its shape.
+            comes_out[group.flags[0]] = True
+        outputs = tuple([each for each in keys.outputs if comes_out[each[0]]])
+        rewards = tuple([path for path in keys.rewards if match_reward_shape or asked(path)])
+        return replace(keys, outputs=outputs, rewards=rewards)
+
+    return group._replace(keys=selected(group.keys), sampled=selected(group.sampled))
+
+
+def kept_once(group: Group, twins: Container[KeyPath]) -> Group:
+    """A group of which entries are what comes after a window's end."""
+
+    def after_end(keys: Keys) -> Keys:
+        outputs = [(out, key, AFTER_END if key in twins else at) for out, key, at in keys.outputs]
+        return replace(keys, outputs=tuple(outputs))
+
+    return group._replace(keys=after_end(group.keys), sampled=after_end(group.sampled))
+
+
 class Layout(NamedTuple):
     """What is known of the entries of a storage, all of which may be sampled, or those asked for."""
 
@@ -59,29 +92,49 @@ class Layout(NamedTuple):
     groups: list[Group]
     indexed: bool
     """Whether an entry holds every frame's slot."""
+    ends: Ends | None
+    """Those of a storage that keeps observations once."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a buffer reads its own."""
         return type(None), ()
 
     @classmethod
-    def read(cls, of: tuple[Any, ...], ndim: int, indexed: bool, buffer: MultiStepBase, asked: Asked | None) -> Layout:
+    def read(
+        cls,
+        of: tuple[Any, ...],
+        ndim: int,
+        indexed: bool,
+        buffer: MultiStepBase,
+        asked: Asked | None,
+        ends: Ends | None = None,
+    ) -> Layout:
         """Reads a storage of ``ndim`` dimensions, by the arguments of a buffer."""
         written = buffer._roles_in(()).written
         # The writer's own entry says where a frame lies, which needs no reading.
         frames, objects = Frames.read_storage(of[0], ndim, {*written, INDEX} if indexed else written)
         check_single_steps(frames.left_out)
+        if ends is not None:
+            # An entry that is kept once is the one at the root, read elsewhere.
+            frames.leaves.update((path, frames.leaves[path[1:]]) for path in ends.rows)
+            frames.leaves[COUNT_PATH] = ends.count
+            frames.find_layout()
         roles = buffer._roles_in(frames.leaves)
         groups, structure, match = buffer._groups_in(frames, roles), frames.structure, buffer._match_reward_shape
+        if ends is not None:
+            groups = structure.layout.find(
+                (roles, match, *ends.rows), lambda groups=groups: [kept_once(each, ends.rows) for each in groups]
+            )
         if asked is not None:
-            asked.check({*frames.leaves, *objects}, roles, groups)
+            asked.check({*frames.leaves, *objects} - {COUNT_PATH}, roles, groups)
             all_of_them, is_asked = groups, asked.__getitem__
             groups = structure.layout.find(
-                (roles, match, asked.by), lambda: [each.with_outputs(roles, is_asked, match) for each in all_of_them]
+                (roles, match, asked.by, *(() if ends is None else ends.rows)),
+                lambda: [asked_of(each, roles, is_asked, match) for each in all_of_them],
             )
             structure.nodes = {path: node for path, node in structure.nodes.items() if asked.may_hold(path)}
         frames.leaves = KnownLeaves(frames.leaves)
-        return cls(of, frames, objects, roles, groups, indexed)
+        return cls(of, frames, objects, roles, groups, indexed, ends)
 
     def sample(
         self, samples: Samples, high: int, buffer: MultiStepBase, asked: Asked | None, with_index: bool
@@ -90,7 +143,9 @@ class Layout(NamedTuple):
 
         That is an entry ``with_index``; without, it is the slot, if the storage has such an entry.
         """
-        frames, objects, roles, groups, indexed = self[1:]
+        frames, objects, roles, groups, indexed, ends = self[1:]
+        if ends is not None:
+            samples = samples._replace(ends=ends)
         task = Task(groups[0].keys, high, float(buffer._gamma), 0, False)
         results, windows = n_step_sample_groups(task, groups, samples, frames.leaves, buffer._backend)
         index = results.indices
@@ -103,7 +158,8 @@ class Layout(NamedTuple):
             entries = {path: value for path, value in entries.items() if asked[path]}
             objects = {path: value for path, value in objects.items() if asked[path]}
         for path, value in objects.items():
-            time, *others = samples.indices if index is None else index.unbind(1)
+            where = samples if index is None else samples._replace(indices=index.unbind(1))
+            time, *others = stand_in(where.read()).indices
             ahead = steps_at(path, groups, windows) - 1 if roles.is_gathered(path) else 0
             entries[path] = value[((time + ahead) % samples.live, *others)]
         return frames.structure.build(entries, results.steps.shape[:1]), index

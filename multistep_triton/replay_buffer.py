@@ -98,6 +98,11 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
             copied. None, the default, stands for all.
         capturable: whether calls can be captured into a CUDA graph: how far the buffer has come is then known to the
             device, and read from it by whatever else asks (``docs/buffer.md``). Defaults to False.
+        compact: whether an entry under ``"next"`` that is at the root, too, of the same dtype and shape, is stored
+            once, as the root entry of the frame that follows; or the keys of those that are. What comes after the end
+            of a trajectory is kept apart.
+        end_slots: rows for that, per environment, 1 to the number of slots, which loses none. Where there are more
+            ends, windows end a frame earlier. Defaults to one for every 16 slots.
         **kwargs: those of :class:`torchrl.data.TensorDictReplayBuffer`. The storage is a ``LazyTensorStorage``,
             ``LazyMemmapStorage`` or another ``TensorStorage`` of a tensordict, the writer a ``RoundRobinWriter`` (the
             default one is) or, for a storage that is filled before, an ``ImmutableDatasetWriter``.
@@ -153,6 +158,8 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         backend: Backend = "auto",
         outputs: Sequence[NestedKey] | None = None,
         capturable: bool = False,
+        compact: bool | Sequence[NestedKey] = False,
+        end_slots: int | None = None,
         **kwargs: Unpack[TorchRLArguments],
     ) -> None:
         if kwargs.get("storage") is None:
@@ -161,6 +168,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         self._changes, self._checked = 0, -1
         self._checked_beside: tuple[Any, ...] = ()
         self._asked = None if outputs is None else Asked(outputs)
+        self._set_compact(compact, end_slots)
         self._capturable = check_bool("capturable", capturable)
         self._set_arguments(locals())
         super().__init__(**kwargs)
@@ -267,10 +275,10 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         """What is known of the storage's entries, which are read anew where they may be others."""
         order, before = self._order, self._layout_before
         indexed = isinstance(self._writer, TensorDictRoundRobinWriter)
-        of = order.entries(), order.changes(), self._changes, indexed
+        of = order.entries(), order.changes(), self._changes, indexed, self._ends()
         if before is not None and of[0] is before.of[0] and of[1:] == before.of[1:]:
             return before
-        self._layout_before = Layout.read(of, self._storage.ndim, indexed, self, self._asked)
+        self._layout_before = Layout.read(of, self._storage.ndim, indexed, self, self._asked, of[-1])
         return self._layout_before
 
     def _samples(self, indices: Sequence[Tensor], position: Position) -> tuple[Samples, int]:

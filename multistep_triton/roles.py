@@ -21,6 +21,8 @@ DEFAULT_DONE_KEYS = ("done", "truncated", "terminated")
 STEPS_KEY = "steps_to_next_obs"
 WINDOW_PATHS = ((STEPS_KEY,), ("gamma",), ("nonterminal",))
 ORIGINAL_REWARD_PATH = ("next", "original_reward")
+COUNT_PATH = ("n_step_ends",)
+"""What the count of ends is called among the entries of a storage that keeps observations once."""
 AUTO = "auto"
 DEFAULT_MASK_KEY = "mask"
 TRAJ_PATH = ("collector", "traj_ids")

@@ -1,4 +1,7 @@
-"""Samples: which frames of a storage are asked for, and what comes of an index of none. May import ``task``."""
+"""Samples: which frames of a storage are asked for, and what comes of an index of none.
+
+May import ``ends`` and ``task``.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from multistep_triton.ends import Ends
 from multistep_triton.task import Leaves, Results, Task
 
 
@@ -32,6 +36,8 @@ class Samples(NamedTuple):
     written: Tensor | None = None
     """How many frames of an environment were ever written, int64 on the device, where the host does not know; ``live``
     is then ``C``, and ``newest`` the last slot."""
+    ends: Ends | None = None
+    """Those of a storage that keeps observations once."""
 
     def found(self) -> Samples:
         """These, with an index for every dimension, which launches operators on the device, and nothing else."""

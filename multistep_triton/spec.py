@@ -12,6 +12,7 @@ from torch import Tensor
 
 from multistep_triton.carry import Carry
 from multistep_triton.samples import Samples, sampled_where_frames_are
+from multistep_triton.spec_ring import rows_of, with_next
 from multistep_triton.task import Keys, Leaves, Results, Task, return_dtype, summed_dtype
 
 
@@ -74,27 +75,18 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
 @sampled_where_frames_are
 def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     """The windows of sampled frames: each is the first one of the row of frames that follow it, up to the newest."""
+    samples, data, gone = with_next(samples, data, task.keys)
     keys, live, (time, *others) = task.keys, samples.live, samples.indices
     ahead = torch.arange(min(task.n_steps + 1, live), device=time.device)
     slots, after = rows_of(samples, len(ahead))
     row = {key: data[key][slots] for key in (*keys.flags, *keys.rewards)}
     boundary = find_boundaries(ahead >= after[:, None], row, keys)
     nonterminal = ~boundary[:, 0]
+    boundary = boundary | (boundary & gone[slots]).roll(-1, -1)
     if samples.n_steps is not None:
         boundary = boundary | (ahead + 1 >= samples.n_steps[:, None])
     steps = count_steps(boundary, task.n_steps)[:, 0]
     end = (time + steps - 1) % live
-    leaves = {out: data[key][(end if at_end else time, *others)] for out, key, at_end in keys.outputs}
+    leaves = {out: data[key][(end if at else time, *others)] for out, key, at in keys.outputs}
     returns = {key: sum_rewards(row[key], boundary, task)[:, 0].clone() for key in keys.rewards}
     return Results(leaves, returns, steps.clone(), (task.gamma ** steps.double()).float(), nonterminal)
-
-
-def rows_of(samples: Samples, count: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Index ``[N, count]`` of sampled frames and those after them, and ``[N]``, how many newer ones there are.
-
-    In the place of frames that have not come yet is the newest.
-    """
-    time, *others = samples.indices
-    after = (samples.newest - time) % samples.live
-    ahead = torch.minimum(torch.arange(count, device=time.device), after[:, None])
-    return ((time[:, None] + ahead) % samples.live, *(index[:, None] for index in others)), after

@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer, RoundRobinWriter, Storage
 
+from multistep_triton.ends import Ends
 from multistep_triton.stored import Position, check_layout, mended
 
 
@@ -33,6 +34,14 @@ class Order:
     """How often frames began anew."""
     others = 0
     """How often anything was written otherwise than by :meth:`advance`, as of :meth:`changes`."""
+    writes = 0
+    """How often a writer has written."""
+    ends: Ends | None = None
+    """What comes after frames, if the storage keeps observations once."""
+    kept_by: tuple[Any, ...] = ()
+    """The arguments that told which frames are ends."""
+    kept_writes = 0
+    """How often a writer had written when those were written last."""
     laid_out: TensorDictBase | None = None
     """The storage's entries, once they were checked."""
     known: tuple[Position, int, int] | None = None
@@ -185,6 +194,7 @@ class Order:
         if entries is None or last is None or storage._last_cursor is self.cursor:
             # Frames were altered where they lie.
             return
+        self.writes += 1
         slots, rows = entries.shape[0], max(entries.shape[1 : storage.ndim].numel(), 1)
         told = (len(index) if isinstance(index, Tensor) and index.ndim else 1) // rows
         wrote = sum(writer._write_count - getattr(writer, "n_step_seen", 0) for _, writer in self.writers())

@@ -42,6 +42,8 @@ class Seen:
     """The one that holds every frame's slot."""
     others: int
     """How often anything else was written by then."""
+    most: int
+    """Of how many frames such a call may be: one less than there are slots where that of the newest is read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a buffer has seen nothing."""
@@ -65,17 +67,20 @@ def find_seen(data: TensorDictBase, order: Order, writer: Writer, time_dim: int,
         return None
     _, names, kinds, rows = found
     paths, ndim = _paths(names), storage.ndim
-    ring = {path: entries.get(path, None) for path in paths}
+    kept_once = {} if order.ends is None else order.ends.rows
+    ring = {path: entries.get(path, None) for path in paths if path not in kept_once}
     numbers = entries.get(INDEX, None) if type(writer) is TensorDictRoundRobinWriter else None
     stored: list[Any] = [*ring.values()] if numbers is None else [*ring.values(), numbers]
     if not all(isinstance(leaf, Tensor) and leaf.is_contiguous() for leaf in stored):
         return None
-    alike = kinds == [(leaf.dtype, leaf.shape[ndim:], leaf.device) for leaf in ring.values()]
+    of_paths = [kept_once[path] if path in kept_once else ring[path] for path in paths]
+    alike = kinds == [(leaf.dtype, leaf.shape[ndim:], leaf.device) for leaf in of_paths]
     count = len([*entries.keys(True, True)])
     if not alike or count != len(stored) or (numbers is not None and numbers.dtype != torch.int64) or INDEX in ring:
         return None
     known, others = KnownLeaves(ring), order.changes()
-    return Seen(storage, writer, entries, names, kinds, rows, time_dim, paths, known, numbers, others)
+    most = len(entries) - bool(kept_once)
+    return Seen(storage, writer, entries, names, kinds, rows, time_dim, paths, known, numbers, others, most)
 
 
 def read_plain(

@@ -15,6 +15,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from multistep_triton.backends import Backend
+from multistep_triton.ends import Ends
 from multistep_triton.engine import store_frames
 from multistep_triton.frames import KeyPath
 from multistep_triton.ordered_buffer import OrderedReplayBuffer
@@ -60,14 +61,22 @@ class StoringReplayBuffer(OrderedReplayBuffer):
                 if not self._storage.initialized and type(part) is TensorDict:
                     # Entries are laid out as those of the first frames lie.
                     part = part.apply(Tensor.contiguous)
-                indices.append(self._writer.extend(part))
+                indices.append(self._put(part, self._writer.extend))
                 self._sampler.extend(indices[-1])
             return indices[0] if len(indices) == 1 else torch.cat(indices)
 
         stored: Tensor = self._write(write, data, time_dim, frames)
         with self._replay_lock:
-            self._seen = find_seen(data, self._order, self._writer, time_dim, getattr(self, "priority_key", ""))
+            self._seen = self._find_seen(data, time_dim)
         return stored
+
+    def _put(self, data: TensorDictBase, write: Callable[[TensorDictBase], Any]) -> Any:
+        """Writes frames ``[T, *R]``, or a single one ``[*R]``, where the writer goes on."""
+        return write(data)
+
+    def _find_seen(self, data: TensorDictBase, time_dim: int) -> Seen | None:
+        """What is to be remembered of a call that was stored."""
+        return find_seen(data, self._order, self._writer, time_dim, getattr(self, "priority_key", ""))
 
     def _extend_alike(self, data: TensorDictBase) -> Tensor | None:
         """Stores what is like a call before it at once; None if it is for torchrl to store, after all checks."""
@@ -87,7 +96,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         """Stores frames that are like those seen; None if there are none, or more than slots."""
         order, storage, writer = self._order, self._storage, self._writer
         position = order.position()
-        if position is None or not 0 < frames <= position.slots:
+        if position is None or not 0 < frames <= seen.most:
             return None
 
         def write() -> Tensor:
@@ -105,7 +114,8 @@ class StoringReplayBuffer(OrderedReplayBuffer):
     def _store_at(self, seen: Seen, leaves: dict[KeyPath, Tensor], slot: int | Tensor) -> Tensor:
         """The index of frames that are stored from a slot on, as a writer returns it."""
         ndim = self._storage.ndim
-        index = store_frames(leaves, seen.ring, seen.numbers, ndim, seen.time_dim, slot, self._backend)
+        ends: Ends | None = self._order.ends
+        index = store_frames(leaves, seen.ring, seen.numbers, ndim, seen.time_dim, slot, self._backend, ends)
         return index if ndim > 1 else index.squeeze(1)
 
     def _add(self, data: TensorDictBase) -> Any:
@@ -115,7 +125,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             data = data.unsqueeze(self.dim_extend).transpose(self.dim_extend, 0)[0]
 
         def write() -> Any:
-            index = self._writer.add(data)
+            index = self._put(data, self._writer.add)
             self._sampler.add(index)
             return index
 

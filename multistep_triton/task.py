@@ -16,6 +16,10 @@ Leaves = Mapping[Any, Tensor]
 """Tensors of the same frames, by keys that mean nothing to what computes."""
 
 
+OWN, AT_END, AFTER_END = range(3)
+"""Of a window, its first frame, its last, and the one after that, for which another row may stand; see ``Ends``."""
+
+
 class KnownLeaves(dict[Any, Tensor]):
     """Leaves that are the same tensors call after call, of which a backend keeps what it found out."""
 
@@ -50,8 +54,8 @@ class Keys:
     """Flags, bool ``[*B, T]`` or ``[*B, T, 1]``, any of which ends a trajectory."""
     rewards: tuple[Hashable, ...] = ()
     """Leaves whose n-step return is wanted."""
-    outputs: tuple[tuple[Hashable, Hashable, bool], ...] = ()
-    """What comes out: under which key, which leaf, and whether it is read at the end of the window.
+    outputs: tuple[tuple[Hashable, Hashable, int], ...] = ()
+    """What comes out: under which key, which leaf, and where it is read: ``OWN``, ``AT_END`` or ``AFTER_END``.
 
     A leaf that does not come out is only read, and is not held back; a mask or ids that agents share may be expanded.
     """
@@ -59,6 +63,8 @@ class Keys:
     """The leaf, shaped as a flag, that is False where a frame is padding."""
     traj: Hashable | None = None
     """The leaf, shaped as a flag, of integers that tell trajectories apart."""
+    count: Hashable | None = None
+    """The leaf, shaped as a flag, that is ``Ends.count``, if observations are kept once."""
     held: tuple[Hashable, ...] = field(init=False)
     """Leaves that come out, each once."""
 
@@ -69,7 +75,7 @@ class Keys:
     @property
     def flags(self) -> list[Hashable]:
         """Leaves that decide where windows end."""
-        return [*self.done, *(key for key in (self.mask, self.traj) if key is not None)]
+        return [*self.done, *(key for key in (self.mask, self.traj, self.count) if key is not None)]
 
     @classmethod
     def of(cls, leaves: Leaves, dims: int, done: tuple[Hashable, ...], **others: Any) -> Keys:

@@ -21,6 +21,15 @@ Windows: TypeAlias = tuple[Tensor, list[Tensor]]
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
+# What torch copies wherever it lies, by the bytes of an element.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(leaf: Tensor) -> Tensor:
+    """A leaf as integers of the same bits, whose elements torch selects whatever they are."""
+    return leaf.view(BITS.get(leaf.itemsize, leaf.dtype))
+
+
 def find_boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, dim: int) -> Tensor:
     """Boundaries: done, or invalid, or followed by an invalid frame or by one of another trajectory."""
     boundary, frames = done, done.shape[dim]

@@ -32,11 +32,14 @@ IMPORTS = {
     "checks": (),
     "carry": (),
     "task": ("carry",),
-    "samples": ("task",),
+    "ends": ("task", "windows"),
+    "samples": ("ends", "task"),
     "windows": ("task",),
-    "spec": ("carry", "samples", "task"),
+    "spec": ("carry", "samples", "spec_ring", "task"),
+    "spec_ring": ("samples", "task"),
     "eager": ("carry", "eager_ring", "task", "windows"),
-    "eager_ring": ("samples", "task", "windows"),
+    "eager_ends": ("ends", "samples", "task", "windows"),
+    "eager_ring": ("eager_ends", "samples", "task", "windows"),
     "backends": ("checks",),
     "engine": ("backends", "carry", "eager", "samples", "task"),
     "functional": ("backends", "checks", "engine", "task"),
@@ -72,7 +75,9 @@ def test_the_core_imports_the_kernels_and_the_tools_where_they_run_alone():
         assert later & {"kernels", "debug"} <= allowed, path
 
 
-@pytest.mark.parametrize("module", ["spec", "eager", "eager_ring", "carry", "task", "samples", "windows"])
+@pytest.mark.parametrize(
+    "module", ["spec", "spec_ring", "eager", "eager_ring", "eager_ends", "ends", "carry", "task", "samples", "windows"]
+)
 def test_what_computes_knows_tensors_alone(module):
     source = (ROOT / "multistep_triton" / f"{module}.py").read_text()
     modules = re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE)

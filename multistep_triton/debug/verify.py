@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multistep_triton import spec
+from multistep_triton import spec, spec_ring
 from multistep_triton.backends import EquivalenceError, find_obstacle
 from multistep_triton.carry import Carry
 from multistep_triton.debug.differences import COPIED, Output, check, different_bits, items_of
 from multistep_triton.debug.rounding import float64_returns
 from multistep_triton.debug.tables import Row, number
+from multistep_triton.ends import Ends
 from multistep_triton.engine import implementation_of
 from multistep_triton.samples import Samples, find_there
 from multistep_triton.task import Leaves, Results, Task
@@ -53,7 +54,7 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     expected = spec.n_step_sample(task, samples, data)
     # What the frames of a window are to those of a row in which it is the first one.
     _, there = find_there(samples, next(iter(data.values())).shape)
-    slots, after = spec.rows_of(there, min(task.n_steps + 1, samples.live))
+    slots, after = spec_ring.rows_of(there, min(task.n_steps + 1, samples.live))
     rows = {key: data[key][slots] for key in dict.fromkeys((*task.keys.flags, *task.keys.rewards, next(iter(data))))}
     computed = [_one_frame(each) for each in (got, expected)]
     call = _Call(tested, task._replace(time_dim=1), None, rows, computed[0].steps, computed[1].steps)
@@ -79,23 +80,54 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
 
 
 def store_frames(
-    data: Leaves, ring: Leaves, numbers: Tensor | None, dims: int, time_dim: int, slot: int | Tensor
+    data: Leaves,
+    ring: Leaves,
+    numbers: Tensor | None,
+    dims: int,
+    time_dim: int,
+    slot: int | Tensor,
+    ends: Ends | None = None,
 ) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`, and looks whether the frames lie where they belong."""
     tested = _tested([*data.values(), *ring.values()])
     slots, *lead = next(iter(ring.values())).shape[:dims]
     frames = next(iter(data.values())).shape[time_dim]
     at = (int(slot) + torch.arange(frames)) % slots
-    index: Tensor = tested.compute.store_frames(data, ring, numbers, dims, time_dim, slot)
+    index: Tensor = tested.compute.store_frames(data, ring, numbers, dims, time_dim, slot, ends)
     expected = torch.cartesian_prod(at, *map(torch.arange, lead)).view(-1, dims)
     stored = [Output("index", "where frames lie", index, expected.to(index.device), COPIED)]
-    for key, leaf in data.items():
-        lies, belongs = (
-            each.flatten(0, dims - 1) for each in (ring[key][at.to(leaf.device)], leaf.transpose(0, time_dim))
-        )
+    for key, leaf in ring.items():
+        of_data = data[key].transpose(0, time_dim)
+        lies, belongs = (each.flatten(0, dims - 1) for each in (leaf[at.to(leaf.device)], of_data))
         stored.append(Output(key, f"{key} as it is stored", lies, belongs, COPIED))
     check(tested[:2], stored, 1, lambda output, frame, item: f"  stored at  {expected[frame[0]].tolist()}", "frame")
     return index
+
+
+def check_kept_once(ends: Ends, data: Leaves, ended: Tensor) -> None:
+    """Checks of frames ``[T, *R]`` that each holds at the root what came after the one before, unless that has ended.
+
+    Raises:
+        EquivalenceError: one does not.
+    """
+    dims, outputs = ended.ndim, []
+    for path, rows in ends.rows.items():
+        key, features = path[1:], [1] * (rows.ndim - ended.ndim)  # type: ignore[index]
+        after = torch.cat((rows[-1:], data[path][:-1]))
+        own = torch.where(ended.view(*ended.shape, *features), after, data[key])
+        pair = [each.movedim(0, dims - 1) for each in (own, after)]
+        outputs.append(
+            Output(key, f"{key}, which is kept once", *pair, "what comes after a frame is what the next holds")
+        )
+
+    def window(output: Output, frame: tuple[int, ...], item: int) -> str:
+        before = "the frame before this call" if frame[-1] == 0 else f"t = {frame[-1] - 1}"
+        return (
+            f"  after      {before}, which no flag ends: an observation was altered in between, or an environment "
+            f"reset without one"
+        )
+
+    check(("entry at the root", "one under 'next' of the frame before"), outputs, dims, window)
 
 
 def gather_future(value: Tensor, steps: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from multistep_triton.backends import BACKEND_VARIABLE
 
 POISON = 0xA5
 GCC = pytest.mark.skipif(
-    not shutil.which("gcc") or torch.cuda.is_available(), reason="gcc compiles the recording libcuda, where there is none"
+    not shutil.which("gcc") or torch.cuda.is_available(),
+    reason="gcc compiles the recording libcuda, where there is no other",
 )
 
 
@@ -53,8 +54,17 @@ def target_amd(patch, amd):
         patch.setattr(module, "is_amd", lambda: amd)
 
 
-def _call(function, *args, **kwargs):
-    return function.rewrite()(*args, **kwargs)
+def _calling(usual):
+    """Functions that a kernel calls find the language as its launch has patched it: once, not per call.
+
+    Those of Triton itself find another module's.
+    """
+
+    def call(function, *args, **kwargs):
+        ours = not function.fn.__module__.startswith("triton.")
+        return function.rewrite()(*args, **kwargs) if ours else usual(function, *args, **kwargs)
+
+    return call
 
 
 @contextmanager
@@ -67,8 +77,7 @@ def kernels():
         if not torch.cuda.is_available():
             from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
 
-            # Functions that a kernel calls find the language as its launch has patched it: once, not per call.
-            patch.setattr(InterpretedFunction, "__call__", _call)
+            patch.setattr(InterpretedFunction, "__call__", _calling(InterpretedFunction.__call__))
             patch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, debug=True))
         patch.setenv(BACKEND_VARIABLE, "triton")
         torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")

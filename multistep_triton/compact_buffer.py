@@ -1,0 +1,182 @@
+"""CompactReplayBuffer: one that keeps observations once, as what comes after a frame is what the next one holds.
+
+Owns which entries are kept once, and when rows of what comes after an end are written. Reaches into private attributes
+of torchrl's buffers and writers. May import torchrl, ``ends``, ``storing_buffer`` and what it may, and ``roles``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from multistep_triton.backends import resolve_backend
+from multistep_triton.checks import check_positive_int
+from multistep_triton.ends import Ends
+from multistep_triton.frames import KeyPath
+from multistep_triton.roles import COUNT_PATH, Roles, as_path, key_list
+from multistep_triton.stored import Leaves, leaves_of
+from multistep_triton.storing import Seen
+from multistep_triton.storing_buffer import StoringReplayBuffer
+
+SLOTS_PER_END = 16
+"""Slots for which there is one row of what comes after an end, unless told."""
+
+
+class CompactReplayBuffer(StoringReplayBuffer):
+    """One that may be ``compact``; if it is not, all entries are stored as they come."""
+
+    _compact: bool | tuple[KeyPath, ...] = False
+    """Whether all entries are kept once that can be, or which ones, by their paths at the root."""
+    _end_slots: int | None = None
+
+    def _roles_in(self, entries: Container[KeyPath]) -> Roles:
+        """The roles in data of these entries."""
+        raise NotImplementedError
+
+    def _set_compact(self, compact: bool | Iterable[NestedKey], end_slots: int | None) -> None:
+        """Sets the arguments, which are not set again."""
+        if isinstance(compact, bool):
+            self._compact = compact
+        else:
+            paths = [as_path(key) for key in key_list("compact", compact, ())]
+            self._compact = tuple([path[1:] if path[0] == "next" else path for path in paths])
+            if not all(self._compact) or not self._compact:
+                raise ValueError(f"compact must be True, False or keys of observations, got {compact!r}")
+        if end_slots is not None:
+            if not self._compact:
+                raise ValueError(f"end_slots must be None without compact, got {end_slots!r}")
+            check_positive_int("end_slots", end_slots)
+        self._end_slots = end_slots
+
+    @property
+    def compact(self) -> bool | list[NestedKey]:
+        """Whether observations are kept once, or which ones."""
+        if isinstance(self._compact, bool):
+            return self._compact
+        return [path[0] if len(path) == 1 else path for path in self._compact]
+
+    def ends_lost(self) -> int:
+        """How many ends of trajectories among the frames that are stored have lost what comes after them.
+
+        Of those the rows were overwritten by those of later ends, as there are more than ``end_slots`` of an
+        environment. A window ends one frame earlier there. Waits for the device.
+        """
+        order = self._order
+        if order.ends is None or (position := order.position()) is None:
+            return 0
+        return int(order.ends.lost(position.newest, position.live).sum())
+
+    # What is kept
+
+    def _ends(self) -> Ends | None:
+        """Those of the storage; after checks that they are what its frames need."""
+        order = self._order
+        ends: Ends | None = order.ends
+        if ends is None:
+            if self._compact and order.stored() is not None:
+                raise ValueError(
+                    f"storage must be empty, or filled by a buffer with compact={self.compact}, or loaded with what "
+                    f"that has saved, got one with frames that were stored otherwise"
+                )
+            return None
+        if not self._compact:
+            raise ValueError("compact must be True for a storage that keeps observations once, got False")
+        if order.kept_by != (by := self._kept_by()):
+            raise ValueError(
+                f"done_key, done_keys, traj_key, mask_key and reward_keys must stay as they are while a storage keeps "
+                f"observations once, whose ends they tell: {order.kept_by}, got {by}; empty the buffer first"
+            )
+        if order.kept_writes != order.writes:
+            raise RuntimeError(
+                "storage must be written by buffers with compact alone, got frames of another writer, of which nobody "
+                "kept what comes after them: empty the buffer"
+            )
+        return ends
+
+    def _kept_by(self) -> tuple[Any, ...]:
+        """The arguments that tell which frames are ends."""
+        names = ("done_key", "done_keys", "traj_key", "mask_key", "reward_keys")
+        return tuple([repr(getattr(self, f"_{name}")) for name in names])
+
+    def _twins(self, roles: Roles, leaves: Leaves) -> list[KeyPath]:
+        """The entries under "next" that are kept once."""
+
+        def is_twin(path: KeyPath, leaf: Any) -> bool:
+            twin = leaves.get(path[1:]) if path[0] == "next" and len(path) > 1 else None
+            if not isinstance(leaf, Tensor) or not isinstance(twin, Tensor) or roles.is_role(path, leaf):
+                return False
+            above = any(path[: len(done)] == done for done in roles.dones)
+            return not above and (leaf.dtype, leaf.shape) == (twin.dtype, twin.shape)
+
+        twins = [path for path, leaf in leaves.items() if is_twin(path, leaf)]
+        if isinstance(self._compact, bool):
+            return twins
+        if none := [path for path in self._compact if ("next", *path) not in twins]:
+            raise KeyError(
+                f"compact must name entries that are under 'next', too, of the same dtype and shape, got {none}; there "
+                f"are {[path[1:] for path in twins]}"
+            )
+        return [path for path in twins if path[1:] in self._compact]
+
+    def _make_ends(self, leaves: dict[KeyPath, Tensor], dims: int) -> Ends | None:
+        """Room for what comes after ends in data ``[T, *R]``; None if nothing is kept once."""
+        if COUNT_PATH in leaves:
+            raise ValueError(f"data must hold no entry {COUNT_PATH} with compact, which the buffer reads")
+        roles = self._roles_in(leaves)
+        twins = self._twins(roles, leaves)
+        if not twins:
+            raise KeyError(
+                f"data must hold an entry under 'next' that is at the root, too, of the same dtype and shape, with "
+                f"compact, got the entries {list(leaves)}"
+            )
+        _, *lead = leaves[twins[0]].shape[:dims]
+        slots = self._slots(torch.Size(lead).numel()) or 1
+        ends = -(-slots // SLOTS_PER_END) if self._end_slots is None else self._end_slots
+        if ends > slots:
+            raise ValueError(f"end_slots must be at most the slots of an environment, {slots}, got {ends}")
+        return Ends(
+            torch.zeros(slots, *lead, dtype=torch.int32, device=leaves[twins[0]].device),
+            {path: leaves[path].new_empty(ends + 1, *leaves[path].shape[1:]) for path in twins},
+            tuple([path for path, leaf in leaves.items() if roles.is_flag(path, leaf)]),
+            *(path if path in leaves else None for path in (roles.mask, roles.traj)),
+        )
+
+    # Storing
+
+    def _put(self, data: TensorDictBase, write: Callable[[TensorDictBase], Any]) -> Any:
+        if not self._compact:
+            return super()._put(data, write)
+        storage, order = self._storage, self._order
+        frames = data if data.ndim == storage.ndim else data.unsqueeze(0)
+        ends, position, entries = self._ends(), order.position(), order.entries()
+        # Where it is to lie nobody but the storage knows before it has stored something.
+        to = storage.device if isinstance(storage.device, torch.device) else None
+        leaves = {path: leaf for path, leaf in leaves_of(frames, storage.ndim).items() if isinstance(leaf, Tensor)}
+        leaves = {path: leaf.to(to or leaf.device) for path, leaf in leaves.items()}
+        made = ends or self._make_ends(leaves, storage.ndim)
+        ring = {} if position is None or entries is None else leaves_of(entries, storage.ndim)
+        newest = None if position is None else position.newest
+        slot = 0 if position is None else (position.newest + 1) % position.slots
+        ended = made.find_ended(leaves, ring, newest)
+        if resolve_backend(self._backend, leaves.values()) == "verify":
+            from multistep_triton.debug.verify import check_kept_once
+
+            check_kept_once(made, leaves, ended)
+        keep = made.find_writes(leaves, ended, newest, slot)
+        index = write(data.exclude(*[path for path in made.rows]))
+        keep()
+        order.ends, order.kept_by, order.kept_writes = made, self._kept_by(), order.writes
+        return index
+
+    def _find_seen(self, data: TensorDictBase, time_dim: int) -> Seen | None:
+        # What is promised of observations is verified where frames are stored call by call.
+        is_verified = self._compact and resolve_backend(self._backend, data.values(True, True)) == "verify"
+        return None if is_verified else super()._find_seen(data, time_dim)
+
+    def _adopt(self) -> None:
+        super()._adopt()
+        self._ends()

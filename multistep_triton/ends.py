@@ -1,0 +1,91 @@
+"""Ends: what follows the frames of a storage that keeps observations once, where no other frame's entry is it.
+
+What comes after a frame is what the next frame holds, but at an end, after which no frame of its trajectory comes, and
+at the newest frame. Rows of what comes after the newest frame are kept until the next frame has come; if it was an end,
+they are then passed on to a ring of so many rows, in which they stay until as many other ends have come. Keys are
+opaque. May import torch, ``task`` and ``windows``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from multistep_triton.task import Leaves
+from multistep_triton.windows import bits, find_boundaries
+
+
+@dataclass(slots=True, eq=False)
+class Ends:
+    """Of a storage ``[C, *R]`` of ``C`` slots."""
+
+    count: Tensor
+    """int32 ``[C, *R]``: how many ends were passed on before each frame came. One more than for the frame before says
+    that that was an end; the count of an end is its number."""
+    rows: dict[Hashable, Tensor]
+    """``[E + 1, *R, ...]``: of end ``k`` in row ``k % E``, and in the last row what comes after the newest frame."""
+    done: tuple[Hashable, ...]
+    """Flags, any element of any of which makes a frame an end."""
+    mask: Hashable | None = None
+    traj: Hashable | None = None
+
+    @property
+    def slots(self) -> int:
+        """How many ends there are rows for."""
+        return next(iter(self.rows.values())).shape[0] - 1
+
+    def find_ended(self, data: Leaves, ring: Leaves, newest: int | None) -> Tensor:
+        """Whether the frame before each was an end, bool ``[T, *R]``; arguments as for :meth:`find_writes`.
+
+        Leaves of the storage, ``ring``, are those before any frame is stored.
+        """
+        lead, frames = self.count.shape[1:], next(iter(data.values())).shape[0]
+
+        def flag(key: Hashable) -> Tensor:
+            before = data[key][:1] if newest is None else ring[key][newest : newest + 1]
+            return torch.cat((before, data[key])).reshape(frames + 1, *lead, -1)
+
+        done = functools.reduce(torch.bitwise_or, [flag(key).any(-1) for key in self.done])
+        mask, traj = (None if key is None else flag(key)[..., 0] for key in (self.mask, self.traj))
+        ended = find_boundaries(done, mask, traj, 0)[:-1]
+        if newest is None:
+            ended[0] = False
+        return ended
+
+    def find_writes(self, data: Leaves, ended: Tensor, newest: int | None, slot: int) -> Callable[[], None]:
+        """What remains to be done when frames ``[T, *R, ...]`` have been stored, at most ``C`` of them.
+
+        Args:
+            data: leaves of the frames.
+            ended: what :meth:`find_ended` found.
+            newest: the slot of the frame before, or None if there is none.
+            slot: that of the first frame.
+        """
+        slots, frames, ends = self.count.shape[0], len(ended), self.slots
+        count = ended.cumsum(0, dtype=torch.int32)
+        if newest is not None:
+            count += self.count[newest]
+        # Of more ends than there are rows, the newest stay.
+        time, *others = (ended & (count[-1] - count < ends)).nonzero(as_tuple=True)
+        row, first = (count[(time, *others)] - 1) % ends, time == 0
+        of_newest, of_data = [(row[chosen], *(each[chosen] for each in others)) for chosen in (first, ~first)]
+        at = torch.arange(slot, slot + frames, device=count.device) % slots
+
+        def write() -> None:
+            self.count[at] = count
+            for key, rows in self.rows.items():
+                kept, leaf = bits(rows), bits(data[key])
+                kept[of_newest] = kept[(ends, *of_newest[1:])].clone()
+                kept[of_data] = leaf[(time[~first] - 1, *of_data[1:])]
+                kept[ends] = leaf[-1]
+
+        return write
+
+    def lost(self, newest: int, live: int) -> Tensor:
+        """How many ends among the live frames of every environment are gone, int64 ``[*R]``."""
+        oldest = (newest + 1) % live
+        return (self.count[newest] - self.count[oldest] - self.slots).clamp(min=0).to(torch.int64)
