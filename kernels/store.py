@@ -13,6 +13,7 @@ from torch import Tensor
 
 from multistep_triton.ends import Ends
 from multistep_triton.kernels import rows
+from multistep_triton.kernels.keep import count_before, count_ended, keep_tile
 from multistep_triton.kernels.layout import lie_in_order
 from multistep_triton.kernels.picked import store_index
 from multistep_triton.kernels.rows import copy_tile
@@ -20,22 +21,41 @@ from multistep_triton.kernels.run import ALIGNMENT, as_real, check_fits, is_amd,
 from multistep_triton.task import Leaves, find
 
 
-@triton.jit(do_not_specialize=["rows", "frames", "envs", "slot", "slots"])
+@triton.jit(do_not_specialize=["rows", "frames", "envs", "slot", "slots", "end_slots"])
 def store_rows_kernel(
-    data, ring, index_ptr, numbers_ptr, written_ptr, others, rows, frames, envs, slot, slots,
-    UNITS: tl.constexpr, WIDTHS: tl.constexpr, TIME_LAST: tl.constexpr, DIMS: tl.constexpr, TILE: tl.constexpr,
-    RETURNS: tl.constexpr,
+    data, ring, after, kept, flags, index_ptr, numbers_ptr, written_ptr, count_ptr, others, rows, frames, envs, slot,
+    slots, end_slots,
+    UNITS: tl.constexpr, WIDTHS: tl.constexpr, KEPT_UNITS: tl.constexpr, FLAG_WIDTHS: tl.constexpr,
+    TIME_LAST: tl.constexpr, DIMS: tl.constexpr, TILE: tl.constexpr, RETURNS: tl.constexpr,
 ):  # fmt: skip
     """A program copies a tile of one leaf or, after those, writes where rows lie, and ``numbers``, their slots.
 
     Rows are of ``[frames, envs]``; they go to a slot and those after it or, if ``written_ptr`` has how many frames were
-    ever written of an environment, to where the next one belongs.
+    ever written of an environment, to where the next one belongs. What comes ``after`` frames whose observations are
+    kept once is kept apart.
     """
     tile = tl.program_id(0).to(tl.uint32)
+    sizes, before = (frames, envs), slot - 1
     rows, frames, envs = rows.to(tl.uint32), frames.to(tl.uint32), envs.to(tl.uint32)
     if written_ptr is not None:
-        slot = (tl.load(written_ptr) % slots).to(tl.int32)
+        written = tl.load(written_ptr)
+        slot = (written % slots).to(tl.int32)
+        before = tl.where(written > 0, slot - 1, -1 - slots)
+    before = tl.where(before == -1, slots - 1, before)
     first_tile = tile * 0
+    for k in tl.static_range(len(KEPT_UNITS)):
+        tiles = tl.cdiv(rows * KEPT_UNITS[k][2], TILE)
+        mine = tile < first_tile + tiles
+        if not RETURNS:
+            mine &= tile >= first_tile
+        if mine:
+            keep_tile(
+                tile - first_tile, rows, after[k], kept[k], count_ptr, before, end_slots, sizes, flags,
+                *KEPT_UNITS[k], TIME_LAST, FLAG_WIDTHS, TILE,
+            )  # fmt: skip
+            if RETURNS:
+                return
+        first_tile += tiles
     for k in tl.static_range(len(UNITS)):
         tiles = tl.cdiv(rows * WIDTHS[k], TILE)
         mine = tile < first_tile + tiles
@@ -56,8 +76,14 @@ def store_rows_kernel(
         at = tl.where(at < slots, at, at - slots)
         env = (row - frame * envs).to(tl.int32)
         store_index(index_ptr, row, at, env, others, row < rows, DIMS)
+        place = at.to(tl.int64) * envs.to(tl.int64) + env
         if numbers_ptr is not None:
-            tl.store(numbers_ptr + (at.to(tl.int64) * envs.to(tl.int64) + env), at.to(tl.int64), mask=row < rows)
+            tl.store(numbers_ptr + place, at.to(tl.int64), mask=row < rows)
+        if count_ptr is not None:
+            mask = row < rows
+            count = count_before(count_ptr, env, mask, before, sizes)
+            passed, _ = count_ended(frame.to(tl.int32), env, mask, before, sizes, flags, TIME_LAST, FLAG_WIDTHS)
+            tl.store(count_ptr + place, count + passed, mask=mask)
 
 
 class _Plan(NamedTuple):
@@ -70,11 +96,32 @@ class _Plan(NamedTuple):
     compiled: dict[Any, Any]
 
 
+class _Ready(NamedTuple):
+    """What launches are given of a ring, and not of frames."""
+
+    sizes: torch.Size
+    """``[C, *R]``."""
+    stored: list[Any]
+    """Keys of leaves that lie in the ring, and then of those of which what comes after ends is kept."""
+    kept: list[Tensor]
+    """Where they go."""
+    bytes_of_rows: tuple[int, ...]
+    addresses: tuple[int, ...]
+    has_complex: bool
+    flags: tuple[tuple[tuple[Any, Tensor], ...], ...]
+    """Of done flags, mask and ids the key, and what the ring holds."""
+    flag_widths: tuple[int, ...]
+    """Elements of a done flag of one frame."""
+
+
 @functools.lru_cache(maxsize=256)
 def find_plan(
-    bytes_of_rows: tuple[int, ...], addresses: tuple[int, ...], ring: tuple[int, ...], device: torch.device
+    bytes_of_rows: tuple[int, ...], addresses: tuple[int, ...], ring: tuple[int, ...], kind: tuple[Any, ...]
 ) -> _Plan:
-    """The plan for leaves and those of a ring at such addresses, of each of which a kernel knows what divides it."""
+    """The plan for leaves and those of a ring at such addresses, of each of which a kernel knows what divides it.
+
+    All else that is compiled in is its ``kind``.
+    """
     both = zip(bytes_of_rows, addresses, ring, strict=True)
     units = [rows.units_of(row, address | other) for row, address, other in both]
     order = sorted([k for k, unit in enumerate(units) if unit[2]], key=lambda k: -units[k][2])
@@ -91,46 +138,62 @@ def store_frames(
     ends: Ends | None = None,
 ) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`."""
-    if ends is not None:
-        from multistep_triton.eager_ring import store_frames as eager
-
-        return eager(data, ring, numbers, dims, time_dim, slot, ends)
-    kept, bytes_of_rows, ring_addresses, (slots, *lead), has_complex = find(
-        ring, "store", dims, lambda: _make_ready(data, ring, dims)
-    )
-    leaves = [*data.values()]
-    frames, envs, device = leaves[0].shape[time_dim], math.prod(lead), kept[0].device
+    ready = find(ring, "store", (dims, ends), lambda: _make_ready(data, ring, dims, ends))
+    (slots, *lead), stored, kept, bytes_of_rows, ring_addresses, has_complex, flags, flag_widths = ready
+    frames, envs, device = data[stored[0]].shape[time_dim], math.prod(lead), kept[0].device
     count, time_last = frames * envs, frames > 1 and time_dim > 0
-    if (dims > 2 and time_dim) or not lie_in_order(leaves):
-        leaves = [leaf.transpose(0, time_dim).resolve_conj().resolve_neg().contiguous() for leaf in leaves]
+    if (dims > 2 and time_dim) or not lie_in_order(data.values()):
+        moved = {key: leaf.transpose(0, time_dim).resolve_conj().resolve_neg() for key, leaf in data.items()}
+        data = {key: leaf.contiguous() for key, leaf in moved.items()}
         time_last = False
+    leaves = [data[key] for key in stored]
     addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in leaves])
-    plan = find_plan(bytes_of_rows, addresses, ring_addresses, device)
+    of_flags = tuple([tuple([(data[key], leaf) for key, leaf in pairs]) for pairs in flags])
+    marks = () if ends is None else (flag_widths, *(each.dtype for pairs in flags[1:] for _, each in pairs))
+    plan = find_plan(bytes_of_rows, addresses, ring_addresses, (device, len(ring), *marks))
     check_fits(max(slots * envs, count), count * plan.widths[0] if plan.widths else 0)
     index = torch.empty((count, dims), dtype=torch.int64, device=device)
     slot, written = (0, slot) if isinstance(slot, Tensor) else (slot, None)
-    jobs = [tuple([of[k] for k in plan.order]) for of in (leaves, kept)]
     if has_complex:
-        jobs = [tuple(map(as_real, each)) for each in jobs]
+        leaves, kept = [*map(as_real, leaves)], [*map(as_real, kept)]
+    jobs = [
+        tuple([of[k] for k in plan.order if (k < len(ring)) == in_ring])
+        for in_ring in (True, False)
+        for of in (leaves, kept)
+    ]
+    units = [
+        tuple([unit for k, unit in zip(plan.order, plan.units, strict=True) if (k < len(ring)) == in_ring])
+        for in_ring in (True, False)
+    ]
     tile, amd, others = rows.TILE, is_amd(), tuple(lead[1:])
     at = None if numbers is None else numbers.data_ptr() % ALIGNMENT
     with on(device):
         run(
             *(plan.compiled, store_rows_kernel, (time_last, dims, *others, written is None, at)),
             sum([-(-count * width // tile) for width in plan.widths]) - (-count // tile),
-            *(*jobs, index, numbers, written, others, count, frames, envs, slot, slots),
-            *(plan.units, plan.widths, time_last, dims, tile, not amd),
+            *(*jobs, of_flags, index, numbers, written, None if ends is None else ends.count, others),
+            *(count, frames, envs, slot, slots, 0 if ends is None else ends.slots),
+            *(units[0], tuple([unit[2] for unit in units[0]]), units[1], flag_widths, time_last, dims, tile, not amd),
             registers=rows.MOST_REGISTERS,
         )
     return index
 
 
-def _make_ready(
-    data: Leaves, ring: Leaves, dims: int
-) -> tuple[list[Tensor], tuple[int, ...], tuple[int, ...], torch.Size, bool]:
-    """Leaves of the ring in the data's order, bytes of rows, addresses, ``[C, *R]``, and whether any is complex."""
-    leaves = [ring[key] for key in data]
-    sizes = leaves[0].shape[:dims]
-    bytes_of_rows = tuple([leaf.nbytes // max(sizes.numel(), 1) for leaf in leaves])
-    addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in leaves])
-    return leaves, bytes_of_rows, addresses, sizes, any([leaf.is_complex() for leaf in leaves])
+def _make_ready(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Ready:
+    stored = [key for key in data if key in ring]
+    kept, sizes, marks = [ring[key] for key in stored], ring[stored[0]].shape[:dims], ((), (), ())
+    if ends is not None:
+        stored, kept = [*stored, *ends.rows], [*kept, *ends.rows.values()]
+        of_kind = ends.done, *(() if key is None else (key,) for key in (ends.mask, ends.traj))
+        marks = tuple([tuple([(key, ring[key]) for key in keys]) for keys in of_kind])
+    bytes_of_rows = tuple([leaf.nbytes // max(math.prod(leaf.shape[:dims]), 1) for leaf in kept])
+    return _Ready(
+        sizes,
+        stored,
+        kept,
+        bytes_of_rows,
+        tuple([leaf.data_ptr() % ALIGNMENT for leaf in kept]),
+        any([leaf.is_complex() for leaf in kept]),
+        marks,
+        tuple([leaf.numel() // max(sizes.numel(), 1) for _, leaf in marks[0]]),
+    )

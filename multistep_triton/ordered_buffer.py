@@ -1,7 +1,7 @@
 """OrderedReplayBuffer: one whose storage is a ring in time.
 
 Owns the parts of a buffer; knows no windows. Reaches into private attributes of torchrl's buffers,
-storages and writers. May import torchrl, ``stored``, ``storage_order`` and ``torchrl_internals``.
+storages and writers. May import torchrl, ``neighbours``, ``stored``, ``storage_order`` and ``torchrl_internals``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torchrl.data import ReplayBuffer, ReplayBufferEnsemble, Storage, Writer
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.envs.transforms import Transform
 
+from multistep_triton.neighbours import facts_of
 from multistep_triton.storage_order import Order, order_of
 from multistep_triton.stored import check_parts
 from multistep_triton.torchrl_internals import calls, transforms_in
@@ -42,6 +43,10 @@ class OrderedReplayBuffer(ReplayBuffer):
     A base beside ``TensorDictReplayBuffer``, which calls ``_extend`` and ``_add`` when its transforms are through.
     """
 
+    _changes = 0
+    """How often arguments were set."""
+    _checked_beside: tuple[Any, ...] = ()
+    """As of which change of the arguments transforms were checked, and what of them."""
     n_step_ordered = True
     """Tells the order that the writer is set to the storage's position before it writes."""
 
@@ -51,7 +56,11 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     def _check_neighbours(self) -> None:
         """Checks all that do, if they or arguments have changed since."""
-        raise NotImplementedError
+        transforms = transforms_in(self._transform) if len(self._transform) else []
+        beside = self._changes, *map(facts_of, transforms)
+        if beside != self._checked_beside:
+            self._check_transforms(transforms)
+            self._checked_beside = beside
 
     def _check_room(self, rows: int | None = None) -> None:
         """Checks that the storage has slots enough for each of so many rows, where that is known."""

@@ -24,13 +24,13 @@ from multistep_triton.base import MultiStepBase
 from multistep_triton.capturable import CapturableReplayBuffer
 from multistep_triton.checks import check_bool, check_not_captured, check_steps
 from multistep_triton.frames import Frames
-from multistep_triton.neighbours import check_mixing, check_transforms, facts_of
+from multistep_triton.neighbours import check_mixing, check_transforms
 from multistep_triton.outputs import Asked, Layout
 from multistep_triton.roles import check_entries, check_single_steps
 from multistep_triton.samples import Samples
 from multistep_triton.stored import Leaves, Position, check_index, check_slots
 from multistep_triton.storing import INDEX
-from multistep_triton.torchrl_internals import calls, refuse_other_ways, transforms_in
+from multistep_triton.torchrl_internals import calls, refuse_other_ways
 
 Steps = int | tuple[int, int]
 
@@ -164,9 +164,8 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
     ) -> None:
         if kwargs.get("storage") is None:
             raise TypeError("storage must be a TensorStorage, such as LazyTensorStorage(max_size), got None")
-        # As of which change of the arguments the data that comes has been checked, and of what transforms, too.
+        # As of which change of the arguments the data that comes has been checked.
         self._changes, self._checked = 0, -1
-        self._checked_beside: tuple[Any, ...] = ()
         self._asked = None if outputs is None else Asked(outputs)
         self._set_compact(compact, end_slots)
         self._capturable = check_bool("capturable", capturable)
@@ -290,13 +289,6 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
             drawn_on = device if generator is None else generator.device
             drawn = torch.randint(low, high + 1, indices[0].shape, generator=generator, device=drawn_on).to(device)
         return Samples(indices, position.newest, position.live, drawn), high
-
-    def _check_neighbours(self) -> None:
-        transforms = transforms_in(self._transform) if len(self._transform) else []
-        beside = self._changes, *map(facts_of, transforms)
-        if beside != self._checked_beside:
-            self._check_transforms(transforms)
-            self._checked_beside = beside
 
     def _check_transforms(self, transforms: list[Transform]) -> None:
         roles = self._roles_in(())

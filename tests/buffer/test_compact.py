@@ -1,18 +1,9 @@
 """Observations kept once: what is sampled is what a buffer that keeps them twice samples, or one frame less."""
 
-import copy
-import pickle
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from paths import EITHER
 from rings import TRAJ_KEY, Drawn, Ring, assert_same_bytes, make_buffer, make_stream
-from tensordict import TensorDict
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, PrioritizedSampler, RandomSampler, ReplayBuffer
-
-from multistep_triton import EquivalenceError, NStepReplayBuffer
 
 KEPT_ONCE = ["observation"]
 
@@ -71,10 +62,18 @@ def assert_kept_once(buffer, full, ring, end_slots):
 
 
 @EITHER
-@pytest.mark.parametrize("end_slots", [12, 2, 1])
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "end_slots", "marks"),
+    [
+        ((), 12, {}),
+        ((), 1, {"mask": True, "traj": True}),
+        ((3,), 12, {"mask": True}),
+        ((3,), 2, {}),
+        ((2, 3), 3, {"traj": True}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("cuts", [[1] * 30, [5, 7, 12, 3, 1, 1], [11, 11, 3], [20, 1, 1, 13], [1, 3]], ids=str)
-@pytest.mark.parametrize("marks", [{}, {"mask": True}, {"traj": True}, {"mask": True, "traj": True}], ids=str)
 def test_what_is_sampled_is_what_another_buffer_samples(where, batch, cuts, end_slots, marks):
     with where():
         traj = TRAJ_KEY if "traj" in marks else None

@@ -251,8 +251,8 @@ def test_verified():
         buffer.extend(stream[:, :3]), buffer.extend(stream[:, 3:8])
         at = store.store_frames
 
-        def a_slot_on(data, ring, numbers, dims, time_dim, slot):
-            return at(data, ring, numbers, dims, time_dim, slot + 1)
+        def a_slot_on(data, ring, numbers, dims, time_dim, slot, ends):
+            return at(data, ring, numbers, dims, time_dim, slot + 1, ends)
 
         patch.setattr("multistep_triton.kernels.launch.store_frames", a_slot_on)
         with pytest.raises(EquivalenceError, match="differ at where frames lie") as raised:
