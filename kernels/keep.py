@@ -1,6 +1,7 @@
 """Keep: what comes after frames of a ring that keeps observations once, written as the frames are stored.
 
-See ``multistep_triton.ends``. Frames of a call are counted from 0 on; frame -1 is the newest of those before.
+See ``multistep_triton.ends``. Frames of a call are counted from 0 on; frame -1 is the newest of those before, in the
+slot ``before``, which is negative if there is none. Ends of several frames are counted by a launch of their own.
 """
 
 from __future__ import annotations
@@ -8,13 +9,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multistep_triton.kernels.ends import any_of
 from multistep_triton.kernels.rows import as_bytes, either_pointer
+
+# Lanes of a program that counts, and the most of them for an environment.
+TILE, MOST_FRAMES = 512, 128
+
+
+@triton.jit
+def find_before(written_ptr, slot, slots):
+    """The slot of the first frame, and that of the frame before, from how many frames were ever written, if given."""
+    before = slot - 1
+    if written_ptr is not None:
+        written = tl.load(written_ptr)
+        slot = (written % slots).to(tl.int32)
+        before = tl.where(written > 0, slot - 1, -2)
+    return slot, tl.where(before == -1, slots - 1, before)
+
+
+@triton.jit
+def place_of(frame, env, envs, slot, slots):
+    """The row of a frame in the ring, counted in 64 bits."""
+    at = frame + slot
+    return tl.where(at < slots, at, at - slots).to(tl.int64) * envs + env
 
 
 @triton.jit
 def has_ended(frame, env, mask, before, sizes, flags, TIME_LAST: tl.constexpr, WIDTHS: tl.constexpr):
-    """Whether the trajectory of a frame goes on with no frame of the call; frame -1 lies in the slot ``before``."""
+    """Whether no frame of the call goes on with the trajectory of a frame before its newest."""
     dones, masks, ids = flags
     frames, envs = sizes
     held = frame < 0
@@ -39,28 +60,34 @@ def has_ended(frame, env, mask, before, sizes, flags, TIME_LAST: tl.constexpr, W
 
 
 @triton.jit
-def count_ended(frame, env, mask, before, sizes, flags, TIME_LAST: tl.constexpr, WIDTHS: tl.constexpr):
-    """How many ends there are from frame -1 on before a frame, and before the newest."""
-    passed = has_ended(frame * 0 - 1, env, mask, before, sizes, flags, TIME_LAST, WIDTHS).to(tl.int32)
-    total = passed
-    for other in range(sizes[0] - 1):
-        ended = has_ended(frame * 0 + other, env, mask, before, sizes, flags, TIME_LAST, WIDTHS).to(tl.int32)
-        passed += tl.where(other < frame, ended, 0)
-        total += ended
-    return passed, total
-
-
-@triton.jit
-def count_before(count_ptr, env, mask, before, sizes):
+def count_before(count_ptr, env, mask, before, envs):
     """How many ends were passed on before frame -1 came."""
-    return tl.load(count_ptr + before * sizes[1] + env, mask=mask & (before >= 0), other=0)
+    return tl.load(count_ptr + before.to(tl.int64) * envs + env, mask=mask & (before >= 0), other=0)
+
+
+@triton.jit(do_not_specialize=["frames", "envs", "slot", "slots"])
+def count_ends_kernel(
+    flags, written_ptr, count_ptr, frames, envs, slot, slots, WIDTHS: tl.constexpr, TIME_LAST: tl.constexpr,
+    FRAMES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Counts the ends that are passed on before each frame of a call comes: FRAMES at a time of each environment."""
+    slot, before = find_before(written_ptr, slot, slots)
+    env = tl.program_id(0) * (TILE // FRAMES) + tl.arange(0, TILE // FRAMES)[:, None]
+    there = env < envs
+    count = count_before(count_ptr, env, there, before, envs)
+    for first in range(0, frames, FRAMES):
+        frame = first + tl.arange(0, FRAMES)[None, :]
+        mask = there & (frame < frames)
+        ended = has_ended(frame - 1, env, mask, before, (frames, envs), flags, TIME_LAST, WIDTHS).to(tl.int32)
+        tl.store(count_ptr + place_of(frame, env, envs, slot, slots), count + tl.cumsum(ended, 1), mask=mask)
+        count += tl.sum(ended, 1)[:, None]
 
 
 @triton.jit
 def keep_tile(
-    tile, rows, data_ptr, kept_ptr, count_ptr, before, slots, sizes, flags,
+    tile, rows, data_ptr, kept_ptr, count_ptr, slot, before, slots, end_slots, sizes, flags,
     ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, TIME_LAST: tl.constexpr, WIDTHS: tl.constexpr,
-    TILE: tl.constexpr,
+    COUNTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Keeps a tile of the units of what comes after ``rows`` rows, each WIDTH units of PARTS items.
 
@@ -70,28 +97,37 @@ def keep_tile(
     frames, envs = sizes
     begin = tile * TILE
     offset = tl.arange(0, TILE)
-    inside = (offset < tl.minimum(rows * WIDTH - begin, TILE).to(tl.int32))[:, None]
-    at = (begin + offset.to(tl.uint32))[:, None]
-    row = at // WIDTH
-    unit = at - row * WIDTH
+    inside = offset < tl.minimum(rows * WIDTH - begin, TILE).to(tl.int32)
+    top = begin // WIDTH
+    unit = begin - top * WIDTH + offset.to(tl.uint32)
+    row = unit // WIDTH
+    unit -= row * WIDTH
+    row += top
     frame, env = (row // envs.to(tl.uint32)).to(tl.int32), (row % envs.to(tl.uint32)).to(tl.int32)
-    source = env * frames + frame if TIME_LAST else row.to(tl.int32)
-    column = unit.to(tl.int64) * PARTS + tl.arange(0, PARTS)[None, :]
+    is_newest = inside & (frame == frames - 1)
+    number = count_before(count_ptr, env, is_newest, before, envs)
+    if COUNTED:
+        is_other = inside & (frame < frames - 1)
+        total = tl.load(count_ptr + place_of(frame * 0 + frames - 1, env, envs, slot, slots), mask=inside, other=0)
+        own = tl.load(count_ptr + place_of(frame, env, envs, slot, slots), mask=is_other, other=0)
+        then = tl.load(count_ptr + place_of(frame + 1, env, envs, slot, slots), mask=is_other, other=0)
+        first = tl.load(count_ptr + place_of(frame * 0, env, envs, slot, slots), mask=is_newest, other=0)
+        # Of more ends than there are rows, the newest stay.
+        ended = is_other & (own != then) & (total - own <= end_slots)
+        held_ended = is_newest & (before >= 0) & (number != first) & (total - number <= end_slots)
+    else:
+        held_ended = has_ended(frame * 0 - 1, env, is_newest, before, sizes, flags, TIME_LAST, WIDTHS)
+    part = tl.arange(0, PARTS)[None, :]
+    column = (unit.to(tl.int64) * PARTS)[:, None] + part
+    source = (env * frames + frame if TIME_LAST else row.to(tl.int32)).to(tl.int64)
     origin = as_bytes(data_ptr).to(tl.pointer_type(ITEM), bitcast=True)
     kept = as_bytes(kept_ptr).to(tl.pointer_type(ITEM), bitcast=True)
-    value = tl.load(origin + source.to(tl.int64) * (WIDTH * PARTS) + column, mask=inside, other=0)
-    is_newest = frame == frames - 1
-    newest = kept + (slots * envs + env).to(tl.int64) * (WIDTH * PARTS) + column
-    held_ended = has_ended(frame * 0 - 1, env, inside & is_newest, before, sizes, flags, TIME_LAST, WIDTHS)
-    ended = has_ended(frame, env, inside & ~is_newest, before, sizes, flags, TIME_LAST, WIDTHS)
-    if any_of(held_ended | ended):
-        number = count_before(count_ptr, env, inside, before, sizes)
-        passed, total = count_ended(frame, env, inside, before, sizes, flags, TIME_LAST, WIDTHS)
-        # Of more ends than there are rows, the newest stay.
-        held_ended &= total <= slots
-        held = tl.load(newest, mask=held_ended, other=0)
-        to = (number % slots * envs + env).to(tl.int64) * (WIDTH * PARTS) + column
-        tl.store(kept + to, held, mask=held_ended)
-        to = ((number + passed) % slots * envs + env).to(tl.int64) * (WIDTH * PARTS) + column
-        tl.store(kept + to, value, mask=ended & (total - passed <= slots))
-    tl.store(newest, value, mask=inside & is_newest)
+    value = tl.load(origin + (source * (WIDTH * PARTS))[:, None] + column, mask=inside[:, None], other=0)
+    newest = kept + ((end_slots * envs + env).to(tl.int64) * (WIDTH * PARTS))[:, None] + column
+    held = tl.load(newest, mask=held_ended[:, None], other=0)
+    to = kept + ((number % end_slots * envs + env).to(tl.int64) * (WIDTH * PARTS))[:, None] + column
+    tl.store(to, held, mask=held_ended[:, None])
+    tl.store(newest, value, mask=is_newest[:, None])
+    if COUNTED:
+        to = kept + ((own % end_slots * envs + env).to(tl.int64) * (WIDTH * PARTS))[:, None] + column
+        tl.store(to, value, mask=ended[:, None])

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from multistep_triton.ends import Ends
-from multistep_triton.kernels import rows
-from multistep_triton.kernels.keep import count_before, count_ended, keep_tile
+from multistep_triton.kernels import keep, rows
+from multistep_triton.kernels.keep import count_before, find_before, has_ended, keep_tile
 from multistep_triton.kernels.layout import lie_in_order
 from multistep_triton.kernels.picked import store_index
 from multistep_triton.kernels.rows import copy_tile
@@ -26,7 +26,7 @@ def store_rows_kernel(
     data, ring, after, kept, flags, index_ptr, numbers_ptr, written_ptr, count_ptr, others, rows, frames, envs, slot,
     slots, end_slots,
     UNITS: tl.constexpr, WIDTHS: tl.constexpr, KEPT_UNITS: tl.constexpr, FLAG_WIDTHS: tl.constexpr,
-    TIME_LAST: tl.constexpr, DIMS: tl.constexpr, TILE: tl.constexpr, RETURNS: tl.constexpr,
+    TIME_LAST: tl.constexpr, COUNTED: tl.constexpr, DIMS: tl.constexpr, TILE: tl.constexpr, RETURNS: tl.constexpr,
 ):  # fmt: skip
     """A program copies a tile of one leaf or, after those, writes where rows lie, and ``numbers``, their slots.
 
@@ -35,13 +35,9 @@ def store_rows_kernel(
     kept once is kept apart.
     """
     tile = tl.program_id(0).to(tl.uint32)
-    sizes, before = (frames, envs), slot - 1
+    sizes = frames, envs
     rows, frames, envs = rows.to(tl.uint32), frames.to(tl.uint32), envs.to(tl.uint32)
-    if written_ptr is not None:
-        written = tl.load(written_ptr)
-        slot = (written % slots).to(tl.int32)
-        before = tl.where(written > 0, slot - 1, -1 - slots)
-    before = tl.where(before == -1, slots - 1, before)
+    slot, before = find_before(written_ptr, slot, slots)
     first_tile = tile * 0
     for k in tl.static_range(len(KEPT_UNITS)):
         tiles = tl.cdiv(rows * KEPT_UNITS[k][2], TILE)
@@ -50,8 +46,8 @@ def store_rows_kernel(
             mine &= tile >= first_tile
         if mine:
             keep_tile(
-                tile - first_tile, rows, after[k], kept[k], count_ptr, before, end_slots, sizes, flags,
-                *KEPT_UNITS[k], TIME_LAST, FLAG_WIDTHS, TILE,
+                tile - first_tile, rows, after[k], kept[k], count_ptr, slot, before, slots, end_slots, sizes, flags,
+                *KEPT_UNITS[k], TIME_LAST, FLAG_WIDTHS, COUNTED, TILE,
             )  # fmt: skip
             if RETURNS:
                 return
@@ -79,11 +75,11 @@ def store_rows_kernel(
         place = at.to(tl.int64) * envs.to(tl.int64) + env
         if numbers_ptr is not None:
             tl.store(numbers_ptr + place, at.to(tl.int64), mask=row < rows)
-        if count_ptr is not None:
+        if count_ptr is not None and not COUNTED:
             mask = row < rows
-            count = count_before(count_ptr, env, mask, before, sizes)
-            passed, _ = count_ended(frame.to(tl.int32), env, mask, before, sizes, flags, TIME_LAST, FLAG_WIDTHS)
-            tl.store(count_ptr + place, count + passed, mask=mask)
+            ended = has_ended(env * 0 - 1, env, mask, before, sizes, flags, TIME_LAST, FLAG_WIDTHS)
+            count = count_before(count_ptr, env, mask, before, sizes[1]) + ended.to(tl.int32)
+            tl.store(count_ptr + place, count, mask=mask)
 
 
 class _Plan(NamedTuple):
@@ -165,15 +161,23 @@ def store_frames(
         tuple([unit for k, unit in zip(plan.order, plan.units, strict=True) if (k < len(ring)) == in_ring])
         for in_ring in (True, False)
     ]
-    tile, amd, others = rows.TILE, is_amd(), tuple(lead[1:])
+    tile, amd, others, counted = rows.TILE, is_amd(), tuple(lead[1:]), ends is not None and frames > 1
     at = None if numbers is None else numbers.data_ptr() % ALIGNMENT
     with on(device):
+        if counted:
+            many = min(triton.next_power_of_2(frames), keep.MOST_FRAMES)
+            run(
+                *(plan.compiled, keep.count_ends_kernel, (many, time_last, written is None)),
+                *(-(-envs * many // keep.TILE), of_flags, written, ends.count, frames, envs, slot, slots),
+                *(flag_widths, time_last, many, keep.TILE),
+            )
         run(
-            *(plan.compiled, store_rows_kernel, (time_last, dims, *others, written is None, at)),
+            *(plan.compiled, store_rows_kernel, (time_last, counted, dims, *others, written is None, at)),
             sum([-(-count * width // tile) for width in plan.widths]) - (-count // tile),
             *(*jobs, of_flags, index, numbers, written, None if ends is None else ends.count, others),
             *(count, frames, envs, slot, slots, 0 if ends is None else ends.slots),
-            *(units[0], tuple([unit[2] for unit in units[0]]), units[1], flag_widths, time_last, dims, tile, not amd),
+            *(units[0], tuple([unit[2] for unit in units[0]]), units[1], flag_widths),
+            *(time_last, counted, dims, tile, not amd),
             registers=rows.MOST_REGISTERS,
         )
     return index

@@ -93,13 +93,15 @@ def stream(data: TensorDict, seed: int = 0) -> Iterator[int]:
     """Writes frame after frame of a stream into the data."""
     generator, number = torch.Generator().manual_seed(seed), 0
     while True:
-        value = number + torch.arange(ENVS).view(ENVS, 1, 1) / ENVS
+        value = number + torch.arange(ENVS).view(ENVS, 1, 1) / 4
         data["observation"].copy_(value.expand(ENVS, 1, 3))
         data["next", "observation"].copy_((value + 1).expand(ENVS, 1, 3))
         data["next", "reward"].copy_(value)
         terminated = torch.rand(ENVS, 1, 1, generator=generator) < 0.15
         data["next", "terminated"].copy_(terminated)
         data["next", "done"].copy_(terminated | (torch.rand(ENVS, 1, 1, generator=generator) < 0.1))
+        # What comes after an end no other frame holds.
+        data["next", "observation"].sub_(1e4 * data["next", "done"])
         yield number
         number += 1
 
@@ -114,8 +116,9 @@ def assert_same(sample: TensorDict, usual: NStepReplayBuffer, captured: NStepRep
     """The storages hold the same, and of the same draws the same is sampled, bit for bit but for sums of rewards."""
     assert len(usual) == len(captured)
     # What lies in slots that were never written nobody knows.
-    for key, leaf in usual[:].items(True, True):
-        assert torch.equal(leaf, captured[:][key]), key
+    stored = usual[:]
+    for key, leaf in captured[:].items(True, True):
+        assert torch.equal(leaf, stored[key]), key
     usual._sampler = Drawn(sample["index"].unbind(-1))
     expected = usual.sample(BATCH)
     assert set(sample.keys(True, True)) == set(expected.keys(True, True))
@@ -123,9 +126,9 @@ def assert_same(sample: TensorDict, usual: NStepReplayBuffer, captured: NStepRep
         torch.testing.assert_close(sample[key], leaf, rtol=1e-6 if key == ("next", "reward") else 0, atol=0)
 
 
-def steps_are_the_same(driver: Any, steps: int = 3 * SLOTS) -> None:
+def steps_are_the_same(driver: Any, steps: int = 3 * SLOTS, **arguments: Any) -> None:
     """Every step makes the same launches with the same arguments, whether slots are free, or the ring begins anew."""
-    data, buffer = frames(), make(True, backend="triton", n_steps=N_STEPS)
+    data, buffer = frames(), make(True, backend="triton", **arguments)
     number, did = stream(data), []
     # The first calls find out what later ones know.
     for _ in range(2):
@@ -145,9 +148,10 @@ def steps_are_the_same(driver: Any, steps: int = 3 * SLOTS) -> None:
     assert len(buffer) == SIZE
 
 
-def repeated(driver: Any, steps: int, every: int, **arguments: Any) -> None:
+def repeated(driver: Any, steps: int, every: int, compact: bool = False, **arguments: Any) -> None:
     """A step that was recorded once is repeated: what lies in the storage, and what is sampled, is what should."""
-    data, captured = frames(), make(True, backend="triton", **arguments)
+    kept_once = {"compact": True, "end_slots": SLOTS} if compact else {}
+    data, captured = frames(), make(True, backend="triton", **arguments, **kept_once)
     usual = make(False, backend="reference", **arguments)
     number = stream(data)
 
@@ -179,6 +183,7 @@ def repeated(driver: Any, steps: int, every: int, **arguments: Any) -> None:
 def main(how: str, steps: int, every: int) -> None:
     driver = ptx_driver.install_as(how)
     driver.counted = driver.checked = False
-    steps_are_the_same(driver)
+    steps_are_the_same(driver), steps_are_the_same(driver, compact=True)
     repeated(driver, steps, every)
+    repeated(driver, 5 * SLOTS, 1, compact=True)
     repeated(driver, 2 * SLOTS, 1, outputs=["observation", ("next", "observation"), ("next", "reward"), "index"])
