@@ -86,10 +86,10 @@ def count_ends_kernel(
 @triton.jit
 def keep_tile(
     tile, rows, data_ptr, kept_ptr, count_ptr, slot, before, slots, end_slots, sizes, flags,
-    ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, TIME_LAST: tl.constexpr, WIDTHS: tl.constexpr,
-    COUNTED: tl.constexpr, TILE: tl.constexpr,
+    ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, TIME_LAST: tl.constexpr,
+    WIDTHS: tl.constexpr, COUNTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Keeps a tile of the units of what comes after ``rows`` rows, each WIDTH units of PARTS items.
+    """Keeps a tile of the units of what comes after ``rows`` rows, each WIDTH units of PARTS items, converted to OUT.
 
     What comes after the newest frame goes to the last row; what lay there goes to that of its number if it comes after
     an end, as what comes after any other end of the call.
@@ -121,8 +121,8 @@ def keep_tile(
     column = (unit.to(tl.int64) * PARTS)[:, None] + part
     source = (env * frames + frame if TIME_LAST else row.to(tl.int32)).to(tl.int64)
     origin = as_bytes(data_ptr).to(tl.pointer_type(ITEM), bitcast=True)
-    kept = as_bytes(kept_ptr).to(tl.pointer_type(ITEM), bitcast=True)
-    value = tl.load(origin + (source * (WIDTH * PARTS))[:, None] + column, mask=inside[:, None], other=0)
+    kept = as_bytes(kept_ptr).to(tl.pointer_type(OUT), bitcast=True)
+    value = tl.load(origin + (source * (WIDTH * PARTS))[:, None] + column, mask=inside[:, None], other=0).to(OUT)
     newest = kept + ((end_slots * envs + env).to(tl.int64) * (WIDTH * PARTS))[:, None] + column
     held = tl.load(newest, mask=held_ended[:, None], other=0)
     to = kept + ((number % end_slots * envs + env).to(tl.int64) * (WIDTH * PARTS))[:, None] + column

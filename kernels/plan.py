@@ -36,13 +36,25 @@ class Plan(NamedTuple):
     """Kernels, by what else they are compiled for."""
 
 
+def dtype_of(keys: Keys, key: Hashable, dtype: torch.dtype) -> torch.dtype:
+    """That in which a leaf comes out of the kernels; the interpreter does not convert as GPUs do."""
+    return dtype if windows.INTERPRETED else keys.wide.get(key, dtype)
+
+
+def _units(keys: Keys, key: Hashable, dtype: torch.dtype, count: int, address: int) -> tuple[Any, ...]:
+    wide = keys.wide.get(key)
+    if wide is None or windows.INTERPRETED:
+        return rows.units_of(count * dtype.itemsize, address)
+    return rows.units_as(count, (address, 0), dtype, wide)
+
+
 @functools.lru_cache(maxsize=256)
 def find_plan(
     keys: Keys, addresses: tuple[int, ...], every: bool, default_dtype: torch.dtype, device: torch.device
 ) -> Plan:
     """The plan for leaves at such addresses; ``every`` output is copied, or those gathered."""
     kinds = {
-        key: (features, dtype, rows.units_of(math.prod(features) * dtype.itemsize, address))
+        key: (features, dtype, _units(keys, key, dtype, math.prod(features), address))
         for (key, dtype, features), address in zip(keys.kinds, addresses, strict=True)
     }
     copied = [output for output in keys.outputs if every or output[2]]
@@ -51,7 +63,7 @@ def find_plan(
     return Plan(
         [(key, features, dtype if dtype.is_floating_point else default_dtype) for key, features, dtype in returns],
         tuple([math.prod(features) for _, features, _ in returns]),
-        [(out, key, *kinds[key][:2]) for out, key, _ in copied],
+        [(out, key, kinds[key][0], dtype_of(keys, key, kinds[key][1])) for out, key, _ in copied],
         [(out, key) for out, key, _ in wide],
         tuple([kinds[key][2] for _, key, _ in wide]),
         tuple([kinds[key][2][2] for _, key, _ in wide]),

@@ -6,6 +6,9 @@ row and its address, and is flat over the units that are written, so that every 
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
@@ -31,10 +34,10 @@ def as_bytes(pointer):
 @triton.jit
 def copy_tile(
     tile, rows, data_ptr, carry_ptr, carry_rows, source_ptr, out_ptr, first, slots,
-    ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, CARRIED: tl.constexpr, LISTED: tl.constexpr,
-    RING: tl.constexpr, TILE: tl.constexpr, BLANK: tl.constexpr = False,
+    ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, CARRIED: tl.constexpr,
+    LISTED: tl.constexpr, RING: tl.constexpr, TILE: tl.constexpr, BLANK: tl.constexpr = False,
 ):  # fmt: skip
-    """Copies a tile of the units of ``rows`` rows, each WIDTH units of PARTS items.
+    """Copies a tile of the units of ``rows`` rows, each WIDTH units of PARTS items, which are converted to OUT.
 
     Row ``i`` comes from row ``source[i]`` of the data or, if that is negative, of the carry, counted from its end;
     without a carry it is zeros then, and with BLANK if it is NOWHERE. Without a list it comes from row ``i`` or, if
@@ -42,6 +45,7 @@ def copy_tile(
     is last. It goes to row ``i`` or, in a RING of so many ``slots`` rows, to row ``first + i``.
     """
     UNIT: tl.constexpr = PARTS * ITEM.primitive_bitwidth // 8
+    OUT_UNIT: tl.constexpr = PARTS * OUT.primitive_bitwidth // 8
     begin = tile * TILE
     offset = tl.arange(0, TILE)
     inside = offset < tl.minimum(rows * WIDTH - begin, TILE).to(tl.int32)
@@ -70,17 +74,18 @@ def copy_tile(
     pointers = tl.multiple_of(origin + unit * PARTS, [UNIT])
     part = tl.arange(0, PARTS)[None, :]
     value = tl.load(pointers[:, None] + part, mask=read[:, None], other=None if CARRIED and not BLANK else 0)
-    out_ptr = out_ptr.to(tl.pointer_type(ITEM), bitcast=True)
+    value = value.to(OUT)
+    out_ptr = out_ptr.to(tl.pointer_type(OUT), bitcast=True)
     if RING and LISTED:  # the carry, whose units can be counted in 32 bits
         to = begin + offset.to(tl.uint32) + first.to(tl.uint32) * WIDTH
         to -= tl.where(to < slots.to(tl.uint32) * WIDTH, 0, slots.to(tl.uint32) * WIDTH)
-        pointers = tl.multiple_of(out_ptr + to.to(tl.int64) * PARTS, [UNIT])
+        pointers = tl.multiple_of(out_ptr + to.to(tl.int64) * PARTS, [OUT_UNIT])
     elif RING:
         to = top + row + first.to(tl.uint32)
         to -= tl.where(to < slots.to(tl.uint32), 0, slots.to(tl.uint32))
-        pointers = tl.multiple_of(out_ptr + (to.to(tl.int64) * WIDTH + unit) * PARTS, [UNIT])
+        pointers = tl.multiple_of(out_ptr + (to.to(tl.int64) * WIDTH + unit) * PARTS, [OUT_UNIT])
     else:
-        pointers = tl.multiple_of(out_ptr + begin.to(tl.int64) * PARTS, UNIT) + offset * PARTS
+        pointers = tl.multiple_of(out_ptr + begin.to(tl.int64) * PARTS, OUT_UNIT) + offset * PARTS
     tl.store(pointers[:, None] + part, value, mask=inside[:, None])
 
 
@@ -132,7 +137,25 @@ def future_rows_kernel(steps_ptr, rows_ptr, rows, frames, TILE: tl.constexpr):
     tl.store(rows_ptr + row, row + steps - 1, mask=row < rows)
 
 
-def units_of(row: int, address: int) -> tuple[tl.dtype, int, int]:
-    """Of rows of so many bytes from an address on: the type of items, items of a unit, and units of a row."""
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def units_of(row: int, address: int) -> tuple[tl.dtype, int, int, tl.dtype]:
+    """Of rows of so many bytes from an address on: the type of items, items of a unit, units of a row, and the type."""
     unit = next(each for each in (16, 8, 4, 2, 1) if row % each == 0 and address % each == 0)
-    return {1: tl.int8, 2: tl.int16, 4: tl.int32}.get(unit, tl.int64), max(unit // 8, 1), row // unit
+    item = {1: tl.int8, 2: tl.int16, 4: tl.int32}.get(unit, tl.int64)
+    return item, max(unit // 8, 1), row // unit, item
+
+
+def units_as(row: int, addresses: tuple[int, int], of: torch.dtype, to: torch.dtype) -> tuple[Any, int, int, Any]:
+    """Of rows of so many items, from one address to another, the same, where items are converted."""
+    parts = next(
+        each
+        for each in (4, 2, 1)
+        if row % each == 0
+        and all(
+            address % (each * dtype.itemsize) == 0 and each * dtype.itemsize <= 16
+            for address, dtype in zip(addresses, (of, to), strict=True)
+        )
+    )
+    return TYPES[of], parts, row // parts, TYPES[to]

@@ -87,6 +87,10 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
             copy_rows(plan, jobs, False, lists, count, 0, (end_slots + 1) * envs, 0, 0)
     for key, each in wide.items():
         returns[key] = each.to(torch.bfloat16)
+    if windows.INTERPRETED:
+        leaves.update(
+            (out, leaves[out].to(task.keys.wide[key])) for out, key, _ in task.keys.outputs if key in task.keys.wide
+        )
     return results
 
 

@@ -18,6 +18,7 @@ from multistep_triton.kernels.layout import lie_in_order
 from multistep_triton.kernels.picked import store_index
 from multistep_triton.kernels.rows import copy_tile
 from multistep_triton.kernels.run import ALIGNMENT, as_real, check_fits, is_amd, on, run
+from multistep_triton.kernels.windows import INTERPRETED
 from multistep_triton.task import Leaves, find
 
 
@@ -112,14 +113,20 @@ class _Ready(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def find_plan(
-    bytes_of_rows: tuple[int, ...], addresses: tuple[int, ...], ring: tuple[int, ...], kind: tuple[Any, ...]
+    bytes_of_rows: tuple[int, ...],
+    addresses: tuple[int, ...],
+    ring: tuple[int, ...],
+    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...],
+    kind: tuple[Any, ...],
 ) -> _Plan:
     """The plan for leaves and those of a ring at such addresses, of each of which a kernel knows what divides it.
 
-    All else that is compiled in is its ``kind``.
+    ``dtypes`` are those of leaves and of the ring; all else that is compiled in is of its ``kind``.
     """
-    both = zip(bytes_of_rows, addresses, ring, strict=True)
-    units = [rows.units_of(row, address | other) for row, address, other in both]
+    units = [
+        rows.units_of(row, address | other) if of == to else rows.units_as(row // to.itemsize, (address, other), of, to)
+        for row, address, other, (of, to) in zip(bytes_of_rows, addresses, ring, dtypes, strict=True)
+    ]
     order = sorted([k for k, unit in enumerate(units) if unit[2]], key=lambda k: -units[k][2])
     return _Plan(order, tuple([units[k] for k in order]), tuple([units[k][2] for k in order]), {})
 
@@ -143,10 +150,14 @@ def store_frames(
         data = {key: leaf.contiguous() for key, leaf in moved.items()}
         time_last = False
     leaves = [data[key] for key in stored]
+    if INTERPRETED:
+        # The interpreter does not convert as GPUs do.
+        leaves = [leaf.to(to.dtype) for leaf, to in zip(leaves, kept, strict=True)]
+    dtypes = tuple([(leaf.dtype, to.dtype) for leaf, to in zip(leaves, kept, strict=True)])
     addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in leaves])
     of_flags = tuple([tuple([(data[key], leaf) for key, leaf in pairs]) for pairs in flags])
     marks = () if ends is None else (flag_widths, *(each.dtype for pairs in flags[1:] for _, each in pairs))
-    plan = find_plan(bytes_of_rows, addresses, ring_addresses, (device, len(ring), *marks))
+    plan = find_plan(bytes_of_rows, addresses, ring_addresses, dtypes, (device, len(ring), *marks))
     check_fits(max(slots * envs, count), count * plan.widths[0] if plan.widths else 0)
     index = torch.empty((count, dims), dtype=torch.int64, device=device)
     slot, written = (0, slot) if isinstance(slot, Tensor) else (slot, None)

@@ -20,7 +20,7 @@ from multistep_triton.compact_buffer import CompactReplayBuffer
 from multistep_triton.ends import Ends
 from multistep_triton.stored import leaves_of, versions_of
 
-_RING_FILE, _ENDS_FILE = "n_step_ring.json", "n_step_ends.pt"
+_RING_FILE, _KEPT_FILE = "n_step_ring.json", "n_step_kept.pt"
 
 
 class CheckpointedReplayBuffer(CompactReplayBuffer):
@@ -57,36 +57,34 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         if newest is not None:
             order.go_on(newest, entries.shape[0])
 
-    def _ends_state(self) -> dict[str, Any] | None:
-        """What comes after frames, as tensors and plain containers; None if there are no frames."""
-        order, ends = self._order, self._order.ends
-        if ends is None:
-            return None
+    def _kept_state(self) -> dict[str, Any]:
+        """How entries are stored, and what comes after frames, if they are kept once: tensors and plain containers."""
+        order, ends, kept = self._order, self._order.ends, None
+        if ends is not None:
+            names = ("count", "rows", "done", "mask", "traj")
+            kept = {**{name: getattr(ends, name) for name in names}, "by": tuple(order.kept_by)}
         if lost := self.ends_lost():
             warnings.warn(
                 f"{lost} ends of trajectories have lost what comes after them, so that windows end a frame earlier "
-                f"there: end_slots = {ends.slots} of an environment are too few, of {len(ends.count)} slots",
+                f"there: {'' if ends is None else ends.slots} rows of an environment, end_slots, are too few",
                 stacklevel=3,
             )
-        names = {name: getattr(ends, name) for name in ("count", "rows", "done", "mask", "traj")}
-        return {**names, "kept_by": order.kept_by}
+        return {"compact": bool(self._compact), "ends": kept, "wide": dict(order.wide)}
 
-    def _check_saved(self, ends: bool) -> None:
+    def _check_kept(self, state: dict[str, Any] | None) -> None:
         """Checks that what was saved is of a buffer that is compact, or of one that is not, as this one."""
-        if ends != bool(self._compact):
-            saver = "with compact" if ends else "without compact"
-            raise ValueError(f"compact must be {ends} to load what a buffer {saver} has saved, got {self.compact}")
+        if (saved := state is not None and state["compact"]) != bool(self._compact):
+            saver = "with" if saved else "without"
+            raise ValueError(f"compact must be {saved} to load what a buffer {saver} it has saved, got {self.compact}")
 
-    def _load_ends(self, state: dict[str, Any] | None) -> None:
+    def _load_kept(self, state: dict[str, Any] | None) -> None:
         order, entries = self._order, self._order.entries()
-        order.ends = None
-        if state is not None and entries is not None:
+        order.ends, order.wide, ends = None, {} if state is None else state["wide"], state and state["ends"]
+        if ends is not None and entries is not None:
             device = next(iter(entries.values(True, True))).device
-            rows = {tuple(path): leaf.to(device, copy=True) for path, leaf in state["rows"].items()}
-            flags = [None if key is None else tuple(key) for key in (state["mask"], state["traj"])]
-            done = tuple(map(tuple, state["done"]))
-            order.ends = Ends(state["count"].to(device, copy=True), rows, done, *flags)
-            order.kept_by, order.kept_writes = tuple(state["kept_by"]), order.writes
+            rows = {path: leaf.to(device, copy=True) for path, leaf in ends["rows"].items()}
+            order.ends = Ends(ends["count"].to(device, copy=True), rows, ends["done"], ends["mask"], ends["traj"])
+            order.kept_by, order.kept_writes = ends["by"], order.writes
 
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
@@ -107,35 +105,31 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         return id(entries), len(storage), storage._mutation_revision, versions
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torchrl, and which frame is the newest, whatever the writer; with compact, what comes after frames."""
+        """As in torchrl, and which frame is the newest, and how entries are kept."""
         with self._settled():
-            ends = {"_ends": self._ends_state()} if self._compact else {}
-            return {**super().state_dict(), "_ring": self._ring_state(), **ends}
+            return {**super().state_dict(), "_ring": self._ring_state(), "_kept": self._kept_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torchrl, whose buffers' states are taken, too."""
-        self._check_saved("_ends" in state_dict)
+        self._check_kept(state_dict.get("_kept"))
         with self._loading():
             super().load_state_dict(state_dict)
             self._load_ring(state_dict.get("_ring"))
-            self._load_ends(state_dict.get("_ends"))
+            self._load_kept(state_dict.get("_kept"))
 
     def dumps(self, path: str | Path) -> None:
         """As in torchrl, and what else :meth:`state_dict` holds."""
-        file = Path(path) / _ENDS_FILE
         with self._settled():
             super().dumps(path)
             (Path(path) / _RING_FILE).write_text(json.dumps(self._ring_state()))
-            if self._compact:
-                torch.save(self._ends_state(), file)
-            else:
-                file.unlink(missing_ok=True)
+            torch.save(self._kept_state(), Path(path) / _KEPT_FILE)
 
     def loads(self, path: str | Path) -> None:
         """As in torchrl, whose buffers' files are taken, too."""
-        ring, ends = Path(path) / _RING_FILE, Path(path) / _ENDS_FILE
-        self._check_saved(ends.exists())
+        ring, file = Path(path) / _RING_FILE, Path(path) / _KEPT_FILE
+        kept = torch.load(file, weights_only=True) if file.exists() else None
+        self._check_kept(kept)
         with self._loading():
             super().loads(path)
             self._load_ring(json.loads(ring.read_text()) if ring.exists() else None)
-            self._load_ends(torch.load(ends) if ends.exists() else None)
+            self._load_kept(kept)

@@ -1,12 +1,14 @@
 """CompactReplayBuffer: one that keeps observations once, as what comes after a frame is what the next one holds.
 
-Owns which entries are kept once, and when rows of what comes after an end are written. Reaches into private attributes
-of torchrl's buffers and writers. May import torchrl, ``ends``, ``storing_buffer`` and what it may, and ``roles``.
+Owns which entries are kept once, or as narrower dtypes, and when rows of what comes after an end are written. Reaches
+into private attributes of torchrl's buffers and writers. May import torchrl, ``ends``, ``storing_buffer`` and what it
+may, and ``roles``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from multistep_triton.stored import Leaves, leaves_of
 from multistep_triton.storing import Seen
 from multistep_triton.storing_buffer import StoringReplayBuffer
 
+NARROW = torch.float16, torch.bfloat16, torch.float32
+"""What entries can be stored as."""
 SLOTS_PER_END = 16
 """Slots for which there is one row of what comes after an end, unless told."""
 
@@ -32,12 +36,18 @@ class CompactReplayBuffer(StoringReplayBuffer):
     _compact: bool | tuple[KeyPath, ...] = False
     """Whether all entries are kept once that can be, or which ones, by their paths at the root."""
     _end_slots: int | None = None
+    _store_as: Mapping[KeyPath, torch.dtype] = MappingProxyType({})
 
     def _roles_in(self, entries: Container[KeyPath]) -> Roles:
         """The roles in data of these entries."""
         raise NotImplementedError
 
-    def _set_compact(self, compact: bool | Iterable[NestedKey], end_slots: int | None) -> None:
+    def _set_compact(
+        self,
+        compact: bool | Iterable[NestedKey],
+        end_slots: int | None,
+        store_as: Mapping[NestedKey, torch.dtype] | None,
+    ) -> None:
         """Sets the arguments, which are not set again."""
         if isinstance(compact, bool):
             self._compact = compact
@@ -51,6 +61,11 @@ class CompactReplayBuffer(StoringReplayBuffer):
                 raise ValueError(f"end_slots must be None without compact, got {end_slots!r}")
             check_positive_int("end_slots", end_slots)
         self._end_slots = end_slots
+        if store_as is not None and not isinstance(store_as, Mapping):
+            raise TypeError(f"store_as must be a dict of keys and dtypes, got {store_as!r}")
+        if odd := [dtype for dtype in (store_as or {}).values() if dtype not in NARROW]:
+            raise ValueError(f"store_as must have dtypes of {', '.join(map(str, NARROW))}, got {odd}")
+        self._store_as = {as_path(key): dtype for key, dtype in (store_as or {}).items()}
 
     @property
     def compact(self) -> bool | list[NestedKey]:
@@ -58,6 +73,11 @@ class CompactReplayBuffer(StoringReplayBuffer):
         if isinstance(self._compact, bool):
             return self._compact
         return [path[0] if len(path) == 1 else path for path in self._compact]
+
+    @property
+    def store_as(self) -> dict[NestedKey, torch.dtype]:
+        """The dtypes that entries are stored as, of those that come as others."""
+        return {path[0] if len(path) == 1 else path: dtype for path, dtype in self._store_as.items()}
 
     def ends_lost(self) -> int:
         """How many ends of trajectories among the frames that are stored have lost what comes after them.
@@ -146,6 +166,32 @@ class CompactReplayBuffer(StoringReplayBuffer):
         )
 
     # Storing
+
+    def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
+        if not self._store_as:
+            return data
+        leaves, order, wide = leaves_of(data, data.batch_dims), self._order, dict[KeyPath, torch.dtype]()
+        roles, data = self._roles_in(leaves), data.copy()
+        for named, dtype in self._store_as.items():
+            paths = [path for path in dict.fromkeys((named, ("next", *named))) if path in leaves]
+            if not paths:
+                raise KeyError(f"store_as must name entries of the data, got {named}, which has {list(leaves)}")
+            for path in paths:
+                leaf = leaves[path]
+                is_wide = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.itemsize > dtype.itemsize
+                if roles.is_role(path, leaf) or not is_wide:
+                    got = leaf.dtype if isinstance(leaf, Tensor) else "a non-tensor"
+                    raise ValueError(
+                        f"store_as must name entries of wider floating dtypes that are no rewards, got {path} of {got} "
+                        f"for {dtype}"
+                    )
+                wide[path] = leaf.dtype
+                data.set(path, leaf.to(dtype))
+        if order.stored() is None:
+            order.wide = wide
+        elif wide != order.wide:
+            raise ValueError(f"data must hold dtypes as what is stored came as, {dict(order.wide)}, got {wide}")
+        return data
 
     def _put(self, data: TensorDictBase, write: Callable[[TensorDictBase], Any]) -> Any:
         if not self._compact:

@@ -78,7 +78,7 @@ class Ends:
         def write() -> None:
             self.count[at] = count
             for key, rows in self.rows.items():
-                kept, leaf = bits(rows), bits(data[key])
+                kept, leaf = bits(rows), bits(data[key].to(rows.dtype))
                 kept[of_newest] = kept[(ends, *of_newest[1:])].clone()
                 kept[of_data] = leaf[(time[~first] - 1, *of_data[1:])]
                 kept[ends] = leaf[-1]

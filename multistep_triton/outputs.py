@@ -5,10 +5,12 @@ May import ``base`` and what it may, ``ends``, ``eager_ends`` and ``storing``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
@@ -71,14 +73,14 @@ def asked_of(group: Group, roles: Roles, is_asked: Callable[[KeyPath], bool], ma
     return group._replace(keys=selected(group.keys), sampled=selected(group.sampled))
 
 
-def kept_once(group: Group, twins: Container[KeyPath]) -> Group:
-    """A group of which entries are what comes after a window's end."""
+def stored_otherwise(group: Group, twins: Container[KeyPath], wide: Mapping[KeyPath, torch.dtype]) -> Group:
+    """A group of which entries are what comes after a window's end, or come out as another dtype."""
 
-    def after_end(keys: Keys) -> Keys:
+    def otherwise(keys: Keys) -> Keys:
         outputs = [(out, key, AFTER_END if key in twins else at) for out, key, at in keys.outputs]
-        return replace(keys, outputs=tuple(outputs))
+        return replace(keys, outputs=tuple(outputs), wide={key: wide[key] for key in keys.held if key in wide})
 
-    return group._replace(keys=after_end(group.keys), sampled=after_end(group.sampled))
+    return group._replace(keys=otherwise(group.keys), sampled=otherwise(group.sampled))
 
 
 class Layout(NamedTuple):
@@ -108,6 +110,7 @@ class Layout(NamedTuple):
         buffer: MultiStepBase,
         asked: Asked | None,
         ends: Ends | None = None,
+        wide: Mapping[KeyPath, torch.dtype] = MappingProxyType({}),
     ) -> Layout:
         """Reads a storage of ``ndim`` dimensions, by the arguments of a buffer."""
         written = buffer._roles_in(()).written
@@ -121,16 +124,17 @@ class Layout(NamedTuple):
             frames.find_layout()
         roles = buffer._roles_in(frames.leaves)
         groups, structure, match = buffer._groups_in(frames, roles), frames.structure, buffer._match_reward_shape
-        if ends is not None:
-            groups = structure.layout.find(
-                (roles, match, *ends.rows), lambda groups=groups: [kept_once(each, ends.rows) for each in groups]
-            )
+        twins = () if ends is None else tuple(ends.rows)
+        wide = {**wide} | {path: wide[path[1:]] for path in twins if path[1:] in wide}
+        stored = roles, match, twins, tuple(wide.items())
+        if twins or wide:
+            usual = groups
+            groups = structure.layout.find(stored, lambda: [stored_otherwise(each, twins, wide) for each in usual])
         if asked is not None:
             asked.check({*frames.leaves, *objects} - {COUNT_PATH}, roles, groups)
             all_of_them, is_asked = groups, asked.__getitem__
             groups = structure.layout.find(
-                (roles, match, asked.by, *(() if ends is None else ends.rows)),
-                lambda: [asked_of(each, roles, is_asked, match) for each in all_of_them],
+                (*stored, asked.by), lambda: [asked_of(each, roles, is_asked, match) for each in all_of_them]
             )
             structure.nodes = {path: node for path, node in structure.nodes.items() if asked.may_hold(path)}
         frames.leaves = KnownLeaves(frames.leaves)

@@ -7,7 +7,7 @@ Owns what is sampled of frames, and which data may be stored. May import ``base`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -103,6 +103,8 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
             of a trajectory is kept apart.
         end_slots: rows for that, per environment, 1 to the number of slots, which loses none. Where there are more
             ends, windows end a frame earlier. Defaults to one for every 16 slots.
+        store_as: narrower floating dtypes to store entries as; what is sampled is of the dtypes that came. A key names
+            the entry under ``"next"`` of that name, too; no rewards.
         **kwargs: those of :class:`torchrl.data.TensorDictReplayBuffer`. The storage is a ``LazyTensorStorage``,
             ``LazyMemmapStorage`` or another ``TensorStorage`` of a tensordict, the writer a ``RoundRobinWriter`` (the
             default one is) or, for a storage that is filled before, an ``ImmutableDatasetWriter``.
@@ -160,6 +162,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         capturable: bool = False,
         compact: bool | Sequence[NestedKey] = False,
         end_slots: int | None = None,
+        store_as: Mapping[NestedKey, torch.dtype] | None = None,
         **kwargs: Unpack[TorchRLArguments],
     ) -> None:
         if kwargs.get("storage") is None:
@@ -167,7 +170,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         # As of which change of the arguments the data that comes has been checked.
         self._changes, self._checked = 0, -1
         self._asked = None if outputs is None else Asked(outputs)
-        self._set_compact(compact, end_slots)
+        self._set_compact(compact, end_slots, store_as)
         self._capturable = check_bool("capturable", capturable)
         self._set_arguments(locals())
         super().__init__(**kwargs)
@@ -274,10 +277,10 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         """What is known of the storage's entries, which are read anew where they may be others."""
         order, before = self._order, self._layout_before
         indexed = isinstance(self._writer, TensorDictRoundRobinWriter)
-        of = order.entries(), order.changes(), self._changes, indexed, self._ends()
+        of = order.entries(), order.changes(), self._changes, indexed, self._ends(), order.wide
         if before is not None and of[0] is before.of[0] and of[1:] == before.of[1:]:
             return before
-        self._layout_before = Layout.read(of, self._storage.ndim, indexed, self, self._asked, of[-1])
+        self._layout_before = Layout.read(of, self._storage.ndim, indexed, self, self._asked, *of[-2:])
         return self._layout_before
 
     def _samples(self, indices: Sequence[Tensor], position: Position) -> tuple[Samples, int]:

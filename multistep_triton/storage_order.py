@@ -6,7 +6,8 @@ Reaches into private attributes of torchrl's storages and writers. May import to
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Order:
     """How often a writer has written."""
     ends: Ends | None = None
     """What comes after frames, if the storage keeps observations once."""
+    wide: Mapping[tuple[str, ...], torch.dtype] = MappingProxyType({})
+    """The dtypes that entries came as, of those that are stored as others."""
     kept_by: tuple[Any, ...] = ()
     """The arguments that told which frames are ends."""
     kept_writes = 0

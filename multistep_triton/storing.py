@@ -74,7 +74,8 @@ def find_seen(data: TensorDictBase, order: Order, writer: Writer, time_dim: int,
     if not all(isinstance(leaf, Tensor) and leaf.is_contiguous() for leaf in stored):
         return None
     of_paths = [kept_once[path] if path in kept_once else ring[path] for path in paths]
-    alike = kinds == [(leaf.dtype, leaf.shape[ndim:], leaf.device) for leaf in of_paths]
+    pairs, wide = zip(paths, of_paths, strict=True), order.wide
+    alike = kinds == [(wide.get(path, leaf.dtype), leaf.shape[ndim:], leaf.device) for path, leaf in pairs]
     count = len([*entries.keys(True, True)])
     if not alike or count != len(stored) or (numbers is not None and numbers.dtype != torch.int64) or INDEX in ring:
         return None

@@ -46,11 +46,12 @@ class StoringReplayBuffer(OrderedReplayBuffer):
     def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
         if (index := self._extend_alike(data)) is not None:
             return index
-        ndim, time_dim = self._storage.ndim, self.dim_extend
+        ndim, time_dim, given = self._storage.ndim, self.dim_extend, data
         check_dims(data, ndim, ndim)
         frames = data.shape[time_dim]
         if not data.batch_size.numel():
             return torch.zeros((0, ndim) if ndim > 1 else (0,), dtype=torch.long)
+        data = self._narrowed(data)
 
         def write() -> Tensor:
             # Of several frames for one slot, torch might keep any.
@@ -67,8 +68,12 @@ class StoringReplayBuffer(OrderedReplayBuffer):
 
         stored: Tensor = self._write(write, data, time_dim, frames)
         with self._replay_lock:
-            self._seen = self._find_seen(data, time_dim)
+            self._seen = self._find_seen(given, time_dim)
         return stored
+
+    def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
+        """Data of the dtypes that it is stored as."""
+        return data
 
     def _put(self, data: TensorDictBase, write: Callable[[TensorDictBase], Any]) -> Any:
         """Writes frames ``[T, *R]``, or a single one ``[*R]``, where the writer goes on."""
@@ -123,6 +128,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         if self.dim_extend > 1:
             # As extend lays out a frame of every environment.
             data = data.unsqueeze(self.dim_extend).transpose(self.dim_extend, 0)[0]
+        data = self._narrowed(data)
 
         def write() -> Any:
             index = self._put(data, self._writer.add)

@@ -65,6 +65,8 @@ class Keys:
     """The leaf, shaped as a flag, of integers that tell trajectories apart."""
     count: Hashable | None = None
     """The leaf, shaped as a flag, that is ``Ends.count``, if observations are kept once."""
+    wide: Mapping[Hashable, torch.dtype] = field(default_factory=dict)
+    """The floating dtypes that leaves come out as, of those that are stored as others."""
     held: tuple[Hashable, ...] = field(init=False)
     """Leaves that come out, each once."""
 
