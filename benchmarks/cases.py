@@ -1,7 +1,9 @@
 """Cases: what is stored in a replay buffer, how much of it per call, and under which names.
 
 A case is one call's worth of frames; its stream is that rollout again and again, each time rolled by one environment
-and one frame, so that calls differ and no call needs memory of its own.
+and one frame, so that calls differ and need no memory of their own but for the frame they end with. What comes after a
+frame is the observation of the next one, in a stream as in a rollout that follows itself, but at a done, where an
+episode ends with an observation that no other frame has.
 """
 
 from __future__ import annotations
@@ -143,19 +145,20 @@ def make_rollout(case: Case, device: torch.device | str = "cpu") -> TensorDict:
     """observation, action, next.observation, next.reward, done, terminated, truncated; one done in ten truncates."""
     generator = torch.Generator().manual_seed(0)
     shape = (case.envs, case.frames)
-    # One frame more than the rollout: what follows its last one.
     if case.kind == "pixels":
-        observation = pixels(case.envs, case.frames + 1, generator)
+        observation = pixels(case.envs, case.frames, generator)
     else:
-        observation = torch.randn(case.envs, case.frames + 1, case.width, generator=generator)
+        observation = torch.randn(case.envs, case.frames, case.width, generator=generator)
     done = torch.rand(*shape, 1, generator=generator) < case.p_done
     truncated = done & (torch.rand(*shape, 1, generator=generator) < 0.1)
+    following = observation.roll(-1, 1)
+    following[done[..., 0]] = -observation[done[..., 0]]
     return TensorDict(
         {
-            "observation": observation[:, :-1].contiguous(),
+            "observation": observation,
             "action": torch.randn(*shape, ACTION_WIDTH, generator=generator),
             "next": {
-                "observation": observation[:, 1:].contiguous(),
+                "observation": following,
                 "reward": torch.randn(*shape, 1, generator=generator),
                 "done": done,
                 "terminated": done & ~truncated,
@@ -174,17 +177,31 @@ class Stream:
     """
 
     def __init__(self, rollout: TensorDict, length: int):
-        self.rollout, self.length = rollout, length
+        self.length = length
         self.envs, self.frames = rollout.batch_size
+        # Besides, of every environment, the frame with which each call ends: what comes after it is what the next call
+        # begins with, elsewhere in the rollout.
+        calls = torch.arange(-(-length // self.frames), device=rollout["action"].device)
+        env = torch.arange(self.envs, device=calls.device).unsqueeze(-1)
+        last = rollout[env, (-1 - calls) % self.frames]
+        begin = rollout["observation"][(env - 1) % self.envs, (-1 - calls) % self.frames]
+        following = last["next", "observation"]
+        goes_on = ~last["next", "done"].view(*last.batch_size, *[1] * (begin.ndim - 2))
+        last["next", "observation"] = torch.where(goes_on, begin, following)
+        self.rollout = torch.cat((rollout, last), 1)
 
     def __iter__(self) -> Iterator[TensorDict]:
-        number = torch.arange(self.envs * self.length, dtype=torch.float32, device=self.rollout["action"].device)
+        rollout, last = self.rollout.split((self.frames, self.rollout.shape[1] - self.frames), 1)
+        number = torch.arange(self.envs * self.length, dtype=torch.float32, device=rollout["action"].device)
         for call, numbers in enumerate(number.view(self.envs, self.length).split(self.frames, 1)):
-            part = self.rollout.apply(lambda leaf, call=call: leaf.roll((call, call), (0, 1)))[:, : numbers.shape[1]]
+            part = rollout.apply(lambda leaf, call=call: leaf.roll((call, call), (0, 1)))
+            part[:, -1] = last[:, call].roll(call, 0)
+            part = part[:, : numbers.shape[1]]
             part["action"][..., 0] = numbers
             yield part
 
     def source(self, env: np.ndarray, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where in the rollout a frame of the stream lies."""
         call, frame = np.divmod(frame, self.frames)
-        return (env - call) % self.envs, (frame - call) % self.frames
+        inside = (frame - call) % self.frames
+        return (env - call) % self.envs, np.where(frame == self.frames - 1, self.frames + call, inside)

@@ -39,6 +39,7 @@ OPERATIONS_OF = {
 TORCHRL, COMPILED = "torchrl", "torchrl, compiled"
 REFERENCE, TRITON = "multistep_triton reference", "multistep_triton triton"
 BUFFER_REFERENCE, BUFFER_TRITON = "NStepReplayBuffer reference", "NStepReplayBuffer triton"
+COMPACT_REFERENCE, COMPACT_TRITON = (f"{name}, compact" for name in (BUFFER_REFERENCE, BUFFER_TRITON))
 SB3 = "stable-baselines3"
 RING, SELECTING_RING = "FastTD3-style", "FastTD3-style, index_select"
 CLONE, GATHERS = "clone", "row gathers"
@@ -133,10 +134,12 @@ def ours(backend: str) -> Callable[[Case, str, torch.device], Subject]:
     return with_transform(lambda case: MultiStepTransform(case.n_steps, GAMMA, backend=backend))
 
 
-def buffer_of_ours(backend: str) -> Callable[[Case, str, torch.device], Subject]:
+def buffer_of_ours(backend: str, compact: bool = False) -> Callable[[Case, str, torch.device], Subject]:
     def subject(case: Case, operation: str, device: torch.device) -> Subject:
+        # Of one row for every slot no end is lost, however many there are, and every window is as long as the others'.
+        once = {"compact": True, "end_slots": case.capacity(True)} if compact else {}
         storage = storage_of(case, device, True)
-        buffer = NStepReplayBuffer(n_steps=case.n_steps, gamma=GAMMA, backend=backend, storage=storage)
+        buffer = NStepReplayBuffer(n_steps=case.n_steps, gamma=GAMMA, backend=backend, storage=storage, **once)
         return sampled(case, operation, buffer.extend, buffer.sample, done_at="end")
 
     return subject
@@ -235,6 +238,8 @@ CONTENDERS = [
     Contender(TRITON, OPERATIONS[:3], ours("triton"), triton_obstacle),
     Contender(BUFFER_REFERENCE, OPERATIONS[2:], buffer_of_ours("reference")),
     Contender(BUFFER_TRITON, OPERATIONS[2:], buffer_of_ours("triton"), triton_obstacle),
+    Contender(COMPACT_REFERENCE, OPERATIONS[2:], buffer_of_ours("reference", compact=True)),
+    Contender(COMPACT_TRITON, OPERATIONS[2:], buffer_of_ours("triton", compact=True), triton_obstacle),
     Contender(
         SB3,
         OPERATIONS[2:],

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torchrl.data import RoundRobinWriter
 
 from multistep_triton.compact_buffer import CompactReplayBuffer
@@ -69,7 +70,8 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
                 f"there: {'' if ends is None else ends.slots} rows of an environment, end_slots, are too few",
                 stacklevel=3,
             )
-        return {"compact": bool(self._compact), "ends": kept, "wide": dict(order.wide)}
+        waiting = order.waiting if order.waiting is None else [[*order.waiting.shape], order.waiting.to_dict()]
+        return {"compact": bool(self._compact), "ends": kept, "wide": dict(order.wide), "waiting": waiting}
 
     def _check_kept(self, state: dict[str, Any] | None) -> None:
         """Checks that what was saved is of a buffer that is compact, or of one that is not, as this one."""
@@ -80,6 +82,8 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
     def _load_kept(self, state: dict[str, Any] | None) -> None:
         order, entries = self._order, self._order.entries()
         order.ends, order.wide, ends = None, {} if state is None else state["wide"], state and state["ends"]
+        waiting = state and state["waiting"]
+        order.waiting = TensorDict(waiting[1], waiting[0]) if waiting else None
         if ends is not None and entries is not None:
             device = next(iter(entries.values(True, True))).device
             rows = {path: leaf.to(device, copy=True) for path, leaf in ends["rows"].items()}

@@ -161,11 +161,64 @@ class CompactReplayBuffer(StoringReplayBuffer):
         return Ends(
             torch.zeros(slots, *lead, dtype=torch.int32, device=leaves[twins[0]].device),
             {path: leaves[path].new_empty(ends + 1, *leaves[path].shape[1:]) for path in twins},
-            tuple([path for path, leaf in leaves.items() if roles.is_flag(path, leaf)]),
-            *(path if path in leaves else None for path in (roles.mask, roles.traj)),
+            *self._marks(roles, leaves),
         )
 
+    @staticmethod
+    def _marks(roles: Roles, leaves: Leaves) -> tuple[tuple[KeyPath, ...], KeyPath | None, KeyPath | None]:
+        """What tells ends: the done flags of all groups, and mask and trajectory ids, if there are such."""
+        mask, traj = (path if path in leaves else None for path in (roles.mask, roles.traj))
+        return tuple([path for path, leaf in leaves.items() if roles.is_flag(path, leaf)]), mask, traj
+
     # Storing
+
+    def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
+        data, waiting = self._completed(data)
+        index = super()._extend(data, update_priority=update_priority)
+        if waiting is not None:
+            self._order.waiting = waiting
+        return index
+
+    def _add(self, data: TensorDictBase) -> Any:
+        if self._compact and data.ndim == self._storage.ndim - 1 and "final" in data.keys():  # noqa: SIM118
+            return self._extend(data.unsqueeze(self.dim_extend))
+        return super()._add(data)
+
+    def _completed(self, data: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase | None]:
+        """Frames with what comes after them, of frames without, and the newest, which waits until the next has come.
+
+        What comes after ends is then the entries of the group "final".
+        """
+        order, dim = self._order, self.dim_extend
+        waiting: TensorDictBase | None = order.waiting
+        if not self._compact or (data.get("final", None) is None and waiting is None) or not data.numel():
+            return data, None
+        leaves = leaves_of(data, data.batch_dims)
+        finals = [path for path in leaves if path[0] == "final" and ("next", *path[1:]) not in leaves]
+        if waiting is not None and sorted(leaves) != sorted(leaves_of(waiting, waiting.batch_dims)):
+            raise KeyError(
+                f"data must hold the entries of the frames before, which came without what comes after them, "
+                f"got {list(leaves)}"
+            )
+        if getattr(self, "_capturable", False):
+            raise ValueError("capturable must be False where frames come without what comes after them")
+        if waiting is not None:
+            data = torch.cat([waiting, data], dim)
+        leaves = {path: leaf.transpose(0, dim) for path, leaf in leaves_of(data, data.batch_dims).items()}
+        marks = self._marks(self._roles_in(leaves), leaves)
+        lead = leaves[finals[0]].shape[1 : data.ndim]
+        ended = Ends(torch.empty(1, *lead), {}, *marks).find_ended(leaves, {}, None)[1:]
+        whole = data.narrow(dim, 0, data.shape[dim] - 1).exclude("final")
+        for path in finals:
+            own, after = leaves[path[1:]], leaves[path]
+            there = ended.view(*ended.shape, *[1] * (own.ndim - ended.ndim))
+            whole.set(("next", *path[1:]), torch.where(there, after[:-1], own[1:]).transpose(0, dim))
+        return whole, data.narrow(dim, data.shape[dim] - 1, 1).clone()
+
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Empties the buffer, as in torchrl."""
+        self._order.waiting = None
+        super().empty(empty_write_count)
 
     def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
         if not self._store_as:

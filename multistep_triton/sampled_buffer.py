@@ -59,6 +59,9 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         return (data, self._info_of(index)) if return_info else data
 
     def _set_index_in_td(self, tensordict: TensorDictBase, index: Tensor | int | None) -> None:
+        if self._order.waiting is not None:
+            # That of a call whose newest frame waits is of other frames.
+            return
         # torchrl's takes the indices, which are those of frames with time first, for some with time last.
         ndim, dim = self._storage.ndim, self.dim_extend
         if ndim == 1 or not isinstance(index, Tensor):

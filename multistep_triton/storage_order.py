@@ -41,6 +41,8 @@ class Order:
     """What comes after frames, if the storage keeps observations once."""
     wide: Mapping[tuple[str, ...], torch.dtype] = MappingProxyType({})
     """The dtypes that entries came as, of those that are stored as others."""
+    waiting: TensorDictBase | None = None
+    """The newest frame, ``[*B, 1]``, where frames come without what comes after them."""
     kept_by: tuple[Any, ...] = ()
     """The arguments that told which frames are ends."""
     kept_writes = 0

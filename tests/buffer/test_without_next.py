@@ -1,0 +1,87 @@
+"""Frames that come without what comes after them, as from a collector with compact_obs=True, beside those with it."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from rings import TRAJ_KEY, make_buffer, make_stream
+from test_compact import kept_once
+
+CAPACITY, CUTS = 12, [1, 3, 5, 13, 1, 1, 1]
+
+
+def without(stream):
+    """The frames without what comes after them, which is there of ends alone."""
+    bare = stream.exclude(("next", "observation"))
+    bare["final", "observation"] = stream["next", "observation"].clone()
+    return bare
+
+
+def make(batch, **arguments):
+    return make_buffer(CAPACITY, batch, **{"compact": ["observation"], "end_slots": CAPACITY, **arguments})
+
+
+def assert_same(buffer, other):
+    assert len(buffer) == len(other)
+    if len(other):
+        sample, expected = buffer.sample(len(other)), other.sample(len(other))
+        assert set(sample.keys(True, True)) == set(expected.keys(True, True))
+        for key, leaf in expected.items(True, True):
+            assert torch.equal(sample[key], leaf), key
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("marks", [{}, {"mask": True}, {"traj": True}], ids=str)
+def test_frames_are_stored_when_the_next_one_has_come(batch, marks):
+    traj = TRAJ_KEY if "traj" in marks else None
+    stream = kept_once(make_stream(batch, 40, p_done=0.3, **marks), traj_key=traj)
+    bare, buffer, usual, begin = without(stream), make(batch), make(batch), 0
+    for frames in CUTS:
+        index = buffer.extend(bare[..., begin : begin + frames])
+        stored = stream[..., max(begin - 1, 0) : begin + frames - 1]
+        if stored.numel():
+            assert torch.equal(index, usual.extend(stored))
+        begin += frames
+        assert_same(buffer, usual)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed = make(batch)
+        resumed.load_state_dict(copy.deepcopy(buffer.state_dict()))
+    for each in (buffer, resumed):
+        each.extend(bare[..., begin : begin + 2])
+    usual.extend(stream[..., begin - 1 : begin + 1])
+    assert_same(buffer, usual), assert_same(resumed, usual)
+
+
+def test_single_frames_and_an_empty_buffer():
+    stream = kept_once(make_stream((3,), 20))
+    bare, buffer, usual = without(stream), make((3,)), make((3,))
+    for t in range(10):
+        buffer.add(bare[:, t])
+    usual.extend(stream[:, :9])
+    assert_same(buffer, usual)
+    buffer.empty(), usual.empty()
+    buffer.extend(bare[:, 10:15]), usual.extend(stream[:, 10:14])
+    assert_same(buffer, usual)
+
+
+def test_a_call_that_fails_leaves_the_frame_that_waits():
+    stream = kept_once(make_stream((3,), 20))
+    bare, buffer, usual = without(stream), make((3,)), make((3,))
+    buffer.extend(bare[:, :5])
+    with pytest.raises(KeyError, match="of the frames before, which came without what comes after them"):
+        buffer.extend(stream[:, 5:6])
+    odd = bare[:, 5:6].clone()
+    odd["action"] = odd["action"].float()
+    with pytest.raises(ValueError, match="action"):
+        buffer.extend(odd)
+    buffer.extend(bare[:, 5:8])
+    usual.extend(stream[:, :7])
+    assert_same(buffer, usual)
+
+
+def test_a_captured_step_cannot_wait():
+    buffer = make((3,), capturable=True, sampler=None)
+    with pytest.raises(ValueError, match="capturable must be False"):
+        buffer.extend(without(kept_once(make_stream((3,), 5))))
