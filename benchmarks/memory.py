@@ -186,8 +186,8 @@ def report(rows: pd.DataFrame) -> str:
             f"Python {platform.python_version()}, {versions}.",
             f"Bytes of all that a full buffer of {SLOTS} slots per environment holds, over its transitions, and GB "
             f"(1e9 bytes) of as many as a training run stores. `compact` has the default `end_slots`, a row of what "
-            f"comes after an end for every 16 slots; bfloat16: observations and actions, by `store_as`. Pictures have no row "
-            f"of it, as they are no floats, and none of FastTD3, which stores vectors of float32; with its "
+            f"comes after an end for every 16 slots; bfloat16: observations and actions, by `store_as`. Pictures have "
+            f"no row of it, as they are no floats, and none of FastTD3, which stores vectors of float32; with its "
             f"`playground_mode`, where critics observe what actors do and more, it stores of theirs what is more. "
             f"stable-baselines3 holds both observations in one vector; its NStepReplayBuffer says to "
             f'`optimize_memory_usage`: "{refusal()}".',

@@ -23,6 +23,8 @@ from benchmarks.contenders import (
     BUFFER_TRITON,
     BUFFERS,
     CLONE,
+    COMPACT_REFERENCE,
+    COMPACT_TRITON,
     COMPILED,
     GATHERS,
     OURS,
@@ -45,6 +47,8 @@ COLORS = {
     TRITON: "#1b998b",
     BUFFER_REFERENCE: "#61a5c2",
     BUFFER_TRITON: "#7bc8a4",
+    COMPACT_REFERENCE: "#a9d6e5",
+    COMPACT_TRITON: "#b7e4c7",
     SB3: "#8d6a9f",
     RING: "#c9a227",
     SELECTING_RING: "#e3cf87",
@@ -100,6 +104,8 @@ def label(contender: str, device: str) -> str:
         BUFFER_REFERENCE: f"our buffer ({eager})",
         TRITON: "ours (GPU)",
         BUFFER_TRITON: "our buffer (GPU)",
+        COMPACT_REFERENCE: f"our buffer, compact ({eager})",
+        COMPACT_TRITON: "our buffer, compact (GPU)",
     }.get(contender, contender)
 
 

@@ -76,6 +76,8 @@ class SimpleReplayBuffer:
         compact: whether observations are stored once instead of twice. The next observations of a frame that is
             neither done nor truncated must then be the observations of the next one, as those of both scripts are but
             where FastTD3's evaluates. Defaults to True.
+        end_slots: with ``compact``, rows for the next observations of frames that are done or truncated, per
+            environment. Of more, windows end a frame earlier. Defaults to one for every 16 slots.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class SimpleReplayBuffer:
         device: torch.device | str | None = None,
         *,
         compact: bool = True,
+        end_slots: int | None = None,
     ) -> None:
         self.n_env, self.buffer_size, self.n_steps, self.gamma = n_env, buffer_size, n_steps, gamma
         self.n_obs, self.n_act, self.n_critic_obs = n_obs, n_act, n_critic_obs
@@ -114,6 +117,7 @@ class SimpleReplayBuffer:
                 "steps_to_next_obs",
             ],
             compact=compact,
+            end_slots=end_slots,
         )
 
     @torch.no_grad()

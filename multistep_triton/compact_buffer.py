@@ -18,6 +18,7 @@ from torch import Tensor
 from multistep_triton.backends import resolve_backend
 from multistep_triton.checks import check_positive_int
 from multistep_triton.ends import Ends
+from multistep_triton.engine import check_kept_once
 from multistep_triton.frames import KeyPath
 from multistep_triton.roles import COUNT_PATH, Roles, as_path, key_list
 from multistep_triton.stored import Leaves, leaves_of
@@ -28,6 +29,25 @@ NARROW = torch.float16, torch.bfloat16, torch.float32
 """What entries can be stored as."""
 SLOTS_PER_END = 16
 """Slots for which there is one row of what comes after an end, unless told."""
+
+
+def find_twins(roles: Roles, leaves: Leaves) -> list[KeyPath]:
+    """The entries under "next" that can be kept once: no rewards or flags, and alike at the root."""
+
+    def is_twin(path: KeyPath, leaf: Any) -> bool:
+        twin = leaves.get(path[1:]) if path[0] == "next" and len(path) > 1 else None
+        if not isinstance(leaf, Tensor) or not isinstance(twin, Tensor) or roles.is_role(path, leaf):
+            return False
+        above = any(path[: len(done)] == done for done in roles.dones)
+        return not above and (leaf.dtype, leaf.shape) == (twin.dtype, twin.shape)
+
+    return [path for path, leaf in leaves.items() if is_twin(path, leaf)]
+
+
+def marks_of(roles: Roles, leaves: Leaves) -> tuple[tuple[KeyPath, ...], KeyPath | None, KeyPath | None]:
+    """What tells ends: the done flags of all groups, and mask and trajectory ids, if there are such."""
+    mask, traj = (path if path in leaves else None for path in (roles.mask, roles.traj))
+    return tuple([path for path, leaf in leaves.items() if roles.is_flag(path, leaf)]), mask, traj
 
 
 class CompactReplayBuffer(StoringReplayBuffer):
@@ -124,15 +144,7 @@ class CompactReplayBuffer(StoringReplayBuffer):
 
     def _twins(self, roles: Roles, leaves: Leaves) -> list[KeyPath]:
         """The entries under "next" that are kept once."""
-
-        def is_twin(path: KeyPath, leaf: Any) -> bool:
-            twin = leaves.get(path[1:]) if path[0] == "next" and len(path) > 1 else None
-            if not isinstance(leaf, Tensor) or not isinstance(twin, Tensor) or roles.is_role(path, leaf):
-                return False
-            above = any(path[: len(done)] == done for done in roles.dones)
-            return not above and (leaf.dtype, leaf.shape) == (twin.dtype, twin.shape)
-
-        twins = [path for path, leaf in leaves.items() if is_twin(path, leaf)]
+        twins = find_twins(roles, leaves)
         if isinstance(self._compact, bool):
             return twins
         if none := [path for path in self._compact if ("next", *path) not in twins]:
@@ -161,14 +173,8 @@ class CompactReplayBuffer(StoringReplayBuffer):
         return Ends(
             torch.zeros(slots, *lead, dtype=torch.int32, device=leaves[twins[0]].device),
             {path: leaves[path].new_empty(ends + 1, *leaves[path].shape[1:]) for path in twins},
-            *self._marks(roles, leaves),
+            *marks_of(roles, leaves),
         )
-
-    @staticmethod
-    def _marks(roles: Roles, leaves: Leaves) -> tuple[tuple[KeyPath, ...], KeyPath | None, KeyPath | None]:
-        """What tells ends: the done flags of all groups, and mask and trajectory ids, if there are such."""
-        mask, traj = (path if path in leaves else None for path in (roles.mask, roles.traj))
-        return tuple([path for path, leaf in leaves.items() if roles.is_flag(path, leaf)]), mask, traj
 
     # Storing
 
@@ -205,7 +211,7 @@ class CompactReplayBuffer(StoringReplayBuffer):
         if waiting is not None:
             data = torch.cat([waiting, data], dim)
         leaves = {path: leaf.transpose(0, dim) for path, leaf in leaves_of(data, data.batch_dims).items()}
-        marks = self._marks(self._roles_in(leaves), leaves)
+        marks = marks_of(self._roles_in(leaves), leaves)
         lead = leaves[finals[0]].shape[1 : data.ndim]
         ended = Ends(torch.empty(1, *lead), {}, *marks).find_ended(leaves, {}, None)[1:]
         whole = data.narrow(dim, 0, data.shape[dim] - 1).exclude("final")
@@ -261,10 +267,9 @@ class CompactReplayBuffer(StoringReplayBuffer):
         newest = None if position is None else position.newest
         slot = 0 if position is None else (position.newest + 1) % position.slots
         ended = made.find_ended(leaves, ring, newest)
-        if resolve_backend(self._backend, leaves.values()) == "verify":
-            from multistep_triton.debug.verify import check_kept_once
-
-            check_kept_once(made, leaves, ended)
+        # Before the first frame there is none whose trajectory it would go on with.
+        begun = ended if newest is not None else torch.cat((torch.ones_like(ended[:1]), ended[1:]))
+        check_kept_once(made, leaves, begun, self._backend)
         keep = made.find_writes(leaves, ended, newest, slot)
         index = write(data.exclude(*[path for path in made.rows]))
         keep()

@@ -41,7 +41,7 @@ NAMES = {
     "ordered_buffer.py": {
         # a buffer's parts, and how it is put together
         "_init", "_initialized", "_get_collate_fn", "_collate_fn", "_storage", "_sampler", "_writer", "_rng", "_empty",
-        "_attached_entities", "_dim_extend",
+        "_attached_entities", "_dim_extend", "_transform",
         # its locks, and what it prefetches
         "_replay_lock", "_futures_lock", "_clear_prefetch_queue_locked",
     },
@@ -55,9 +55,13 @@ NAMES = {
         # a buffer's parts and locks
         "_rng", "_storage", "_writer", "_replay_lock", "_write_lock", "_attached_entities", "_sample_unit", "_prefetch",
     },
+    "compact_buffer.py": {
+        # a buffer's parts, and how it stores
+        "_storage", "_extend", "_add",
+    },
     "replay_buffer.py": {
         # a buffer's parts, and whether samples are prefetched
-        "_storage", "_writer", "_transform", "_prefetch",
+        "_storage", "_writer", "_prefetch",
     },
     "checkpoints.py": {
         # what must stand still meanwhile

@@ -124,15 +124,25 @@ def _add_doctor(commands: Any) -> None:
         help="say what runs on this machine, and check that it computes the same",
         description="Prints versions, devices, and which backend runs where and why. Then runs random streams: the "
         "kernels beside the reference, compiled on every GPU and interpreted on the CPU, and the reference beside "
-        "torchrl's transform, where that is right. Exits with 1 if any differ.",
+        "torchrl's transform, where that is right. Exits with 1 if any differ. Of a FILE it says instead which "
+        "observations an NStepReplayBuffer can keep once, with compact=True, and exits with 1 if any cannot be.",
     )
     parser.set_defaults(run=_doctor, parser=parser)
+    text = "a rollout of 1-step transitions [*B, T], saved with torch.save"
+    parser.add_argument("file", nargs="?", metavar="FILE", type=Path, help=text)
     _add_positive_int(parser, "streams", 200, "random streams in each comparison")
     _add_seed(parser, "seed of the first stream")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def _doctor(parser: _Parser, options: argparse.Namespace) -> int:
+    if options.file is not None:
+        from multistep_triton.debug import kept_once
+
+        try:
+            return kept_once.run(options.file)
+        except (KeyError, ValueError) as error:
+            parser.error(str(error.args[0]))
     from multistep_triton.debug import doctor
 
     return doctor.run(streams=options.streams, seed=options.seed, as_json=options.json)

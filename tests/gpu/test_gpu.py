@@ -19,7 +19,11 @@ if not torch.cuda.is_available():
 # What torch says of its own tools.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
-    for message in ("Synchronization debug mode is a prototype", "The CUDA Graph is empty")
+    for message in (
+        "Synchronization debug mode is a prototype",
+        "The CUDA Graph is empty",
+        ".*have lost what comes after",
+    )
 ]
 N_STEPS = [3, 20]
 KERNELS = ["n_step_windows_kernel", "n_step_rows_kernel"]
@@ -184,6 +188,14 @@ def buffer_on(device, n_steps=3, slots=20, sampler=None, **arguments):
     return buffer
 
 
+def loaded(buffer, n_steps=3, **arguments):
+    """A buffer of other arguments that holds the same."""
+    storage = LazyTensorStorage(320, ndim=2, device="cuda")
+    other = NStepReplayBuffer(n_steps=n_steps, gamma=0.97, storage=storage, **arguments)
+    other.load_state_dict(copy.deepcopy(buffer.state_dict()))
+    return other
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda buffer: pickle.loads(pickle.dumps(buffer))])
 def test_a_copy_of_a_buffer(duplicate):
     buffer = buffer_on("cuda", sampler=SamplerWithoutReplacement(shuffle=False))
@@ -252,7 +264,9 @@ def test_launches_of_storing_as_the_profiler_counts_them():
     assert ran_on_gpu(profile) == ["store_rows_kernel"]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"n_steps": (1, 4)}, {"outputs": ["observation", "next", "gamma"]}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"n_steps": (1, 4)}, {"outputs": ["observation", "next", "gamma"]}, {"compact": True}], ids=str
+)
 def test_a_step_in_a_cuda_graph(arguments):
     """Captured once and replayed across many wraps, it stores what a usual buffer does, and samples right."""
     buffer, usual = buffer_on("cuda", **arguments, capturable=True), buffer_on("cuda", **arguments)
@@ -277,9 +291,7 @@ def test_a_step_in_a_cuda_graph(arguments):
         if t % 20 == 0:
             assert len(buffer) == len(usual) == 320
             assert (buffer[:] == usual[:]).all()
-            check = buffer_on("cuda", backend="verify")
-            check.load_state_dict(usual.state_dict())
-            check.sample(64)
+            loaded(usual, backend="verify", compact=usual.compact).sample(64)
     assert len(set(torch.stack(drawn).tolist())) > 150
     with pytest.raises(RuntimeError, match="outside of the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         len(buffer)
@@ -288,9 +300,10 @@ def test_a_step_in_a_cuda_graph(arguments):
     assert (buffer[:] == usual[:]).all()
 
 
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("n_steps", N_STEPS)
-def test_what_a_graph_samples_is_what_is_sampled_of_the_same_draws(n_steps):
-    buffer, frame = buffer_on("cuda", n_steps, capturable=True), rollout_on("cuda", 1)
+def test_what_a_graph_samples_is_what_is_sampled_of_the_same_draws(n_steps, compact):
+    buffer, frame = buffer_on("cuda", n_steps, capturable=True, compact=compact), rollout_on("cuda", 1)
     stream = rollout_on("cuda", 50)
     for _ in range(2):
         buffer.extend(frame), buffer.sample(64)
@@ -301,8 +314,8 @@ def test_what_a_graph_samples_is_what_is_sampled_of_the_same_draws(n_steps):
     for t in range(50):
         frame.copy_(stream[:, t : t + 1])
         graph.replay()
-        usual = buffer_on("cuda", n_steps, sampler=Drawn(sample["index"].unbind(-1)), backend="reference")
-        usual.load_state_dict(copy.deepcopy(buffer.state_dict()))
+        drawn = Drawn(sample["index"].unbind(-1))
+        usual = loaded(buffer, n_steps, sampler=drawn, backend="reference", compact=compact)
         same(sample, usual.sample(64))
 
 
@@ -330,3 +343,53 @@ def test_offsets_beyond_32_bits():
     rollout["next", "pixels"] = torch.randint(256, (2, 9, 2**27), dtype=torch.uint8, device="cuda")
     out = MultiStep(0.9, 3, backend="verify")(rollout)
     assert out["next", "pixels"].nbytes > 2**31
+
+
+def kept_once(stream):
+    """A stream in which what comes after a frame is what the next one holds, but at ends."""
+    ended, own, after = stream["next", "done"], stream["observation"], stream["next", "observation"]
+    stream["next", "observation"] = torch.where(ended, after, own.roll(-1, 1))
+    return stream
+
+
+@pytest.mark.parametrize("arguments", [{}, {"store_as": {"observation": torch.bfloat16}}], ids=str)
+@pytest.mark.parametrize("n_steps", N_STEPS)
+def test_observations_kept_once(n_steps, arguments):
+    stream, parts = kept_once(make_rollout((64,), 120)), [15, 1, 17, 1, 1, 20, 1, 30]
+    buffers = []
+    for device, compact in (("cuda", True), ("cuda", False), ("cpu", True)):
+        storage = LazyTensorStorage(64 * 20, ndim=2, device=device)
+        kept = {"compact": True, "end_slots": 20 if n_steps == 3 else 2} if compact else {}
+        sampler = SamplerWithoutReplacement(shuffle=False)
+        buffers.append(
+            NStepReplayBuffer(n_steps=n_steps, gamma=0.97, storage=storage, sampler=sampler, **kept, **arguments)
+        )
+    for part in stream[:, : sum(parts)].split(parts, -1):
+        for buffer, device in zip(buffers, ("cuda", "cuda", "cpu"), strict=True):
+            buffer.extend(part.to(device))
+        compact, full, on_cpu = (buffer.sample(len(buffer)) for buffer in buffers)
+        same(compact, on_cpu)
+        if n_steps == 3:
+            for key, leaf in full.items(True, True):
+                assert torch.equal(compact[key], leaf) or arguments, key
+    assert buffers[0].ends_lost() == buffers[2].ends_lost()
+
+
+def test_launches_of_a_step_with_observations_kept_once():
+    buffer, stream = buffer_on("cuda", compact=True), kept_once(rollout_on("cuda", 12))
+    for t in range(3):
+        buffer.extend(stream[:, t : t + 1]), buffer.sample(64)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            buffer.extend(stream[:, 3:4]), buffer.sample(64)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    ran = ran_on_gpu(profile)
+    assert [name for name in ran if "kernel" in name and name.startswith(("n_step", "store"))] == [
+        "store_rows_kernel",
+        *KERNELS,
+    ]
+    assert len(ran) == 4  # the draw among them

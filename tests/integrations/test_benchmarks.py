@@ -13,6 +13,7 @@ from benchmarks.cases import CASES, GAMMA, Case, Stream, make_rollout, select
 from benchmarks.contenders import (
     BUFFER_REFERENCE,
     CLONE,
+    COMPACT_REFERENCE,
     COMPILED,
     CONTENDERS,
     GATHERS,
@@ -55,6 +56,14 @@ def test_a_stream_is_where_its_source_says():
     assert (frame == np.arange(37)).all()
     assert torch.equal(stream.rollout["observation"][stream.source(env, frame)], joined["observation"])
     assert len(joined["observation"].flatten(0, 1).unique(dim=0)) == 32
+
+
+@pytest.mark.parametrize("case", [CASE, Case("streaming", 4, 1, 0.2), Case("state", 1, 8, 0.2)], ids=str)
+def test_what_comes_after_a_frame_is_what_the_next_one_holds_but_at_a_done(case):
+    rollout = make_rollout(case)
+    for frames in (torch.cat(list(Stream(rollout, 5 * case.frames - case.frames // 2)), 1), rollout.repeat(1, 9)):
+        goes_on = (frames["next", "observation"][:, :-1] == frames["observation"][:, 1:]).all(-1)
+        assert torch.equal(goes_on, ~frames["next", "done"][:, :-1, 0])
 
 
 class WrongGamma(MultiStepTransform):
@@ -119,7 +128,7 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.parametrize("name", [SB3, RING, SELECTING_RING, BUFFER_REFERENCE])
+@pytest.mark.parametrize("name", [SB3, RING, SELECTING_RING, BUFFER_REFERENCE, COMPACT_REFERENCE])
 @pytest.mark.parametrize("case", SAMPLED, ids=str)
 def test_buffers_that_look_ahead_are_checked(name, case):
     rollout = make_rollout(case)
@@ -282,7 +291,7 @@ def test_a_run_of_one_operation_has_files_of_its_own(tmp_path, capsys):
     timed = rows[rows["status"] == "ok"].set_index(["case", "contender"])
     for case, group in timed.groupby(level="case"):
         median = group.loc[case, "median_ms"]
-        assert set(median.index) == {TORCHRL, BUFFER_REFERENCE, SB3, RING, SELECTING_RING, GATHERS}
+        assert set(median.index) == {TORCHRL, BUFFER_REFERENCE, COMPACT_REFERENCE, SB3, RING, SELECTING_RING, GATHERS}
         ours = timed.loc[case, BUFFER_REFERENCE]
         assert ours["this_over_row_gathers"] == pytest.approx(median[BUFFER_REFERENCE] / median[GATHERS])
         for column, peer in (("fasttd3_over_this", RING), ("fasttd3_index_select_over_this", SELECTING_RING)):

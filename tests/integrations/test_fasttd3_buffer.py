@@ -23,7 +23,8 @@ def make(request):
 
     def make_buffer(mode="symmetric", **options):
         sizes = {"n_env": ENVS, "buffer_size": SLOTS, "n_obs": N_OBS, "n_act": N_ACT, "n_critic_obs": N_CRITIC}
-        return SimpleReplayBuffer(**sizes | {"gamma": GAMMA} | MODES[mode] | options, compact=request.param)
+        kept = {"compact": request.param, "end_slots": SLOTS if request.param else None}
+        return SimpleReplayBuffer(**sizes | {"gamma": GAMMA} | MODES[mode] | options | kept)
 
     return make_buffer
 

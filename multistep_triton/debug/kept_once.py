@@ -1,0 +1,50 @@
+"""Whether a rollout's observations can be kept once: what comes after a frame is what the next one holds.
+
+May import ``compact_buffer``, ``postproc`` and what they may, ``explain`` and ``verify``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from multistep_triton.backends import EquivalenceError
+from multistep_triton.compact_buffer import find_twins, marks_of
+from multistep_triton.debug.explain import load_rollout
+from multistep_triton.debug.verify import check_kept_once
+from multistep_triton.ends import Ends
+from multistep_triton.postproc import MultiStep
+from multistep_triton.stored import leaves_of
+
+
+def run(path: Path) -> int:
+    """Prints of every entry under "next" that is at the root, too, whether it can be kept once, and why not.
+
+    Returns:
+        0 if all can; else 1.
+
+    Raises:
+        KeyError: there is none, or no done flag.
+        ValueError: the file cannot be read, or holds no frames ``[*B, T]``.
+    """
+    data = load_rollout(path)
+    if not data.numel():
+        raise ValueError(f"FILE must hold frames [*B, T], got {[*data.batch_size]}")
+    dims, every = data.ndim, leaves_of(data, data.ndim)
+    leaves = {key: leaf.movedim(dims - 1, 0) for key, leaf in every.items() if isinstance(leaf, torch.Tensor)}
+    roles = MultiStep(1.0, 1)._roles_in(leaves)
+    twins, marks = find_twins(roles, leaves), marks_of(roles, leaves)
+    if not twins or not marks[0]:
+        raise KeyError(f"FILE must hold a done flag, and entries both at the root and under 'next', got {list(every)}")
+    lead, odd = leaves[twins[0]].shape[1:dims], 0
+    for twin in twins:
+        # Nothing came before the first frame.
+        ends = Ends(torch.empty(1, *lead), {twin: leaves[twin[1:]][:1]}, *marks)
+        try:
+            check_kept_once(ends, leaves, ends.find_ended(leaves, {}, None))
+            print(f"{twin[1:]}: can be kept once, compact=True")
+        except EquivalenceError as error:
+            print(f"{twin[1:]}: must be kept twice\n{error}")
+            odd += 1
+    return 1 if odd else 0
