@@ -145,10 +145,12 @@ def make_rollout(case: Case, device: torch.device | str = "cpu") -> TensorDict:
     """observation, action, next.observation, next.reward, done, terminated, truncated; one done in ten truncates."""
     generator = torch.Generator().manual_seed(0)
     shape = (case.envs, case.frames)
+    # One frame more is drawn, so that all that is drawn after it stays what it was.
     if case.kind == "pixels":
-        observation = pixels(case.envs, case.frames, generator)
+        observation = pixels(case.envs, case.frames + 1, generator)
     else:
-        observation = torch.randn(case.envs, case.frames, case.width, generator=generator)
+        observation = torch.randn(case.envs, case.frames + 1, case.width, generator=generator)
+    observation = observation[:, :-1].contiguous()
     done = torch.rand(*shape, 1, generator=generator) < case.p_done
     truncated = done & (torch.rand(*shape, 1, generator=generator) < 0.1)
     following = observation.roll(-1, 1)

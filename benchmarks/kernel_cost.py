@@ -48,12 +48,14 @@ class Target(NamedTuple):
     bytes_per_instruction: float
     bus: float
     """Bytes over the bus, at most as many times the least."""
+    compact: bool = False
+    """Whether the buffer keeps observations once."""
 
     def __str__(self) -> str:
         case = self.case
         width = f"uint8[{', '.join(map(str, PIXELS))}]" if case.kind == "pixels" else f"f32[{case.width}]"
         what = f"sample {case.batch} of" if case.batch else "store" if case.kind == "storing" else "extend"
-        return f"{what} {case.envs}x{case.frames} {width} n={case.n_steps}"
+        return f"{what} {case.envs}x{case.frames} {width} n={case.n_steps}{', compact' if self.compact else ''}"
 
 
 TARGETS = [
@@ -69,6 +71,10 @@ TARGETS = [
     Target(Case("sampling", 256, 32, P_DONE, 3, 100, 2048), 12, 1.15),
     Target(Case("sampling", 256, 64, P_DONE, 3, 64, 2048), 12, 1.2),
     Target(Case("sampling", 256, 64, P_DONE, 8, 48, 2048), 8, 1.3),
+    Target(Case("storing", 1024, 1, P_DONE, 3, 64), 10, 1.15, compact=True),
+    Target(Case("storing", 256, 32, P_DONE, 3, 17), 2.5, 1.15, compact=True),
+    Target(Case("sampling", 256, 32, P_DONE, 3, 100, 2048), 12, 1.15, compact=True),
+    Target(Case("sampling", 256, 64, P_DONE, 8, 48, 2048), 8, 1.3, compact=True),
 ]
 
 
@@ -142,11 +148,13 @@ def calls_of(case: Case) -> int:
     return 2 + 2 * -(-case.n_steps // case.frames)
 
 
-def a_call(case: Case, rollout: TensorDict) -> Callable[[], TensorDict]:
+def a_call(case: Case, rollout: TensorDict, compact: bool) -> Callable[[], TensorDict]:
     """What is measured: a call that gives out as many frames as it takes, or a sample of a ring that is full."""
     if case.kind == "storing":
         storage = LazyTensorStorage(8 * case.envs * case.frames, ndim=2)
-        buffer = NStepReplayBuffer(storage=storage, n_steps=case.n_steps, gamma=GAMMA, backend="triton")
+        buffer = NStepReplayBuffer(
+            storage=storage, n_steps=case.n_steps, gamma=GAMMA, backend="triton", compact=compact
+        )
         for _ in range(2):
             buffer.extend(rollout)
         return partial(buffer.extend, rollout)
@@ -162,15 +170,17 @@ def a_call(case: Case, rollout: TensorDict) -> Callable[[], TensorDict]:
         gamma=GAMMA,
         batch_size=case.batch,
         backend="triton",
+        compact=compact,
     )
     buffer.extend(rollout)
     return buffer.sample
 
 
-def measure(driver: ptx_driver.Driver, case: Case) -> Cost:
+def measure(driver: ptx_driver.Driver, target: Target) -> Cost:
     """One call, and torchrl's beside it."""
+    case = target.case
     rollout = make_rollout(case)
-    call = a_call(case, rollout)
+    call = a_call(case, rollout, target.compact)
     driver.launches.clear()
     out = call()
     launches = list(driver.launches)
@@ -272,7 +282,7 @@ def markdown(costs: Iterable[tuple[Target, Cost]]) -> str:
 def main() -> None:
     set_up()
     driver = ptx_driver.install(CAPABILITY)
-    costs = [(target, measure(driver, target.case)) for target in TARGETS]
+    costs = [(target, measure(driver, target)) for target in TARGETS]
     text = markdown(costs)
     OUT.write_text(text + "\n")
     print(text)

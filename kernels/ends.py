@@ -13,9 +13,9 @@ from multistep_triton.kernels.rows import NOWHERE
 
 
 @triton.jit
-def count_at(count_ptr, env, frame, mask, agents, data, DATA: tl.constexpr):
-    """How many ends were passed on before a frame."""
-    return tl.load(count_ptr + row_of_slot(env, frame, data, DATA[0], DATA[1]) // agents, mask=mask, other=0)
+def count_at(count_ptr, row, mask, agents, DATA: tl.constexpr):
+    """How many ends were passed on before the frame of a row; agents share it."""
+    return tl.load(count_ptr + (row // agents if DATA[2] else row), mask=mask, other=0)
 
 
 @triton.jit
@@ -25,31 +25,26 @@ def any_of(condition):
 
 
 @triton.jit
-def stand_in(count_ptr, env, begin, live, known, slots, agents, data, DATA: tl.constexpr):
-    """Picked frames or those that stand for them, and whether what comes after the first end from there on is gone."""
-    total = count_at(count_ptr, env, begin * 0 + known - 1, live, agents, data, DATA)
-    own = count_at(count_ptr, env, begin, live, agents, data, DATA)
-    gone = live & (total - own > slots)
-    if any_of(gone):
-        inner = gone & (begin + 1 < known)
-        lost = inner & (count_at(count_ptr, env, begin + 1, inner, agents, data, DATA) != own)
-        before = begin - 1
-        # What is older than an end that is gone is gone, too.
-        other = count_at(count_ptr, env, before, lost & (begin > 0), agents, data, DATA)
-        before = tl.where((begin == 0) | (other != own), known - 1, before)
-        begin = tl.where(lost, before, begin)
-        gone = live & (total - count_at(count_ptr, env, begin, live, agents, data, DATA) > slots)
-    return begin, total, gone
+def find_lost(count_ptr, env, begin, total, live, known, slots, agents, data, DATA: tl.constexpr):
+    """Which frames are ends that have lost what comes after them, and the frames that stand for those."""
+    followed, before = live & (begin + 1 < known), begin - 1
+    own_row = row_of_slot(env, begin, data, DATA[0], DATA[1])
+    after_row = row_of_slot(env, begin + 1, data, DATA[0], DATA[1])
+    before_row = row_of_slot(env, before, data, DATA[0], DATA[1])
+    own = count_at(count_ptr, own_row, followed, agents, DATA)
+    lost = followed & (count_at(count_ptr, after_row, followed, agents, DATA) != own) & (total - own > slots)
+    # What is older than an end that is gone is gone, too.
+    other = count_at(count_ptr, before_row, lost & (begin > 0), agents, DATA)
+    return lost, tl.where((begin == 0) | (other != own), known - 1, before)
 
 
 @triton.jit
 def find_following(count_ptr, env, last, total, mask, known, slots, envs, agents, data, DATA: tl.constexpr):
     """The row of what comes after frames."""
     followed = mask & (last + 1 < known)
-    own = count_at(count_ptr, env, last, followed, agents, data, DATA)
-    after = count_at(count_ptr, env, last + 1, followed, agents, data, DATA)
-    kept = (own != after) & (total - own <= slots)
-    end = tl.where(last + 1 < known, own % slots, slots)
     row = row_of_slot(env, last + 1, data, DATA[0], DATA[1])
+    own = count_at(count_ptr, row_of_slot(env, last, data, DATA[0], DATA[1]), followed, agents, DATA)
+    kept = (own != count_at(count_ptr, row, followed, agents, DATA)) & (total - own <= slots)
+    end = tl.where(last + 1 < known, own % slots, slots)
     row = tl.where(kept | (last + 1 >= known), (end - slots - 1) * envs + env, row)
     return tl.where(mask, row, NOWHERE)

@@ -106,7 +106,7 @@ def _make_ready(
     plan = find_plan(keys, addresses, True, default_dtype, device)
     levels, piece, _ = windows.shape_blocks(longest, count, True)
     tile = tile_of(longest, piece, (keys.mask, keys.traj) != (None, None))
-    where = 1 < inner < lead.numel(), True
+    where = 1 < inner < lead.numel(), True, agents > 1
 
     def like(features: tuple[int, ...], dtype: torch.dtype, rows: int = count) -> Tensor:
         return torch.empty(1, dtype=dtype, device=device).expand(rows, *features)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multistep_triton.kernels.ends import any_of, count_at, find_following, stand_in
+from multistep_triton.kernels.ends import any_of, count_at, find_following, find_lost
 from multistep_triton.kernels.picked import find_live, find_picked, row_of_slot, store_index
 from multistep_triton.kernels.rows import either_pointer
 
@@ -53,8 +53,9 @@ def is_boundary(env, frame, row, live, flags, stream, DATA: tl.constexpr):
     if len(masks) + len(ids) > 0:
         # In the data, agents share masks and ids.
         next_row = row_of_frame(env, frame + 1, stream, DATA)
-        next_row = tl.where(next_row < 0, next_row, next_row // agents)
-        row = tl.where(row < 0, row, row // agents)
+        if DATA[2]:
+            next_row = tl.where(next_row < 0, next_row, next_row // agents)
+            row = tl.where(row < 0, row, row // agents)
         followed = live & (frame + 1 < known)
     for k in tl.static_range(len(masks)):
         valid = load_row(masks[k], row, carry_rows, live, 1) != 0
@@ -73,13 +74,35 @@ def ahead(value, lane, by):
 
 
 @triton.jit
-def find_ends(env, frame, step, live, limit, flags, stream, LEVELS: tl.constexpr, DATA: tl.constexpr):
+def is_lost(frame, row, boundary, live, counted, flags, stream, DATA: tl.constexpr):
+    """Whether frames are boundaries that have lost what comes after them."""
+    count_ptr, total, slots = counted
+    followed = live & boundary & (frame + 1 < stream[1])
+    return followed & (total - count_at(count_ptr, row, followed, flags[3], DATA) > slots)
+
+
+@triton.jit
+def find_ends(
+    env, frame, step, live, limit, flags, stream, counted,
+    LEVELS: tl.constexpr, LONG: tl.constexpr, DATA: tl.constexpr,
+):  # fmt: skip
     """Rows of frames, the first lane from each one on where windows end, all lanes if none does, and boundaries."""
     row = row_of_frame(env, frame, stream, DATA)
     boundary = is_boundary(env, frame, row, live & (frame < stream[1]), flags, stream, DATA)
     lane = tl.arange(0, 1 << LEVELS)[None, :]
     # Of picked frames, only the windows of lane 0 are asked for, and may have an n of their own.
-    end = tl.where((boundary | (step + 1 >= limit)) if DATA[1] else boundary, lane, 1 << LEVELS)
+    ends = (boundary | (step + 1 >= limit)) if DATA[1] else boundary
+    if len(counted) > 0:
+        # A window ends before what is lost.
+        ends |= ahead(is_lost(frame, row, boundary, live, counted, flags, stream, DATA).to(tl.int32), lane, 1) != 0
+        if LONG:
+            further = tl.max(frame, 1)[:, None] + 1
+            there = live & (further < stream[1])
+            further_row = row_of_frame(env, further, stream, DATA)
+            beyond = is_boundary(env, further, further_row, there, flags, stream, DATA)
+            lost = is_lost(further, further_row, beyond, there, counted, flags, stream, DATA)
+            ends |= (lane == (1 << LEVELS) - 1) & lost
+    end = tl.where(ends, lane, 1 << LEVELS)
     for level in tl.static_range(LEVELS):
         end = tl.minimum(end, ahead(end, lane, 1 << level))
     return row, end, boundary
@@ -87,7 +110,7 @@ def find_ends(env, frame, step, live, limit, flags, stream, LEVELS: tl.constexpr
 
 @triton.jit
 def count_steps(
-    env, frame, lane, end, live, limit, n_steps, flags, stream,
+    env, frame, lane, end, live, limit, n_steps, flags, stream, counted,
     LEVELS: tl.constexpr, PIECE: tl.constexpr, LONG: tl.constexpr, DATA: tl.constexpr,
 ):  # fmt: skip
     """Frames of the windows that begin at frames, of which the first piece ends at ``end``."""
@@ -97,24 +120,13 @@ def count_steps(
         goes_on = end >= lane + done
         while done < n_steps:
             count = tl.minimum(n_steps - done, 1 << PIECE)
-            _, later, _ = find_ends(env, frame + done, done + lane, live, limit, flags, stream, LEVELS, DATA)
+            _, later, _ = find_ends(
+                env, frame + done, done + lane, live, limit, flags, stream, counted, LEVELS, LONG, DATA
+            )
             steps += tl.where(goes_on, tl.minimum(later - lane + 1, count), 0)
             goes_on &= later >= lane + count
             done += count
     return steps
-
-
-@triton.jit
-def cut(env, begin, steps, gone, limit, total, count_ptr, end_slots, flags, stream, DATA: tl.constexpr):
-    """Limits of windows, a frame less where their last one is an end that has lost what comes after it."""
-    lane = tl.arange(0, steps.shape[1])[None, :]
-    steps = tl.sum(tl.where(lane == 0, steps, 0), 1)[:, None]
-    last = begin + steps - 1
-    _, known, _, _, data = stream
-    inner = gone & (last + 1 < known)
-    ends = is_boundary(env, last, row_of_frame(env, last, stream, DATA), inner, flags, stream, DATA)
-    own = count_at(count_ptr, env, last, inner, flags[3], data, DATA)
-    return tl.where(inner & ends & (total - own > end_slots) & (steps > 1), steps - 1, limit)
 
 
 @triton.jit
@@ -137,7 +149,7 @@ def sum_piece(value, end, lane, count, powers_ptr, PIECE: tl.constexpr):
 @triton.jit
 def store_returns(
     reward, returns_ptr, place, written, live, env, frame, row, end, steps, limit, n_steps, flags, powers_ptr, stream,
-    WIDTH: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr, LONG: tl.constexpr, DATA: tl.constexpr,
+    counted, WIDTH: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr, LONG: tl.constexpr, DATA: tl.constexpr,
 ):  # fmt: skip
     """The n-step returns of blocks, of a reward key of WIDTH elements."""
     SUM: tl.constexpr = tl.float64 if returns_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -151,7 +163,9 @@ def store_returns(
             while done < n_steps:
                 count = tl.minimum(n_steps - done, 1 << PIECE)
                 later = frame + done
-                later_row, later_end, _ = find_ends(env, later, done + lane, live, limit, flags, stream, LEVELS, DATA)
+                later_row, later_end, _ = find_ends(
+                    env, later, done + lane, live, limit, flags, stream, counted, LEVELS, LONG, DATA
+                )
                 value = load_row(reward, later_row, carry_rows, live & (later < known), 0, item, WIDTH).to(SUM)
                 further = sum_piece(value, later_end, lane, count, powers_ptr, PIECE)
                 further = total + tl.load(powers_ptr + done).to(SUM) * further
@@ -204,9 +218,7 @@ def n_step_windows_kernel(
 
     # Where blocks begin, which of their windows are written, and where.
     limit = n_steps
-    if count_ptr is not None:
-        # The same in all branches.
-        limit = block * 0 + n_steps
+    counted = ()
     if PICKED:
         exists = block < emitted
         env, slot, begin, live = find_picked(block, exists, picked, others, envs, known, data_first, DRAWN)
@@ -215,7 +227,9 @@ def n_step_windows_kernel(
         if len(limits) > 0:
             limit = tl.minimum(tl.load(limits[0] + block, mask=exists, other=1), n_steps).to(tl.int32)
         if count_ptr is not None:
-            begin, total, gone = stand_in(count_ptr, env, begin, live, known, end_slots, agents, data, DATA)
+            newest = row_of_slot(env, begin * 0 + known - 1, data, DATA[0], DATA[1])
+            total = count_at(count_ptr, newest, live, agents, DATA)
+            counted = count_ptr, total, end_slots
         rows, place = emitted, block + lane * 0
         written = exists & (lane == 0)
     else:
@@ -230,13 +244,13 @@ def n_step_windows_kernel(
         written = live & (lane < length) & (begin + lane < emitted)
 
     frame = begin + lane
-    row, end, boundary = find_ends(env, frame, lane, live, limit, flags, stream, LEVELS, DATA)
-    steps = count_steps(env, frame, lane, end, live, limit, n_steps, flags, stream, LEVELS, PIECE, LONG, DATA)
-    if count_ptr is not None:  # noqa: SIM102  # what is not compiled in must be a condition of its own
-        if any_of(gone):
-            limit = cut(env, begin, steps, live & gone, limit, total, count_ptr, end_slots, flags, stream, DATA)
-            _, end, _ = find_ends(env, frame, lane, live, limit, flags, stream, LEVELS, DATA)
-            steps = count_steps(env, frame, lane, end, live, limit, n_steps, flags, stream, LEVELS, PIECE, LONG, DATA)
+    row, end, boundary = find_ends(env, frame, lane, live, limit, flags, stream, counted, LEVELS, LONG, DATA)
+    if count_ptr is not None:
+        lost, stands = find_lost(count_ptr, env, begin, total, live, known, end_slots, agents, data, DATA)
+        if any_of(lost):
+            frame = tl.where(lost, stands, begin) + lane
+            row, end, boundary = find_ends(env, frame, lane, live, limit, flags, stream, counted, LEVELS, LONG, DATA)
+    steps = count_steps(env, frame, lane, end, live, limit, n_steps, flags, stream, counted, LEVELS, PIECE, LONG, DATA)
     end_row = row_of_frame(env, frame + steps - 1, stream, DATA)
     if PICKED:
         # What was picked where there is no frame comes out blank.
@@ -250,17 +264,16 @@ def n_step_windows_kernel(
     for k in tl.static_range(len(rewards)):
         store_returns(
             rewards[k], returns[k], place, written, live, env, frame, row, end, steps, limit, n_steps, flags,
-            powers_ptr, stream, WIDTHS[k], LEVELS, PIECE, LONG, DATA,
+            powers_ptr, stream, counted, WIDTHS[k], LEVELS, PIECE, LONG, DATA,
         )  # fmt: skip
     if ROWS:
         # Lists of rows: the frames' own, those of frames held back, and those of the windows' ends.
         tl.store(rows_ptr + place, row, mask=written)
         tl.store(rows_ptr + rows + held_rows + place, end_row, mask=written)
         if count_ptr is not None:
-            after = find_following(
-                count_ptr, env, frame + steps - 1, total, written & live, known, end_slots, envs, agents, data, DATA
-            )
-            tl.store(rows_ptr + 2 * rows + held_rows + place, after, mask=written)
+            last = tl.sum(tl.where(lane == 0, frame + steps - 1, 0), 1)[:, None]
+            after = find_following(count_ptr, env, last, total, live, known, end_slots, envs, agents, data, DATA)
+            tl.store(rows_ptr + 2 * rows + held_rows + block, after, mask=exists)
         if tl.program_id(0) * TILE < held_rows:
             list_held(rows_ptr + rows, held_rows, envs, held_inner, stream, DATA, TILE)
 
