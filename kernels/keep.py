@@ -105,29 +105,33 @@ def keep_tile(
     row += top
     frame, env = (row // envs.to(tl.uint32)).to(tl.int32), (row % envs.to(tl.uint32)).to(tl.int32)
     is_newest = inside & (frame == frames - 1)
-    number = count_before(count_ptr, env, is_newest, before, envs)
+    ended = inside & (frame < 0)
     if COUNTED:
         is_other = inside & (frame < frames - 1)
-        total = tl.load(count_ptr + place_of(frame * 0 + frames - 1, env, envs, slot, slots), mask=inside, other=0)
         own = tl.load(count_ptr + place_of(frame, env, envs, slot, slots), mask=is_other, other=0)
-        then = tl.load(count_ptr + place_of(frame + 1, env, envs, slot, slots), mask=is_other, other=0)
-        first = tl.load(count_ptr + place_of(frame * 0, env, envs, slot, slots), mask=is_newest, other=0)
-        # Of more ends than there are rows, the newest stay.
-        ended = is_other & (own != then) & (total - own <= end_slots)
-        held_ended = is_newest & (before >= 0) & (number != first) & (total - number <= end_slots)
-    else:
-        held_ended = has_ended(frame * 0 - 1, env, is_newest, before, sizes, flags, TIME_LAST, WIDTHS)
-    part = tl.arange(0, PARTS)[None, :]
-    column = (unit.to(tl.int64) * PARTS)[:, None] + part
-    source = (env * frames + frame if TIME_LAST else row.to(tl.int32)).to(tl.int64)
-    origin = as_bytes(data_ptr).to(tl.pointer_type(ITEM), bitcast=True)
-    kept = as_bytes(kept_ptr).to(tl.pointer_type(OUT), bitcast=True)
-    value = tl.load(origin + (source * (WIDTH * PARTS))[:, None] + column, mask=inside[:, None], other=0).to(OUT)
-    newest = kept + ((end_slots * envs + env).to(tl.int64) * (WIDTH * PARTS))[:, None] + column
-    held = tl.load(newest, mask=held_ended[:, None], other=0)
-    to = kept + ((number % end_slots * envs + env).to(tl.int64) * (WIDTH * PARTS))[:, None] + column
-    tl.store(to, held, mask=held_ended[:, None])
-    tl.store(newest, value, mask=is_newest[:, None])
-    if COUNTED:
-        to = kept + ((own % end_slots * envs + env).to(tl.int64) * (WIDTH * PARTS))[:, None] + column
-        tl.store(to, value, mask=ended[:, None])
+        ended = own != tl.load(count_ptr + place_of(frame + 1, env, envs, slot, slots), mask=is_other, other=0)
+    if tl.max((ended | is_newest).to(tl.int32), 0) > 0:
+        number = count_before(count_ptr, env, is_newest, before, envs)
+        if COUNTED:
+            total = tl.load(count_ptr + place_of(frame * 0 + frames - 1, env, envs, slot, slots), mask=inside, other=0)
+            first = tl.load(count_ptr + place_of(frame * 0, env, envs, slot, slots), mask=is_newest, other=0)
+            # Of more ends than there are rows, the newest stay.
+            ended &= total - own <= end_slots
+            held_ended = is_newest & (before >= 0) & (number != first) & (total - number <= end_slots)
+        else:
+            held_ended = has_ended(frame * 0 - 1, env, is_newest, before, sizes, flags, TIME_LAST, WIDTHS)
+        column = (unit * PARTS).to(tl.int32)[:, None] + tl.arange(0, PARTS)[None, :]
+        kept = as_bytes(kept_ptr).to(tl.pointer_type(OUT), bitcast=True)
+        newest = kept + ((end_slots * envs + env).to(tl.int64) * (WIDTH * PARTS))[:, None] + column
+        if tl.max(held_ended.to(tl.int32), 0) > 0:
+            held = tl.load(newest, mask=held_ended[:, None], other=0)
+            to = kept + ((number % end_slots * envs + env).to(tl.int64) * (WIDTH * PARTS))[:, None] + column
+            tl.store(to, held, mask=held_ended[:, None])
+        source = (env * frames + frame if TIME_LAST else row.to(tl.int32)).to(tl.int64)
+        origin = as_bytes(data_ptr).to(tl.pointer_type(ITEM), bitcast=True)
+        mask = (ended | is_newest)[:, None]
+        value = tl.load(origin + (source * (WIDTH * PARTS))[:, None] + column, mask=mask, other=0).to(OUT)
+        if COUNTED:
+            to = tl.where(is_newest, end_slots, own % end_slots)
+            newest = kept + ((to * envs + env).to(tl.int64) * (WIDTH * PARTS))[:, None] + column
+        tl.store(newest, value, mask=mask)

@@ -105,7 +105,7 @@ def _make_ready(
     addresses = tuple([(leaf.data_ptr() | after.get(key, leaf).data_ptr()) % ALIGNMENT for key, leaf in data.items()])
     plan = find_plan(keys, addresses, True, default_dtype, device)
     levels, piece, _ = windows.shape_blocks(longest, count, True)
-    tile = tile_of(longest, piece, (keys.mask, keys.traj) != (None, None))
+    tile = tile_of(longest, piece, (keys.mask, keys.traj, keys.count) != (None, None, None))
     where = 1 < inner < lead.numel(), True, agents > 1
 
     def like(features: tuple[int, ...], dtype: torch.dtype, rows: int = count) -> Tensor:

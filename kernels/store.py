@@ -21,13 +21,16 @@ from multistep_triton.kernels.run import ALIGNMENT, as_real, check_fits, is_amd,
 from multistep_triton.kernels.windows import INTERPRETED
 from multistep_triton.task import Leaves, find
 
+# Where what comes after frames is kept, so many seven programs of which share a multiprocessor, for fewer units each.
+MOST_REGISTERS, KEPT_TILE = 72, rows.TILE // 2
+
 
 @triton.jit(do_not_specialize=["rows", "frames", "envs", "slot", "slots", "end_slots"])
 def store_rows_kernel(
     data, ring, after, kept, flags, index_ptr, numbers_ptr, written_ptr, count_ptr, others, rows, frames, envs, slot,
     slots, end_slots,
-    UNITS: tl.constexpr, WIDTHS: tl.constexpr, KEPT_UNITS: tl.constexpr, FLAG_WIDTHS: tl.constexpr,
-    TIME_LAST: tl.constexpr, COUNTED: tl.constexpr, DIMS: tl.constexpr, TILE: tl.constexpr, RETURNS: tl.constexpr,
+    UNITS: tl.constexpr, KEPT_UNITS: tl.constexpr, FLAG_WIDTHS: tl.constexpr, TIME_LAST: tl.constexpr,
+    COUNTED: tl.constexpr, DIMS: tl.constexpr, TILE: tl.constexpr, KEPT_TILE: tl.constexpr, RETURNS: tl.constexpr,
 ):  # fmt: skip
     """A program copies a tile of one leaf or, after those, writes where rows lie, and ``numbers``, their slots.
 
@@ -41,20 +44,20 @@ def store_rows_kernel(
     slot, before = find_before(written_ptr, slot, slots)
     first_tile = tile * 0
     for k in tl.static_range(len(KEPT_UNITS)):
-        tiles = tl.cdiv(rows * KEPT_UNITS[k][2], TILE)
+        tiles = tl.cdiv(rows * KEPT_UNITS[k][2], KEPT_TILE)
         mine = tile < first_tile + tiles
         if not RETURNS:
             mine &= tile >= first_tile
         if mine:
             keep_tile(
                 tile - first_tile, rows, after[k], kept[k], count_ptr, slot, before, slots, end_slots, sizes, flags,
-                *KEPT_UNITS[k], TIME_LAST, FLAG_WIDTHS, COUNTED, TILE,
+                *KEPT_UNITS[k], TIME_LAST, FLAG_WIDTHS, COUNTED, KEPT_TILE,
             )  # fmt: skip
             if RETURNS:
                 return
         first_tile += tiles
     for k in tl.static_range(len(UNITS)):
-        tiles = tl.cdiv(rows * WIDTHS[k], TILE)
+        tiles = tl.cdiv(rows * UNITS[k][2], TILE)
         mine = tile < first_tile + tiles
         if not RETURNS:
             mine &= tile >= first_tile
@@ -84,13 +87,19 @@ def store_rows_kernel(
 
 
 class _Plan(NamedTuple):
-    """What of a call depends on the leaves' kinds and addresses."""
+    """What of a call depends on the leaves' kinds and addresses: of those stored, and of those kept once."""
 
     order: list[int]
     """The leaves that have rows, the widest first."""
     units: tuple[tuple[Any, ...], ...]
-    widths: tuple[int, ...]
+    kept_order: list[int]
+    kept_units: tuple[tuple[Any, ...], ...]
     compiled: dict[Any, Any]
+
+    def programs(self, count: int) -> int:
+        """Those that copy so many rows, and write where they lie."""
+        tiles = [-(-count * unit[2] // rows.TILE) for unit in self.units]
+        return sum(tiles) + sum([-(-count * unit[2] // KEPT_TILE) for unit in self.kept_units]) - (-count // rows.TILE)
 
 
 class _Ready(NamedTuple):
@@ -117,18 +126,23 @@ def find_plan(
     addresses: tuple[int, ...],
     ring: tuple[int, ...],
     dtypes: tuple[tuple[torch.dtype, torch.dtype], ...],
+    stored: int,
     kind: tuple[Any, ...],
 ) -> _Plan:
     """The plan for leaves and those of a ring at such addresses, of each of which a kernel knows what divides it.
 
-    ``dtypes`` are those of leaves and of the ring; all else that is compiled in is of its ``kind``.
+    ``dtypes`` are those of leaves and of the ring, ``stored`` of them before those that are kept once; all else that is
+    compiled in is of its ``kind``.
     """
     units = [
         rows.units_of(row, address | other) if of == to else rows.units_as(row // to.itemsize, (address, other), of, to)
         for row, address, other, (of, to) in zip(bytes_of_rows, addresses, ring, dtypes, strict=True)
     ]
-    order = sorted([k for k, unit in enumerate(units) if unit[2]], key=lambda k: -units[k][2])
-    return _Plan(order, tuple([units[k] for k in order]), tuple([units[k][2] for k in order]), {})
+    order, kept_order = (
+        sorted([k for k in some if units[k][2]], key=lambda k: -units[k][2])
+        for some in (range(stored), range(stored, len(units)))
+    )
+    return _Plan(order, tuple([units[k] for k in order]), kept_order, tuple([units[k] for k in kept_order]), {})
 
 
 def store_frames(
@@ -157,22 +171,14 @@ def store_frames(
     addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in leaves])
     of_flags = tuple([tuple([(data[key], leaf) for key, leaf in pairs]) for pairs in flags])
     marks = () if ends is None else (flag_widths, *(each.dtype for pairs in flags[1:] for _, each in pairs))
-    plan = find_plan(bytes_of_rows, addresses, ring_addresses, dtypes, (device, len(ring), *marks))
-    check_fits(max(slots * envs, count), count * plan.widths[0] if plan.widths else 0)
+    plan = find_plan(bytes_of_rows, addresses, ring_addresses, dtypes, len(ring), (device, *marks))
+    check_fits(max(slots * envs, count), count * max([unit[2] for unit in (*plan.units, *plan.kept_units)], default=0))
     index = torch.empty((count, dims), dtype=torch.int64, device=device)
     slot, written = (0, slot) if isinstance(slot, Tensor) else (slot, None)
     if has_complex:
         leaves, kept = [*map(as_real, leaves)], [*map(as_real, kept)]
-    jobs = [
-        tuple([of[k] for k in plan.order if (k < len(ring)) == in_ring])
-        for in_ring in (True, False)
-        for of in (leaves, kept)
-    ]
-    units = [
-        tuple([unit for k, unit in zip(plan.order, plan.units, strict=True) if (k < len(ring)) == in_ring])
-        for in_ring in (True, False)
-    ]
-    tile, amd, others, counted = rows.TILE, is_amd(), tuple(lead[1:]), ends is not None and frames > 1
+    jobs = [tuple([of[k] for k in each]) for each in (plan.order, plan.kept_order) for of in (leaves, kept)]
+    others, counted = tuple(lead[1:]), ends is not None and frames > 1
     at = None if numbers is None else numbers.data_ptr() % ALIGNMENT
     with on(device):
         if counted:
@@ -184,12 +190,11 @@ def store_frames(
             )
         run(
             *(plan.compiled, store_rows_kernel, (time_last, counted, dims, *others, written is None, at)),
-            sum([-(-count * width // tile) for width in plan.widths]) - (-count // tile),
+            plan.programs(count),
             *(*jobs, of_flags, index, numbers, written, None if ends is None else ends.count, others),
             *(count, frames, envs, slot, slots, 0 if ends is None else ends.slots),
-            *(units[0], tuple([unit[2] for unit in units[0]]), units[1], flag_widths),
-            *(time_last, counted, dims, tile, not amd),
-            registers=rows.MOST_REGISTERS,
+            *(plan.units, plan.kept_units, flag_widths, time_last, counted, dims, rows.TILE, KEPT_TILE, not is_amd()),
+            registers=rows.MOST_REGISTERS if ends is None else MOST_REGISTERS,
         )
     return index
 

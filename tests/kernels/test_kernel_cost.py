@@ -20,7 +20,7 @@ def test_single_frames_cost_what_they_may():
 driver = ptx_driver.install(kernel_cost.CAPABILITY)
 found = []
 for target in (each for each in kernel_cost.TARGETS if each.case.kind == "streaming"):
-    cost = kernel_cost.measure(driver, target.case)
+    cost = kernel_cost.measure(driver, target)
     more = target._replace(bytes_per_instruction=1000, bus=1)
     worse = cost._replace(launches=cost.launches * 2)
     theirs = cost.torchrl_bytes / cost.least
@@ -39,7 +39,7 @@ def test_storing_is_one_launch_and_moves_no_more_than_it_must():
 driver = ptx_driver.install(kernel_cost.CAPABILITY)
 found = []
 for target in (each for each in kernel_cost.TARGETS if each.case.kind == "storing" and each.case.frames == 1):
-    cost = kernel_cost.measure(driver, target.case)
+    cost = kernel_cost.measure(driver, target)
     found.append([kernel_cost.missed(target, cost), len(cost.launches), cost.bus])
 print(json.dumps(found))
 """)

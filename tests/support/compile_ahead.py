@@ -29,7 +29,13 @@ from multistep_triton.kernels import plan, store
 
 # With 64 registers, eight programs of 128 threads share a multiprocessor, and 128 kB of units of 16 bytes are on
 # their way; windows are few beside the rows.
-REGISTERS = {"n_step_rows_kernel": 64, "n_step_windows_kernel": 168, "future_rows_kernel": 64, "store_rows_kernel": 64}
+REGISTERS = {
+    "n_step_rows_kernel": 64,
+    "n_step_windows_kernel": 168,
+    "future_rows_kernel": 64,
+    "store_rows_kernel": 72,
+    "count_ends_kernel": 64,
+}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -57,7 +63,12 @@ def extend(n_steps: int, observation: torch.Tensor, **entries: torch.Tensor) -> 
 
 
 def sample(
-    n_steps: int | tuple[int, int], observation: torch.Tensor, capturable: bool = False, **entries: torch.Tensor
+    n_steps: int | tuple[int, int],
+    observation: torch.Tensor,
+    capturable: bool = False,
+    compact: bool = False,
+    store_as: torch.dtype | None = None,
+    **entries: torch.Tensor,
 ) -> Callable[[], Any]:
     """Samples from a storage ``[C, B]`` that is full and one that is not, into which two frames a time are stored."""
     batch, frames = observation.shape[:2]
@@ -70,7 +81,14 @@ def sample(
     def run() -> None:
         storage = LazyTensorStorage(rollout.numel(), ndim=2)
         buffer = NStepReplayBuffer(
-            n_steps=n_steps, gamma=0.99, backend="triton", traj_key=traj_key, storage=storage, capturable=capturable
+            n_steps=n_steps,
+            gamma=0.99,
+            backend="triton",
+            traj_key=traj_key,
+            storage=storage,
+            capturable=capturable,
+            compact=compact,
+            store_as=store_as and {"observation": store_as},
         )
         for part in rollout.split([frames - 3, 2, 1], 1):
             buffer.extend(part.clone())
@@ -124,6 +142,14 @@ CASES = {
     "sampled, n=3, pixels": Case(sample(FEW, torch.zeros(*SHAPE[1:], 4, 84, 84, dtype=torch.uint8)), widest=16),
     "sampled, n=3, mask, ids": Case(sample(FEW, torch.zeros(*SHAPE[1:], 20), mask=MASK[0], traj=TRAJ[0]), widest=16),
     "sampled, capturable": Case(sample(FEW, torch.zeros(*SHAPE[1:], 20), capturable=True), widest=16),
+    "sampled, compact": Case(sample(FEW, torch.zeros(*SHAPE[1:], 20), compact=True), widest=16),
+    "sampled, compact, capturable, mask, ids": Case(
+        sample(FEW, torch.zeros(*SHAPE[1:], 20), capturable=True, compact=True, mask=MASK[0], traj=TRAJ[0]), widest=16
+    ),
+    "sampled, compact, n=9": Case(sample(MANY, torch.zeros(*SHAPE[1:], 20), compact=True), widest=16),
+    "sampled, bf16 of f32": Case(
+        sample(FEW, torch.zeros(*SHAPE[1:], 20), compact=True, store_as=torch.bfloat16), widest=8
+    ),
     "sampled, n=9": Case(sample(MANY, torch.zeros(*SHAPE[1:], 20)), widest=16),
     "sampled, n of (1, 8)": Case(sample((1, 8), torch.zeros(*SHAPE[1:], 20)), widest=16),
     "sampled, n of (1, 9), mask, ids": Case(

@@ -65,13 +65,14 @@ def install(target: str) -> StubDriver:
 
 def kernels() -> list:
     """Those of the library."""
-    from multistep_triton.kernels import rows, store, windows
+    from multistep_triton.kernels import keep, rows, store, windows
 
     return [
         windows.n_step_windows_kernel,
         rows.n_step_rows_kernel,
         rows.future_rows_kernel,
         store.store_rows_kernel,
+        keep.count_ends_kernel,
     ]
 
 
