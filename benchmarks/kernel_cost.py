@@ -74,7 +74,7 @@ TARGETS = [
     Target(Case("storing", 1024, 1, P_DONE, 3, 64), 10, 1.15, compact=True),
     Target(Case("storing", 256, 32, P_DONE, 3, 17), 2.5, 1.15, compact=True),
     Target(Case("sampling", 256, 32, P_DONE, 3, 100, 2048), 12, 1.15, compact=True),
-    Target(Case("sampling", 256, 64, P_DONE, 8, 48, 2048), 8, 1.3, compact=True),
+    Target(Case("sampling", 256, 64, P_DONE, 8, 48, 2048), 7, 1.3, compact=True),
 ]
 
 

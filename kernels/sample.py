@@ -121,7 +121,7 @@ def _make_ready(
         [(reward, like(features, dtype)) for reward, features, dtype in plan.returns],
         [
             *(like((), dtype) for dtype in (torch.int64, torch.float32, torch.bool)),
-            like((), torch.int32, (3 if after else 2) * count if plan.copies else 0),
+            like((), torch.int32, (2 if keys.count is None else 3) * count if plan.copies else 0),
             like((dims,), torch.int64),
         ],
         (lead.numel(), agents),

@@ -21,8 +21,8 @@ from multistep_triton.kernels.run import ALIGNMENT, as_real, check_fits, is_amd,
 from multistep_triton.kernels.windows import INTERPRETED
 from multistep_triton.task import Leaves, find
 
-# Where what comes after frames is kept, so many seven programs of which share a multiprocessor, for fewer units each.
-MOST_REGISTERS, KEPT_TILE = 72, rows.TILE // 2
+# Where what comes after frames is kept, so that six programs share a multiprocessor, for fewer units each.
+MOST_REGISTERS, KEPT_TILE = 80, rows.TILE // 2
 
 
 @triton.jit(do_not_specialize=["rows", "frames", "envs", "slot", "slots", "end_slots"])
@@ -98,8 +98,9 @@ class _Plan(NamedTuple):
 
     def programs(self, count: int) -> int:
         """Those that copy so many rows, and write where they lie."""
-        tiles = [-(-count * unit[2] // rows.TILE) for unit in self.units]
-        return sum(tiles) + sum([-(-count * unit[2] // KEPT_TILE) for unit in self.kept_units]) - (-count // rows.TILE)
+        both = (self.units, rows.TILE), (self.kept_units, KEPT_TILE)
+        tiles: list[int] = [-(-count * unit[2] // tile) for units, tile in both for unit in units]
+        return sum(tiles) - (-count // rows.TILE)
 
 
 class _Ready(NamedTuple):
@@ -181,12 +182,12 @@ def store_frames(
     others, counted = tuple(lead[1:]), ends is not None and frames > 1
     at = None if numbers is None else numbers.data_ptr() % ALIGNMENT
     with on(device):
-        if counted:
+        if ends is not None and counted:
             many = min(triton.next_power_of_2(frames), keep.MOST_FRAMES)
             run(
                 *(plan.compiled, keep.count_ends_kernel, (many, time_last, written is None)),
-                *(-(-envs * many // keep.TILE), of_flags, written, ends.count, frames, envs, slot, slots),
-                *(flag_widths, time_last, many, keep.TILE),
+                -(-envs * many // keep.TILE),
+                *(of_flags, written, ends.count, frames, envs, slot, slots, flag_widths, time_last, many, keep.TILE),
             )
         run(
             *(plan.compiled, store_rows_kernel, (time_last, counted, dims, *others, written is None, at)),
@@ -201,7 +202,8 @@ def store_frames(
 
 def _make_ready(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Ready:
     stored = [key for key in data if key in ring]
-    kept, sizes, marks = [ring[key] for key in stored], ring[stored[0]].shape[:dims], ((), (), ())
+    kept, sizes = [ring[key] for key in stored], ring[stored[0]].shape[:dims]
+    marks: tuple[tuple[tuple[Any, Tensor], ...], ...] = (), (), ()
     if ends is not None:
         stored, kept = [*stored, *ends.rows], [*kept, *ends.rows.values()]
         of_kind = ends.done, *(() if key is None else (key,) for key in (ends.mask, ends.traj))

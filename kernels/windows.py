@@ -229,7 +229,7 @@ def n_step_windows_kernel(
         if count_ptr is not None:
             newest = row_of_slot(env, begin * 0 + known - 1, data, DATA[0], DATA[1])
             total = count_at(count_ptr, newest, live, agents, DATA)
-            counted = count_ptr, total, end_slots
+            counted = count_ptr, total, end_slots  # type: ignore[assignment]  # Triton's, of either kind
         rows, place = emitted, block + lane * 0
         written = exists & (lane == 0)
     else:

@@ -204,6 +204,7 @@ def _once_known(name: str) -> Any:
 
 for _name in (
     *("__len__", "__getitem__", "__getstate__", "__repr__", "stats", "can_sample", "query", "read_all_in_order"),
+    "ends_lost",
     *("set_at_", "set_", "update_"),
 ):
     setattr(CapturableReplayBuffer, _name, _once_known(_name))

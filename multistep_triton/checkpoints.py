@@ -78,6 +78,13 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         if (saved := state is not None and state["compact"]) != bool(self._compact):
             saver = "with" if saved else "without"
             raise ValueError(f"compact must be {saved} to load what a buffer {saver} it has saved, got {self.compact}")
+        ends = state and state["ends"]
+        if ends is not None and not isinstance(self._compact, bool):
+            kept = {path[1:] for path in ends["rows"]}
+            if kept != {*self._compact}:
+                raise ValueError(
+                    f"compact must name {sorted(kept)} to load what a buffer has saved, got {self.compact}"
+                )
 
     def _load_kept(self, state: dict[str, Any] | None) -> None:
         order, entries = self._order, self._order.entries()
@@ -131,7 +138,7 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
     def loads(self, path: str | Path) -> None:
         """As in torchrl, whose buffers' files are taken, too."""
         ring, file = Path(path) / _RING_FILE, Path(path) / _KEPT_FILE
-        kept = torch.load(file, weights_only=True) if file.exists() else None
+        kept = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
         self._check_kept(kept)
         with self._loading():
             super().loads(path)

@@ -41,7 +41,8 @@ def is_gone(samples: Samples, slot: Tensor) -> Tensor:
     ends, lead = samples.ends, samples.indices[1:]
     assert ends is not None
     lead = lead[: ends.count.ndim - 1]
-    return ends.count[(samples.newest, *lead)] - ends.count[(slot, *lead)] > ends.slots
+    newest: Tensor = ends.count[samples.newest]
+    return newest[tuple(lead)] - ends.count[(slot, *lead)] > ends.slots
 
 
 class Following:

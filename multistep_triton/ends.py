@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Ends:
     count: Tensor
     """int32 ``[C, *R]``: how many ends were passed on before each frame came. One more than for the frame before says
     that that was an end; the count of an end is its number."""
-    rows: dict[Hashable, Tensor]
+    rows: dict[Any, Tensor]
     """``[E + 1, *R, ...]``: of end ``k`` in row ``k % E``, and in the last row what comes after the newest frame."""
     done: tuple[Hashable, ...]
     """Flags, any element of any of which makes a frame an end."""
@@ -37,6 +38,19 @@ class Ends:
     def slots(self) -> int:
         """How many ends there are rows for."""
         return next(iter(self.rows.values())).shape[0] - 1
+
+    def is_like(self, other: Ends) -> bool:
+        """Whether these have room for the same."""
+        kinds = [
+            (
+                each.done,
+                each.mask,
+                each.traj,
+                [(key, row.dtype, row.shape, row.device) for key, row in each.rows.items()],
+            )
+            for each in (self, other)
+        ]
+        return kinds[0] == kinds[1] and self.count.shape == other.count.shape
 
     def find_ended(self, data: Leaves, ring: Leaves, newest: int | None) -> Tensor:
         """Whether the frame before each was an end, bool ``[T, *R]``; arguments as for :meth:`find_writes`.
@@ -70,8 +84,9 @@ class Ends:
         if newest is not None:
             count += self.count[newest]
         # Of more ends than there are rows, the newest stay.
-        time, *others = (ended & (count[-1] - count < ends)).nonzero(as_tuple=True)
-        row, first = (count[(time, *others)] - 1) % ends, time == 0
+        found: Any = torch.nonzero(ended & (count[-1] - count < ends), as_tuple=True)
+        time, *others = found
+        row, first = (count[found] - 1) % ends, time == 0
         of_newest, of_data = [(row[chosen], *(each[chosen] for each in others)) for chosen in (first, ~first)]
         at = torch.arange(slot, slot + frames, device=count.device) % slots
 

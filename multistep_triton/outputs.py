@@ -78,7 +78,8 @@ def stored_otherwise(group: Group, twins: Container[KeyPath], wide: Mapping[KeyP
 
     def otherwise(keys: Keys) -> Keys:
         outputs = [(out, key, AFTER_END if key in twins else at) for out, key, at in keys.outputs]
-        return replace(keys, outputs=tuple(outputs), wide={key: wide[key] for key in keys.held if key in wide})
+        held: list[Any] = [key for key in keys.held if key in wide]
+        return replace(keys, outputs=tuple(outputs), wide={key: wide[key] for key in held})
 
     return group._replace(keys=otherwise(group.keys), sampled=otherwise(group.sampled))
 
@@ -124,8 +125,8 @@ class Layout(NamedTuple):
             frames.find_layout()
         roles = buffer._roles_in(frames.leaves)
         groups, structure, match = buffer._groups_in(frames, roles), frames.structure, buffer._match_reward_shape
-        twins = () if ends is None else tuple(ends.rows)
-        wide = {**wide} | {path: wide[path[1:]] for path in twins if path[1:] in wide}
+        twins: tuple[KeyPath, ...] = () if ends is None else tuple(ends.rows)
+        wide = {**wide, **{path: wide[path[1:]] for path in twins if path[1:] in wide}}
         stored = roles, match, twins, tuple(wide.items())
         if twins or wide:
             usual = groups

@@ -59,16 +59,15 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
     ``extend`` takes 1-step transitions ``[*B, T]``, time last, any number of frames at a time (of more than there are
     slots, the newest stay), and stores them as they are; nothing is held back, and where a call fails, windows end
     where they did. A storage of ``ndim`` dimensions holds frames of ``ndim - 1`` batch dimensions, and at least
-    ``n_steps`` slots for each of them. What is sampled,
-    ``[N]``, has the keys, dtypes and rules of :class:`MultiStepTransform`: ``steps_to_next_obs`` (int64), ``gamma``
-    (float32, ``gamma ** steps``) and ``nonterminal`` (bool) at the root; under ``"next"`` every reward key holds the
-    n-step return, ``<reward_key>_orig`` the reward as it came and, with exactly one reward key, ``original_reward``
-    the same; done keys are those of frame ``e(t)`` and ``<done_key>_orig`` as they came, or with ``done_at="start"``
-    as they came; every other entry is the one of frame ``e(t)``, bit for bit. The other root entries are those of
-    frame ``t``, and ``"index"`` says where it lies. The result is new memory on the storage's device, on which
-    everything is computed; the host does not wait for it. What is sliced, as in ``rb[:]``, are single steps as they are
-    stored. An index outside of what is stored is an error on a CPU; on an accelerator such a row has 0 steps, a
-    discount of 1, rewards of NaN and zeros.
+    ``n_steps`` slots for each of them. What is sampled, ``[N]``, has the keys, dtypes and rules of
+    :class:`MultiStepTransform`: ``steps_to_next_obs`` (int64), ``gamma`` (float32, ``gamma ** steps``) and
+    ``nonterminal`` (bool) at the root; under ``"next"`` every reward key holds the n-step return, ``<reward_key>_orig``
+    the reward as it came and, with exactly one reward key, ``original_reward`` the same; done keys are those of frame
+    ``e(t)`` and ``<done_key>_orig`` as they came, or with ``done_at="start"`` as they came; every other entry is the
+    one of frame ``e(t)``, bit for bit. The other root entries are those of frame ``t``, and ``"index"`` says where it
+    lies. The result is new memory on the storage's device, on which everything is computed; the host does not wait for
+    it. What is sliced, as in ``rb[:]``, are single steps as they are stored. An index outside of what is stored is an
+    error on a CPU; on an accelerator such a row has 0 steps, a discount of 1, rewards of NaN and zeros.
 
     Keyword Args:
         n_steps: frames in a full window, an int >= 1, or a pair ``(low, high)``: every sampled frame then draws its
@@ -96,15 +95,13 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
             specification.
         outputs: the entries that a sample has, and groups all of whose entries it has; what is left out is not
             copied. None, the default, stands for all.
-        capturable: whether calls can be captured into a CUDA graph: how far the buffer has come is then known to the
-            device, and read from it by whatever else asks (``docs/buffer.md``). Defaults to False.
+        capturable: whether calls can be captured into a CUDA graph, as the device knows how far the buffer has come
+            (``docs/buffer.md``). Defaults to False.
         compact: whether an entry under ``"next"`` that is at the root, too, of the same dtype and shape, is stored
-            once, as the root entry of the frame that follows; or the keys of those that are. What comes after the end
-            of a trajectory is kept apart.
-        end_slots: rows for that, per environment, 1 to the number of slots, which loses none. Where there are more
-            ends, windows end a frame earlier. Defaults to one for every 16 slots.
-        store_as: narrower floating dtypes to store entries as; what is sampled is of the dtypes that came. A key names
-            the entry under ``"next"`` of that name, too; no rewards.
+            once, as the next frame's at the root (``docs/buffer.md``); or the keys of those that are.
+        end_slots: rows for what comes after ends, of an environment; of more ends, windows end a frame earlier.
+            Defaults to one for every 16 slots.
+        store_as: narrower floating dtypes of entries in the storage, at the root and under ``"next"``; no rewards.
         **kwargs: those of :class:`torchrl.data.TensorDictReplayBuffer`. The storage is a ``LazyTensorStorage``,
             ``LazyMemmapStorage`` or another ``TensorStorage`` of a tensordict, the writer a ``RoundRobinWriter`` (the
             default one is) or, for a storage that is filled before, an ``ImmutableDatasetWriter``.
@@ -112,13 +109,12 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
     Raises:
         TypeError: storage, writer or sampler is of another kind.
         ValueError: an argument breaks its rule, there are fewer slots than ``n_steps``, or a transform would be wrong
-            on n-step transitions (``docs/neighbours.md``); from ``extend``: data is of n steps already, or of another
+            on n-step transitions (``docs/neighbours.md``); from ``extend``: data is of n steps already, of another
             dtype, shape or number of rows than what is stored, or holds a flag that it lacks.
         KeyError: from ``extend``: data lacks a reward, a done flag, trajectory ids, or an entry that is stored; from
             ``sample``: ``outputs`` names an entry that there is not.
-        RuntimeError: nobody can tell which frame is the newest, or some were overwritten in part; a CUDA graph is being
-            captured, of what cannot be; the backend asked for cannot run; :class:`EquivalenceError`, one of these, if
-            ``"verify"`` finds a difference.
+        RuntimeError: nobody can tell which frame is the newest, or some were overwritten in part; a CUDA graph captures
+            what it cannot; the backend asked for cannot run; :class:`EquivalenceError`, if ``"verify"`` finds one.
 
     Source: R. S. Sutton, Learning to predict by the methods of temporal differences, Machine Learning 3, 1988.
 
@@ -167,17 +163,19 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
     ) -> None:
         if kwargs.get("storage") is None:
             raise TypeError("storage must be a TensorStorage, such as LazyTensorStorage(max_size), got None")
-        # As of which change of the arguments the data that comes has been checked.
-        self._changes, self._checked = 0, -1
+        self._changes, self._checked = 0, -1  # as of which change of the arguments data was checked
         self._asked = None if outputs is None else Asked(outputs)
-        self._set_compact(compact, end_slots, store_as)
+        self._set_compact(compact, end_slots)
+        self._set_store_as(store_as)
         self._capturable = check_bool("capturable", capturable)
         self._set_arguments(locals())
         super().__init__(**kwargs)
 
     def __repr__(self) -> str:
         """The arguments, and what torchrl says of its own."""
-        said = "".join(f"{each}, " for each in self._said())
+        others = "outputs", "capturable", "compact", "end_slots", "store_as"
+        more = [f"{name}={value!r}" for name in others if (value := getattr(self, name))]
+        said = "".join([f"{each}, " for each in (*self._said(), *more)])
         return CapturableReplayBuffer.__repr__(self).replace("(", f"(\n    {said}", 1)
 
     @property
@@ -213,8 +211,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
             TensorDict ``[batch_size]``; a tuple of this and the sampler's info if ``return_info``.
         """
         if calling := calls():
-            roles = self._roles_in(())
-            check_mixing(calling, roles.rewards, roles.dones, self._done_at)
+            check_mixing(calling, (roles := self._roles_in(())).rewards, roles.dones, self._done_at)
         if not self._capturable:
             check_not_captured("sample")
         if n_steps is None and not self._prefetch:

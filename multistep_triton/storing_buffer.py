@@ -53,6 +53,11 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             return torch.zeros((0, ndim) if ndim > 1 else (0,), dtype=torch.long)
         data = self._narrowed(data)
 
+        def put(part: TensorDictBase) -> Tensor:
+            index: Tensor = self._writer.extend(part)
+            self._sampler.extend(index)
+            return index
+
         def write() -> Tensor:
             # Of several frames for one slot, torch might keep any.
             slots = self._slots(data.numel() // frames) or 1
@@ -62,8 +67,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
                 if not self._storage.initialized and type(part) is TensorDict:
                     # Entries are laid out as those of the first frames lie.
                     part = part.apply(Tensor.contiguous)
-                indices.append(self._put(part, self._writer.extend))
-                self._sampler.extend(indices[-1])
+                indices.append(self._put(part, put))
             return indices[0] if len(indices) == 1 else torch.cat(indices)
 
         stored: Tensor = self._write(write, data, time_dim, frames)
@@ -74,6 +78,10 @@ class StoringReplayBuffer(OrderedReplayBuffer):
     def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
         """Data of the dtypes that it is stored as."""
         return data
+
+    def _kept_once(self) -> Leaves:
+        """Rows of entries that are stored elsewhere than in the storage."""
+        return {}
 
     def _put(self, data: TensorDictBase, write: Callable[[TensorDictBase], Any]) -> Any:
         """Writes frames ``[T, *R]``, or a single one ``[*R]``, where the writer goes on."""
@@ -130,10 +138,13 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             data = data.unsqueeze(self.dim_extend).transpose(self.dim_extend, 0)[0]
         data = self._narrowed(data)
 
-        def write() -> Any:
-            index = self._put(data, self._writer.add)
+        def put(data: TensorDictBase) -> Any:
+            index = self._writer.add(data)
             self._sampler.add(index)
             return index
+
+        def write() -> Any:
+            return self._put(data, put)
 
         return self._write(write, data, None, 1)
 
@@ -142,7 +153,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         with self._replay_lock, self._write_lock:
             order, storage = self._order, self._storage
             entries = order.entries()
-            stored = {} if entries is None else leaves_of(entries, storage.ndim)
+            stored = {} if entries is None else {**leaves_of(entries, storage.ndim), **self._kept_once()}
             self._check_new(leaves_of(data, data.batch_dims), stored, data, time_dim, entries)
             return self._whole(write, order.take_position(), stored.values(), frames)
 
@@ -150,12 +161,13 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         """Writes into leaves of the storage; where that fails, the newest frame is the one it was."""
         order, storage, writer = self._order, self._storage, self._writer
         versions, count = versions_of(stored), getattr(writer, "_write_count", None)
-        before = len(storage), storage._last_cursor_index
+        before, writes = (len(storage), storage._last_cursor_index), order.writes
         try:
             return write()
         except BaseException:
             storage._len = before[0]
             order.set_last(before[1])
+            order.writes = writes
             if count is not None:
                 writer._write_count = count
             order.take_position()

@@ -1,6 +1,6 @@
 """Whether a rollout's observations can be kept once: what comes after a frame is what the next one holds.
 
-May import ``compact_buffer``, ``postproc`` and what they may, ``explain`` and ``verify``.
+May import ``twins``, ``postproc`` and what they may, ``explain`` and ``verify``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from multistep_triton.backends import EquivalenceError
-from multistep_triton.compact_buffer import find_twins, marks_of
 from multistep_triton.debug.explain import load_rollout
 from multistep_triton.debug.verify import check_kept_once
 from multistep_triton.ends import Ends
 from multistep_triton.postproc import MultiStep
 from multistep_triton.stored import leaves_of
+from multistep_triton.twins import find_twins, marks_of
 
 
 def run(path: Path) -> int:

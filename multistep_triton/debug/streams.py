@@ -122,6 +122,8 @@ class Stream:
         arguments = self.arguments
         if chance.random() < 0.5:
             arguments["n_steps"] = (1, n_steps)
+        if chance.random() < 0.5:
+            arguments.update(compact=True, end_slots=chance.randint(1, n_steps))
         return NStepReplayBuffer(
             **arguments,
             backend="verify",
@@ -133,6 +135,7 @@ class Stream:
     def rollouts(self, device: torch.device) -> Iterator[TensorDict]:
         """The rollouts, one for each call."""
         kind, agents = self.kind, (self.kind.agents,) if self.kind.agents else ()
+        before: TensorDict | None = None
         for frames in self.cuts:
             shape = (*self.batch, frames)
             data = TensorDict(batch_size=shape)
@@ -152,7 +155,26 @@ class Stream:
                 data["mask"] = self._flags(shape, 0.9)
             if kind.traj:
                 data["traj_ids"] = self._flags(shape, 0.15).cumsum(-1).to(kind.traj)
+            if frames:
+                data = self._going_on(before, data)
+                before = data[..., -1:]
             yield self._laid_out(data).to(device)
+
+    def _going_on(self, before: TensorDict | None, data: TensorDict) -> TensorDict:
+        """Frames that hold what came after the ones before, unless these were ends."""
+        both: Any = data if before is None else torch.cat((before, data), -1)
+        first, then = both[..., :-1], both[..., 1:]
+        ended = torch.zeros(then.batch_size, dtype=torch.bool)
+        for name in ("done", "terminated"):
+            ended |= first[("next", *self._group, name)].flatten(then.ndim).any(-1)
+        if self.kind.mask:
+            ended |= ~(first["mask"] & then["mask"])
+        if self.kind.traj:
+            ended |= first["traj_ids"] != then["traj_ids"]
+        own, after = then["observation"], first["next", "observation"]
+        own.copy_(torch.where(ended.view(*ended.shape, *[1] * (own.ndim - ended.ndim)), own, after))
+        whole: TensorDict = both[..., -data.shape[-1] :]
+        return whole
 
     def _laid_out(self, data: TensorDict) -> TensorDict:
         time = data.ndim - 1

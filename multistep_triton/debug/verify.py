@@ -112,13 +112,11 @@ def check_kept_once(ends: Ends, data: Leaves, ended: Tensor) -> None:
     """
     dims, outputs = ended.ndim, []
     for path, rows in ends.rows.items():
-        key, features = path[1:], [1] * (rows.ndim - ended.ndim)  # type: ignore[index]
+        key, features = path[1:], [1] * (rows.ndim - ended.ndim)
         after = torch.cat((rows[-1:], data[path][:-1]))
         own = torch.where(ended.view(*ended.shape, *features), after, data[key])
-        pair = [each.movedim(0, dims - 1) for each in (own, after)]
-        outputs.append(
-            Output(key, f"{key}, which is kept once", *pair, "what comes after a frame is what the next holds")
-        )
+        own, after = (each.movedim(0, dims - 1) for each in (own, after))
+        outputs.append(Output(key, f"{key}, which is kept once", own, after, "what comes after a frame the next holds"))
 
     def window(output: Output, frame: tuple[int, ...], item: int) -> str:
         before = "the frame before this call" if frame[-1] == 0 else f"t = {frame[-1] - 1}"

@@ -1,0 +1,124 @@
+"""ArrivingReplayBuffer: frames that come otherwise than they are stored: as wider floats, or without what follows them.
+
+Reaches into private attributes of torchrl's buffers. May import torchrl, ``storing_buffer`` and what it may, ``roles``
+and ``twins``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from multistep_triton.ends import Ends
+from multistep_triton.frames import KeyPath
+from multistep_triton.roles import Roles, as_path
+from multistep_triton.stored import leaves_of
+from multistep_triton.storing_buffer import StoringReplayBuffer
+from multistep_triton.twins import marks_of, tensors_of
+
+NARROW = torch.float16, torch.bfloat16, torch.float32
+"""What entries can be stored as."""
+
+
+class ArrivingReplayBuffer(StoringReplayBuffer):
+    """One that makes of frames that come what is stored."""
+
+    _compact: bool | tuple[KeyPath, ...] = False
+    """Whether all entries are kept once that can be, or which ones, by their paths at the root."""
+    _store_as: Mapping[KeyPath, torch.dtype] = MappingProxyType({})
+
+    def _roles_in(self, entries: Container[KeyPath]) -> Roles:
+        """The roles in data of these entries."""
+        raise NotImplementedError
+
+    def _set_store_as(self, store_as: Mapping[NestedKey, torch.dtype] | None) -> None:
+        """Sets the argument, which is not set again."""
+        if store_as is not None and not isinstance(store_as, Mapping):
+            raise TypeError(f"store_as must be a dict of keys and dtypes, got {store_as!r}")
+        if odd := [dtype for dtype in (store_as or {}).values() if dtype not in NARROW]:
+            raise ValueError(f"store_as must have dtypes of {', '.join(map(str, NARROW))}, got {odd}")
+        self._store_as = {as_path(key): dtype for key, dtype in (store_as or {}).items()}
+
+    @property
+    def store_as(self) -> dict[NestedKey, torch.dtype]:
+        """The dtypes that entries are stored as, of those that come as others."""
+        return {path[0] if len(path) == 1 else path: dtype for path, dtype in self._store_as.items()}
+
+    def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
+        data, waiting = self._completed(data)
+        index = super()._extend(data, update_priority=update_priority)
+        if waiting is not None:
+            self._order.waiting = waiting
+        return index
+
+    def _add(self, data: TensorDictBase) -> Any:
+        if self._compact and data.ndim == self._storage.ndim - 1 and "final" in data.keys():  # noqa: SIM118
+            return self._extend(data.unsqueeze(self.dim_extend))
+        return super()._add(data)
+
+    def _completed(self, data: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase | None]:
+        """Frames with what comes after them, of frames without, and the newest, which waits until the next has come.
+
+        What comes after ends is then the entries of the group "final".
+        """
+        order, dim = self._order, self.dim_extend
+        waiting: TensorDictBase | None = order.waiting
+        if not self._compact or (data.get("final", None) is None and waiting is None) or not data.numel():
+            return data, None
+        leaves = leaves_of(data, data.batch_dims)
+        finals = [path for path in leaves if path[0] == "final" and ("next", *path[1:]) not in leaves]
+        if waiting is not None and sorted(leaves) != sorted(leaves_of(waiting, waiting.batch_dims)):
+            raise KeyError(
+                f"data must hold the entries of the frames before, which came without what comes after them, "
+                f"got {list(leaves)}"
+            )
+        if getattr(self, "_capturable", False):
+            raise ValueError("capturable must be False where frames come without what comes after them")
+        if waiting is not None:
+            data = torch.cat([waiting, data], dim)
+        leaves = {path: leaf.transpose(0, dim) for path, leaf in tensors_of(data).items()}
+        marks = marks_of(self._roles_in(leaves), leaves)
+        lead = leaves[finals[0]].shape[1 : data.ndim]
+        ended = Ends(torch.empty(1, *lead), {}, *marks).find_ended(leaves, {}, None)[1:]
+        whole = data.narrow(dim, 0, data.shape[dim] - 1).exclude("final")
+        for path in finals:
+            own, after = leaves[path[1:]], leaves[path]
+            there = ended.view(*ended.shape, *[1] * (own.ndim - ended.ndim))
+            whole.set(("next", *path[1:]), torch.where(there, after[:-1], own[1:]).transpose(0, dim))
+        return whole, data.narrow(dim, data.shape[dim] - 1, 1).clone()
+
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Empties the buffer, as in torchrl."""
+        self._order.waiting = None
+        super().empty(empty_write_count)
+
+    def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
+        if not self._store_as:
+            return data
+        leaves, order, wide = leaves_of(data, data.batch_dims), self._order, dict[KeyPath, torch.dtype]()
+        roles, data = self._roles_in(leaves), data.copy()
+        for named, dtype in self._store_as.items():
+            paths = [path for path in dict.fromkeys((named, ("next", *named))) if path in leaves]
+            if not paths:
+                raise KeyError(f"store_as must name entries of the data, got {named}, which has {list(leaves)}")
+            for path in paths:
+                leaf = leaves[path]
+                is_wide = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.itemsize > dtype.itemsize
+                if roles.is_role(path, leaf) or not is_wide:
+                    got = leaf.dtype if isinstance(leaf, Tensor) else "a non-tensor"
+                    raise ValueError(
+                        f"store_as must name entries of wider floating dtypes that are no rewards, got {path} of {got} "
+                        f"for {dtype}"
+                    )
+                wide[path] = leaf.dtype
+                data.set(path, leaf.to(dtype))
+        if order.stored() is None:
+            order.wide = wide
+        elif wide != order.wide:
+            raise ValueError(f"data must hold dtypes as what is stored came as, {dict(order.wide)}, got {wide}")
+        return data
