@@ -25,8 +25,16 @@ def any_of(condition):
 
 
 @triton.jit
-def find_lost(count_ptr, env, begin, total, live, known, slots, agents, data, DATA: tl.constexpr):
+def read_total(count_ptr, env, begin, live, known, slots, agents, data, DATA: tl.constexpr):
+    """What tells of an end whether what comes after it is there: counts, all that there were, and rows for so many."""
+    newest = row_of_slot(env, begin * 0 + known - 1, data, DATA[0], DATA[1])
+    return count_ptr, count_at(count_ptr, newest, live, agents, DATA), slots
+
+
+@triton.jit
+def find_lost(env, begin, live, known, counted, agents, data, DATA: tl.constexpr):
     """Which frames are ends that have lost what comes after them, and the frames that stand for those."""
+    count_ptr, total, slots = counted
     followed, before = live & (begin + 1 < known), begin - 1
     own_row = row_of_slot(env, begin, data, DATA[0], DATA[1])
     after_row = row_of_slot(env, begin + 1, data, DATA[0], DATA[1])
@@ -39,8 +47,10 @@ def find_lost(count_ptr, env, begin, total, live, known, slots, agents, data, DA
 
 
 @triton.jit
-def find_following(count_ptr, env, last, total, mask, known, slots, envs, agents, data, DATA: tl.constexpr):
-    """The row of what comes after frames."""
+def find_following(env, lane, last, mask, known, counted, envs, agents, data, DATA: tl.constexpr):
+    """The row of what comes after the last frame of the window of lane 0."""
+    last = tl.sum(tl.where(lane == 0, last, 0), 1)[:, None]
+    count_ptr, total, slots = counted
     followed = mask & (last + 1 < known)
     row = row_of_slot(env, last + 1, data, DATA[0], DATA[1])
     own = count_at(count_ptr, row_of_slot(env, last, data, DATA[0], DATA[1]), followed, agents, DATA)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multistep_triton.kernels.ends import any_of, count_at, find_following, find_lost
+from multistep_triton.kernels.ends import any_of, count_at, find_following, find_lost, read_total
 from multistep_triton.kernels.picked import find_live, find_picked, row_of_slot, store_index
 from multistep_triton.kernels.rows import either_pointer
 
@@ -106,6 +106,21 @@ def find_ends(
     for level in tl.static_range(LEVELS):
         end = tl.minimum(end, ahead(end, lane, 1 << level))
     return row, end, boundary
+
+
+@triton.jit
+def find_windows(
+    env, begin, lane, live, limit, flags, stream, counted, LEVELS: tl.constexpr, LONG: tl.constexpr, DATA: tl.constexpr
+):
+    """Frames of blocks, and what :func:`find_ends` finds; picked ones that are lost are those that stand for them."""
+    frame = begin + lane
+    row, end, boundary = find_ends(env, frame, lane, live, limit, flags, stream, counted, LEVELS, LONG, DATA)
+    if len(counted) > 0:
+        lost, stands = find_lost(env, begin, live, stream[1], counted, flags[3], stream[4], DATA)
+        if any_of(lost):
+            frame = tl.where(lost, stands, begin) + lane
+            row, end, boundary = find_ends(env, frame, lane, live, limit, flags, stream, counted, LEVELS, LONG, DATA)
+    return frame, row, end, boundary
 
 
 @triton.jit
@@ -217,8 +232,7 @@ def n_step_windows_kernel(
     block = tl.program_id(0) * (TILE // LANES) + tl.arange(0, TILE // LANES)[:, None]
 
     # Where blocks begin, which of their windows are written, and where.
-    limit = n_steps
-    counted = ()
+    limit, counted = n_steps, ()
     if PICKED:
         exists = block < emitted
         env, slot, begin, live = find_picked(block, exists, picked, others, envs, known, data_first, DRAWN)
@@ -227,9 +241,7 @@ def n_step_windows_kernel(
         if len(limits) > 0:
             limit = tl.minimum(tl.load(limits[0] + block, mask=exists, other=1), n_steps).to(tl.int32)
         if count_ptr is not None:
-            newest = row_of_slot(env, begin * 0 + known - 1, data, DATA[0], DATA[1])
-            total = count_at(count_ptr, newest, live, agents, DATA)
-            counted = count_ptr, total, end_slots  # type: ignore[assignment]  # Triton's, of either kind
+            counted = read_total(count_ptr, env, begin, live, known, end_slots, agents, data, DATA)
         rows, place = emitted, block + lane * 0
         written = exists & (lane == 0)
     else:
@@ -243,13 +255,7 @@ def n_step_windows_kernel(
         place = env * emitted + begin + lane
         written = live & (lane < length) & (begin + lane < emitted)
 
-    frame = begin + lane
-    row, end, boundary = find_ends(env, frame, lane, live, limit, flags, stream, counted, LEVELS, LONG, DATA)
-    if count_ptr is not None:
-        lost, stands = find_lost(count_ptr, env, begin, total, live, known, end_slots, agents, data, DATA)
-        if any_of(lost):
-            frame = tl.where(lost, stands, begin) + lane
-            row, end, boundary = find_ends(env, frame, lane, live, limit, flags, stream, counted, LEVELS, LONG, DATA)
+    frame, row, end, boundary = find_windows(env, begin, lane, live, limit, flags, stream, counted, LEVELS, LONG, DATA)
     steps = count_steps(env, frame, lane, end, live, limit, n_steps, flags, stream, counted, LEVELS, PIECE, LONG, DATA)
     end_row = row_of_frame(env, frame + steps - 1, stream, DATA)
     if PICKED:
@@ -271,8 +277,7 @@ def n_step_windows_kernel(
         tl.store(rows_ptr + place, row, mask=written)
         tl.store(rows_ptr + rows + held_rows + place, end_row, mask=written)
         if count_ptr is not None:
-            last = tl.sum(tl.where(lane == 0, frame + steps - 1, 0), 1)[:, None]
-            after = find_following(count_ptr, env, last, total, live, known, end_slots, envs, agents, data, DATA)
+            after = find_following(env, lane, frame + steps - 1, live, known, counted, envs, agents, data, DATA)
             tl.store(rows_ptr + 2 * rows + held_rows + block, after, mask=exists)
         if tl.program_id(0) * TILE < held_rows:
             list_held(rows_ptr + rows, held_rows, envs, held_inner, stream, DATA, TILE)

@@ -56,6 +56,10 @@ NAMES = {
         "_rng", "_storage", "_writer", "_replay_lock", "_write_lock", "_attached_entities", "_sample_unit", "_prefetch",
     },
     "compact_buffer.py": {
+        # where frames lie
+        "_storage",
+    },
+    "arriving_buffer.py": {
         # a buffer's parts, and how it stores
         "_storage", "_extend", "_add",
     },

@@ -55,6 +55,8 @@ TESTS = (
     "tests/buffer/test_replay_buffer.py",
     "tests/buffer/test_entries.py",
 )
+# Where observations are kept once, or as narrower dtypes, nothing else is what it was but this.
+KEPT = ("tests/buffer/test_compact.py", "tests/buffer/test_store_as.py")
 SECONDS = 600
 
 
@@ -66,6 +68,46 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = (
+    # observations kept once
+    Mutation("kept once: gone in a block", "windows", "ends |= ahead(is_lost(", "ends |= False & ahead(is_lost("),
+    Mutation("kept once: gone, the newest is not", "windows", "followed = live & boundary & (frame + 1 < stream[1])",
+             "followed = live & boundary"),
+    Mutation("kept once: gone behind a piece", "windows", "ends |= (lane == (1 << LEVELS) - 1) & lost", "pass"),
+    Mutation("kept once: how many ends", "ends", "!= own) & (total - own > slots)",
+             "!= own) & (total - own >= slots)"),
+    Mutation("kept once: stands in", "ends", "(begin == 0) | (other != own), known - 1, before",
+             "begin == 0, known - 1, before"),
+    Mutation("kept once: the oldest", "ends", "(begin == 0) | (other != own), known", "other != own, known"),
+    Mutation("kept once: what follows an end", "ends", "& (total - own <= slots)", "& (total - own < slots)"),
+    Mutation("kept once: what follows the newest", "ends", "kept | (last + 1 >= known)", "kept"),
+    Mutation("kept once: rows of ends", "ends", "own % slots, slots)", "own % (slots + 1), slots)"),
+    Mutation("kept once: of another environment", "ends", "(end - slots - 1) * envs + env", "(end - slots - 1) * envs"),
+    Mutation("keep: the frame before", "keep", "before == -1, slots - 1, before", "before == -1, 0, before"),
+    Mutation("keep: none before", "keep", "written > 0, slot - 1, -2", "written >= 0, slot - 1, -2"),
+    Mutation("keep: any flag", "keep", "tl.static_range(len(dones))", "tl.static_range(1)"),
+    Mutation("keep: any agent", "keep", "for item in range(WIDTHS[k])", "for item in range(1)"),
+    Mutation("keep: padding", "keep", "ended |= ~(valid & (", "ended |= ~(("),
+    Mutation("keep: another trajectory", "keep", "ended |= traj != tl.load", "ended |= traj < tl.load"),
+    Mutation("keep: counted on", "keep", "count += tl.sum(ended, 1)[:, None]", "pass"),
+    Mutation("keep: the newest stay", "keep", "ended &= total - own <= end_slots", "pass"),
+    Mutation("keep: passed on", "keep", "(number != first) & (total - number <= end_slots)", "(number != first)"),
+    Mutation("keep: the newest", "keep", "to = tl.where(is_newest, end_slots, own % end_slots)",
+             "to = own % end_slots"),
+    Mutation("ends: the newest stay", "multistep_triton/ends", "ended & (count[-1] - count < ends)", "ended"),
+    Mutation("ends: none before", "multistep_triton/ends", "ended[0] = False", "pass"),
+    Mutation("ends: lost", "multistep_triton/ends", "- self.slots).clamp", "- self.slots - 1).clamp"),
+    Mutation("ends: stands in", "multistep_triton/eager_ends", "torch.where(is_end(before), newest, before)", "before"),
+    Mutation("ends: gone", "multistep_triton/eager_ends", "- ends.count[(slot, *lead)] > ends.slots",
+             "- ends.count[(slot, *lead)] >= ends.slots"),
+    Mutation("ends: before one that is gone", "multistep_triton/eager_ring", "goes_on[:-1] &= ",
+             "goes_on[:-1] |= False & "),
+    Mutation("ends: another writer", "multistep_triton/compact_buffer", "order.kept_writes != order.writes or",
+             "False or"),
+    Mutation("ends: of what arguments", "multistep_triton/compact_buffer", "order.kept_by != (by := self._kept_by())",
+             "(by := self._kept_by()) != by"),
+    Mutation("narrow: of what came", "multistep_triton/arriving_buffer", "elif wide != order.wide:", "elif False:"),
+    Mutation("narrow: rewards", "multistep_triton/arriving_buffer", "roles.is_role(path, leaf) or not is_wide",
+             "not is_wide"),
     # boundaries
     Mutation("boundary: done", "windows", "ends |= load_row(dones[k], row, carry_rows, live, 0) != 0", "pass"),
     Mutation("boundary: another done flag", "windows", "tl.static_range(len(dones))", "tl.static_range(1)"),
@@ -85,7 +127,8 @@ MUTATIONS = (
     Mutation("marks: of agents in the carry", "windows", "tl.where(row < 0, row, row // agents)", "row // agents"),
     # where windows end
     Mutation("end: the first", "windows", "tl.static_range(LEVELS)", "tl.static_range(1, LEVELS)"),
-    Mutation("end: none in a block", "windows", "boundary, lane, 1 << LEVELS)", "boundary, lane, (1 << LEVELS) - 1)"),
+    Mutation("end: none in a block", "windows", "end = tl.where(ends, lane, 1 << LEVELS)",
+             "end = tl.where(ends, lane, (1 << LEVELS) - 1)"),
     Mutation("end: last lane", "windows", "tl.minimum(lane + by, lanes - 1)", "tl.minimum(lane + by, lanes - 2)"),
     Mutation("steps", "windows", "tl.minimum(end - lane + 1, done)", "tl.minimum(end - lane, done)"),
     Mutation("steps: n frames", "windows", "steps = tl.minimum(end - lane + 1, done)", "steps = end - lane + 1"),
@@ -237,7 +280,7 @@ MUTATIONS = (
              "(self.names, self.kinds, found[3])"),
     Mutation("buffer: alike, what others wrote", "multistep_triton/storing_buffer", "seen.others != order.changes()",
              "False"),
-    Mutation("buffer: alike, more than slots", "multistep_triton/storing_buffer", "not 0 < frames <= position.slots",
+    Mutation("buffer: alike, more than slots", "multistep_triton/storing_buffer", "not 0 < frames <= seen.most",
              "not 0 < frames"),
     Mutation("buffer: frames that are written", "multistep_triton/storage_order", "writer._write_count += frames",
              "pass"),
@@ -348,6 +391,8 @@ def run_python(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def run_tests(copy: Path, mutation: Mutation | None = None) -> str:
     """What fails first; empty if nothing does."""
+    if mutation is not None and mutation.decides.startswith(("kept once", "keep", "ends", "narrow")):
+        return fails_of(copy, KEPT)
     core = fails_of(copy, CORE) if mutation is None or "/" in mutation.file else ""
     return core or fails_of(copy, FIRST) or fails_of(copy, TESTS)
 
