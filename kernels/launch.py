@@ -54,17 +54,8 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     levels, piece, blocks = windows.shape_blocks(longest, emitted, False)
     tile = tile_of(longest, piece, bool(flags[1] or flags[2]))
     lists = torch.empty((2 * count + held_rows if plan.copies else 0,), dtype=torch.int32, device=device)
-    kind = (
-        levels,
-        piece,
-        longest > 1 << piece,
-        inner > 1,
-        False,
-        False,
-        1,
-        (1 < inner < envs, False, agents > 1),
-        bool(plan.copies),
-    )
+    where = 1 < inner < envs, False, agents > 1
+    kind = levels, piece, longest > 1 << piece, inner > 1, False, False, 1, where, bool(plan.copies)
     carry_ring, (held_first, held_slots, held_inner) = _ring(carry, envs), _ring(held, envs)
     programs = -(-max((envs * blocks) << levels, held_rows) // tile)
     with on(device):

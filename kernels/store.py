@@ -21,8 +21,8 @@ from multistep_triton.kernels.run import ALIGNMENT, as_real, check_fits, is_amd,
 from multistep_triton.kernels.windows import INTERPRETED
 from multistep_triton.task import Leaves, find
 
-# Where what comes after frames is kept, so that six programs share a multiprocessor, for fewer units each.
-MOST_REGISTERS, KEPT_TILE = 80, rows.TILE // 2
+# Where what comes after frames is kept, so that five programs share a multiprocessor, for fewer units each.
+MOST_REGISTERS, KEPT_TILE = 96, rows.TILE // 2
 
 
 @triton.jit(do_not_specialize=["rows", "frames", "envs", "slot", "slots", "end_slots"])
