@@ -377,13 +377,15 @@ def test_observations_kept_once(n_steps, arguments):
 
 def test_launches_of_a_step_with_observations_kept_once():
     buffer, stream = buffer_on("cuda", compact=True), kept_once(rollout_on("cuda", 12))
-    for t in range(3):
-        buffer.extend(stream[:, t : t + 1]), buffer.sample(64)
+    # What does not lie in order is copied before.
+    *frames, frame = (stream[:, t : t + 1].clone() for t in range(4))
+    for each in frames:
+        buffer.extend(each), buffer.sample(64)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            buffer.extend(stream[:, 3:4]), buffer.sample(64)
+            buffer.extend(frame), buffer.sample(64)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
