@@ -1,7 +1,8 @@
 """Keep: what comes after frames of a ring that keeps observations once, written as the frames are stored.
 
-See ``multistep_triton.ends``. Frames of a call are counted from 0 on; frame -1 is the newest of those before, in the
-slot ``before``, which is negative if there is none. Ends of several frames are counted by a launch of their own.
+See ``multistep_triton.ends``. Frames of a call are counted from 0 on; frame -1 is the one in the slot ``before``. If no
+frame is there, what the slot holds may pass on a row that no frame asks for. Ends of several frames are counted by a
+launch of their own.
 """
 
 from __future__ import annotations
@@ -18,12 +19,9 @@ TILE, MOST_FRAMES = 512, 128
 @triton.jit
 def find_before(written_ptr, slot, slots):
     """The slot of the first frame, and that of the frame before, from how many frames were ever written, if given."""
-    before = slot - 1
     if written_ptr is not None:
-        written = tl.load(written_ptr)
-        slot = (written % slots).to(tl.int32)
-        before = tl.where(written > 0, slot - 1, -2)
-    return slot, tl.where(before == -1, slots - 1, before)
+        slot = (tl.load(written_ptr) % slots).to(tl.int32)
+    return slot, tl.where(slot == 0, slots, slot) - 1
 
 
 @triton.jit
@@ -39,7 +37,6 @@ def has_ended(frame, env, mask, before, sizes, flags, TIME_LAST: tl.constexpr, W
     dones, masks, ids = flags
     frames, envs = sizes
     held = frame < 0
-    mask &= (before >= 0) | ~held
     if TIME_LAST:
         row, after = env * frames + frame, env * frames + frame + 1
     else:
@@ -62,7 +59,7 @@ def has_ended(frame, env, mask, before, sizes, flags, TIME_LAST: tl.constexpr, W
 @triton.jit
 def count_before(count_ptr, env, mask, before, envs):
     """How many ends were passed on before frame -1 came."""
-    return tl.load(count_ptr + before.to(tl.int64) * envs + env, mask=mask & (before >= 0), other=0)
+    return tl.load(count_ptr + before.to(tl.int64) * envs + env, mask=mask, other=0)
 
 
 @triton.jit(do_not_specialize=["frames", "envs", "slot", "slots"])
@@ -117,7 +114,7 @@ def keep_tile(
             first = tl.load(count_ptr + place_of(frame * 0, env, envs, slot, slots), mask=is_newest, other=0)
             # Of more ends than there are rows, the newest stay.
             ended &= total - own <= end_slots
-            held_ended = is_newest & (before >= 0) & (number != first) & (total - number <= end_slots)
+            held_ended = is_newest & (number != first) & (total - number <= end_slots)
         else:
             held_ended = has_ended(frame * 0 - 1, env, is_newest, before, sizes, flags, TIME_LAST, WIDTHS)
         column = (unit * PARTS).to(tl.int32)[:, None] + tl.arange(0, PARTS)[None, :]

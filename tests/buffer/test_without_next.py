@@ -5,8 +5,7 @@ import warnings
 
 import pytest
 import torch
-from rings import TRAJ_KEY, make_buffer, make_stream
-from test_compact import kept_once
+from rings import TRAJ_KEY, kept_once, make_buffer, make_stream
 
 CAPACITY, CUTS = 12, [1, 3, 5, 13, 1, 1, 1]
 

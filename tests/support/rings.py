@@ -13,6 +13,8 @@ from torchrl.data import LazyTensorStorage, RandomSampler, SamplerWithoutReplace
 from multistep_triton import NStepReplayBuffer
 
 TRAJ_KEY = ("collector", "traj_ids")
+TWINS = ("observation", "number")
+"""What is both at the root and under "next"."""
 WINDOW_KEYS = ("steps_to_next_obs", "gamma", "nonterminal")
 
 
@@ -85,6 +87,21 @@ class Ring:
         while len(window) < n_steps and not self.is_newest(window[-1]) and not self.is_boundary(window[-1]):
             window.append(window[-1] + 1)
         return window
+
+
+def kept_once(
+    stream: TensorDict, keys: Sequence[str] = TWINS, *, done_keys: Sequence[str] = ("done",), traj_key=None
+) -> TensorDict:
+    """A stream in which what comes after a frame is what the next one holds, but at ends."""
+    ring = Ring(stream, 1, done_keys=done_keys, traj_key=traj_key)
+    ring.written = ring.length
+    ended = torch.tensor([ring.is_boundary(number) for number in range(stream.numel())]).view(stream.batch_size)
+    stream["next", "number"] = -1 - stream["number"]
+    for key in keys:
+        root, after = stream[key], stream["next"][key]
+        there = ended.view(*ended.shape, *[1] * (root.ndim - ended.ndim))
+        stream["next"][key] = torch.where(there, after, root.roll(-1, stream.ndim - 1))
+    return stream
 
 
 class Drawn(RandomSampler):
