@@ -292,13 +292,34 @@ def test_groups_with_flags_of_their_own(arguments, batch, agents):
 
 
 def test_groups_by_the_kernels():
-    stream = stream_of_groups(())
+    stream = stream_of_groups((), (5,))
     with kernels():
         buffers = make_pair(5, **GROUPS["of agents"])
-        for part in stream[:24].split([3, 1, 1, 1, 4, 1, 4, 1, 3, 1, 4]):
+        for part in stream[:12].split([2, 1, 1, 2, 1, 1, 4]):
             extend(buffers, part)
             if len(part) > 1:
                 assert_alike(buffers)
+
+
+def test_long_windows_by_the_kernels_that_have_lost_ends():
+    """Of two pieces of 64 frames, the first of which ends just before an end that is lost, among others."""
+    stream = stream_of((), 150, p_done=0.0)
+    for t in (70, 140, 145):
+        stream["next", "done"][t] = True
+    ring = Losing(kept_once(stream), 150, 1)
+    with kernels():
+        buffers = make_pair(150, end_slots=1, n_steps=100)
+        extend(buffers, ring.take(150))
+        assert_kept_once(buffers, ring)
+
+
+def test_more_frames_than_a_program_counts_at_once():
+    stream = stream_of((), 160)
+    with kernels():
+        buffers = make_pair(140)
+        for part in stream.split([2, 135, 10, 13]):
+            extend(buffers, part)
+        assert_alike(buffers)
 
 
 @pytest.mark.parametrize("arguments", GROUPS.values(), ids=GROUPS)
