@@ -157,7 +157,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         self, new: Leaves, stored: Leaves, data: TensorDictBase, time_dim: int | None, entries: TensorDictBase | None
     ) -> None:
         super()._check_new(new, stored, data, time_dim, entries)
-        if self._compact:
+        if self._compact and self._is_verified(data):
             frames = data.unsqueeze(0) if time_dim is None else data.transpose(0, time_dim) if time_dim else data
             ends, leaves, ended, newest = self._find_ended(frames)
             if newest is None:
@@ -208,8 +208,11 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
 
     def _find_seen(self, data: TensorDictBase, time_dim: int) -> Seen | None:
         # What is promised of observations is verified where frames are stored call by call.
-        is_verified = self._compact and resolve_backend(self._backend, data.values(True, True)) == "verify"
-        return None if is_verified else super()._find_seen(data, time_dim)
+        return None if self._compact and self._is_verified(data) else super()._find_seen(data, time_dim)
+
+    def _is_verified(self, data: TensorDictBase) -> bool:
+        tensors = [leaf for leaf in data.values(True, True) if isinstance(leaf, Tensor)]
+        return resolve_backend(self._backend, tensors) == "verify"
 
     def _adopt(self) -> None:
         super()._adopt()

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+import torch
+
 from multistep_triton.postproc import MultiStep
 from multistep_triton.replay_buffer import NStepReplayBuffer
 from multistep_triton.transform import MultiStepTransform
@@ -110,7 +112,7 @@ class MultiStepConfig(_Arguments, ConfigBase):
 class NStepReplayBufferConfig(_Arguments, TensorDictReplayBufferConfig):
     """Builds a :class:`multistep_triton.NStepReplayBuffer`; its arguments, and those of torchrl's node ``tensordict``.
 
-    ``n_steps`` is a number or a list of two, ``[low, high]``.
+    ``n_steps`` is a number or a list of two, ``[low, high]``; ``store_as`` has the names of dtypes, as ``bfloat16``.
 
     Example:
         >>> from hydra import compose, initialize
@@ -133,6 +135,9 @@ class NStepReplayBufferConfig(_Arguments, TensorDictReplayBufferConfig):
     done_at: str = "end"
     outputs: Any = None
     capturable: bool = False
+    compact: Any = False
+    end_slots: int | None = None
+    store_as: Any = None
     _target_: str = "multistep_triton.configs._make_n_step_replay_buffer"
 
 
@@ -150,10 +155,13 @@ def _make_n_step_replay_buffer(**arguments: Any) -> NStepReplayBuffer:
 
 def _make(build: type[Built], arguments: dict[str, Any]) -> Built:
     """An object of arguments of which those of ours are as YAML has them: with lists in place of tuples."""
-    for name in {"outputs", *(field.name for field in fields(_Arguments))} & arguments.keys():
+    for name in {"outputs", "compact", *(field.name for field in fields(_Arguments))} & arguments.keys():
         value = arguments[name]
-        listed = (name == "outputs" or name.endswith("_keys")) and _is_list(value)
+        listed = (name in ("outputs", "compact") or name.endswith("_keys")) and _is_list(value)
         arguments[name] = [_as_tuple(each) for each in value] if listed else _as_tuple(value)
+    if arguments.get("store_as"):
+        # By the names of dtypes.
+        arguments["store_as"] = {key: getattr(torch, name, name) for key, name in arguments["store_as"].items()}
     return build(**arguments)
 
 

@@ -140,6 +140,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
     """
 
     _layout_before: Layout | None = None
+    _asked: Asked | None = None
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
     def __repr__(self) -> str:
         """The arguments, and what torchrl says of its own."""
         others = "outputs", "capturable", "compact", "end_slots", "store_as"
-        more = [f"{name}={value!r}" for name in others if (value := getattr(self, name))]
+        more = (f"{name}={value!r}" for name in others if (value := getattr(self, name)))
         said = "".join([f"{each}, " for each in (*self._said(), *more)])
         return CapturableReplayBuffer.__repr__(self).replace("(", f"(\n    {said}", 1)
 
@@ -194,8 +195,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         """Sets an attribute and, if it is one of the arguments or the storage, counts that."""
         super().__setattr__(name, value)
         if name in _COUNTED:
-            # Batches that were prefetched before, and what was checked, are of the arguments before.
-            self._changes += 1
+            self._changes += 1  # batches that were prefetched, and what was checked, are of the arguments before
             self.__dict__["_seen"] = None
 
     def sample(self, *args: Any, n_steps: Steps | None = None, **kwargs: Any) -> Any:

@@ -85,7 +85,9 @@ def test_every_argument_arrives(kind):
     values = {**VALUES, "done_at": [each[default] for each in VALUES["done_at"]]}
     if kind is NStepReplayBuffer:
         asked = ["gamma", ["next", "reward"]], ["gamma", ("next", "reward")]
-        values.update(outputs=asked, capturable=(True, True))
+        kept = ["observation", ["agents", "state"]], ["observation", ("agents", "state")]
+        values.update(outputs=asked, capturable=(True, True), compact=kept, end_slots=(2, 2))
+        values["store_as"] = {"observation": "bfloat16"}, {"observation": torch.bfloat16}
     assert values.keys() == arguments(kind).keys()
     node = OmegaConf.structured(KINDS[kind](**{name: given for name, (given, _) in values.items()}))
     if kind is NStepReplayBuffer:

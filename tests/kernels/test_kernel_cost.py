@@ -43,11 +43,12 @@ for target in (each for each in kernel_cost.TARGETS if each.case.kind == "storin
     found.append([kernel_cost.missed(target, cost), len(cost.launches), cost.bus])
 print(json.dumps(found))
 """)
-    assert len(found) == 2
+    assert len(found) == 3
     for missed, launches, bus in found:
         assert not missed
         assert launches == 1
-        assert bus < 1.01
+        # The newest row is read, too, where it is passed on.
+        assert bus < 1.02
 
 
 def test_traffic_of_operators():
