@@ -6,9 +6,11 @@ https://github.com/amazon-far/holosoma, whose critics have observations of their
 Constructor, ``extend`` and ``sample`` are the same, and so are entries, shapes and dtypes of a sample; what a script
 makes of a sample stays as it is.
 
-With ``n_steps=1`` the transitions are the same, too. With more, windows are exact here. Measured of FastTD3's buffer
-(commit 229ed59) and of holosoma's (fc600e7), which agree, with n_steps=3 and 8 slots per environment; numbers are those
-of frames, "sum" says whose rewards are summed, and "next of" whose next observations are sampled:
+With ``n_steps=1`` the transitions are the same, too, as long as ``compact`` has rows for all ends (``end_slots``; while
+episodes are short, one for every 16 slots may be few, and dones are then sampled more rarely). With more, windows are
+exact here. Measured of FastTD3's buffer (commit 229ed59) and of holosoma's (fc600e7), which agree, with n_steps=3 and 8
+slots per environment; numbers are those of frames, "sum" says whose rewards are summed, and "next of" whose next
+observations are sampled:
 
 +-----------------------+-----------------------------------------------+-------------------------------------------+
 | stored                | sampled by the original                       | sampled here                              |

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from multistep_triton.ends import Ends
 from multistep_triton.frames import KeyPath
-from multistep_triton.roles import Roles, as_path
-from multistep_triton.stored import leaves_of
+from multistep_triton.roles import Roles, as_path, check_key
+from multistep_triton.stored import check_continues, check_dims, leaves_of
 from multistep_triton.storing_buffer import StoringReplayBuffer
 from multistep_triton.twins import marks_of, tensors_of
 
@@ -42,7 +42,7 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
             raise TypeError(f"store_as must be a dict of keys and dtypes, got {store_as!r}")
         if odd := [dtype for dtype in (store_as or {}).values() if dtype not in NARROW]:
             raise ValueError(f"store_as must have dtypes of {', '.join(map(str, NARROW))}, got {odd}")
-        self._store_as = {as_path(key): dtype for key, dtype in (store_as or {}).items()}
+        self._store_as = {as_path(check_key("store_as", key)): dtype for key, dtype in (store_as or {}).items()}
 
     @property
     def store_as(self) -> dict[NestedKey, torch.dtype]:
@@ -57,7 +57,8 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         return index
 
     def _add(self, data: TensorDictBase) -> Any:
-        if self._compact and data.ndim == self._storage.ndim - 1 and "final" in data.keys():  # noqa: SIM118
+        waits = self._order.waiting is not None or data.get("final", None) is not None
+        if self._compact and waits and data.ndim == self._storage.ndim - 1:
             return self._extend(data.unsqueeze(self.dim_extend))
         return super()._add(data)
 
@@ -66,31 +67,59 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
 
         What comes after ends is then the entries of the group "final".
         """
-        order, dim = self._order, self.dim_extend
-        waiting: TensorDictBase | None = order.waiting
-        if not self._compact or (data.get("final", None) is None and waiting is None) or not data.numel():
+        dim, waiting, group = self.dim_extend, self._order.waiting, data.get("final", None)
+        if not self._compact or (group is None and waiting is None) or not data.numel():
             return data, None
-        leaves = leaves_of(data, data.batch_dims)
-        finals = [path for path in leaves if path[0] == "final" and ("next", *path[1:]) not in leaves]
-        if waiting is not None and sorted(leaves) != sorted(leaves_of(waiting, waiting.batch_dims)):
-            raise KeyError(
-                f"data must hold the entries of the frames before, which came without what comes after them, "
-                f"got {list(leaves)}"
-            )
-        if getattr(self, "_capturable", False):
-            raise ValueError("capturable must be False where frames come without what comes after them")
+        check_dims(data, self._storage.ndim, self._storage.ndim)
+        self._check_final(data)
         if waiting is not None:
-            data = torch.cat([waiting, data], dim)
+            device = next(iter(data["final"].values(True, True))).device
+            data = torch.cat([waiting.apply(lambda leaf: leaf.to(device)), data], dim)
         leaves = {path: leaf.transpose(0, dim) for path, leaf in tensors_of(data).items()}
-        marks = marks_of(self._roles_in(leaves), leaves)
-        lead = leaves[finals[0]].shape[1 : data.ndim]
-        ended = Ends(torch.empty(1, *lead), {}, *marks).find_ended(leaves, {}, None)[1:]
+        marks, finals = marks_of(self._roles_in(leaves), leaves), [path for path in leaves if path[0] == "final"]
+        ended = Ends(torch.empty(1, *leaves[finals[0]].shape[1 : data.ndim]), {}, *marks).find_ended(leaves, {}, None)
         whole = data.narrow(dim, 0, data.shape[dim] - 1).exclude("final")
         for path in finals:
             own, after = leaves[path[1:]], leaves[path]
-            there = ended.view(*ended.shape, *[1] * (own.ndim - ended.ndim))
+            there = ended[1:].view(*ended[1:].shape, *[1] * (own.ndim - ended.ndim))
             whole.set(("next", *path[1:]), torch.where(there, after[:-1], own[1:]).transpose(0, dim))
         return whole, data.narrow(dim, data.shape[dim] - 1, 1).clone()
+
+    def _check_final(self, data: TensorDictBase) -> None:
+        """Checks frames that come without what comes after them, and go on from the one that waits."""
+        every, waiting = leaves_of(data, data.batch_dims), self._order.waiting
+        finals = [path for path in every if path[0] == "final" and len(path) > 1]
+        if not finals:
+            raise KeyError(
+                f"data must hold a group 'final', as that of the frames before, which came without what comes after "
+                f"them, got the entries {list(every)}"
+            )
+        if getattr(self, "_capturable", False):
+            raise ValueError("capturable must be False where frames come without what comes after them")
+        if objects := [path for path, leaf in every.items() if not isinstance(leaf, Tensor)]:
+            raise TypeError(
+                f"data must hold tensors alone where frames come without what comes after them, got {objects}"
+            )
+        for path in finals:
+            leaf, root = every[path], every.get(path[1:])
+            if root is None or (root.dtype, root.shape) != (leaf.dtype, leaf.shape):
+                kinds = [None if each is None else (each.dtype, [*each.shape]) for each in (leaf, root)]
+                raise ValueError(f"{path} must be of the dtype and shape of {path[1:]}, got {kinds[0]} and {kinds[1]}")
+            if ("next", *path[1:]) in every:
+                raise ValueError(
+                    f"data must not hold both {path} and {('next', *path[1:])}, which comes after every frame"
+                )
+        if waiting is None:
+            return
+        before = leaves_of(waiting, waiting.batch_dims)
+        sizes = [[size for d, size in enumerate(each.shape) if d != self.dim_extend] for each in (data, waiting)]
+        if odd := sorted(every.keys() ^ before.keys()):
+            raise KeyError(
+                f"data must hold the entries of the frame before, which waits for it, got {odd} in one alone"
+            )
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"data must be of {sizes[1]} rows, as the frame before, got {sizes[0]}")
+        check_continues(every, before, data.batch_dims, waiting.batch_dims, "as in the frame before")
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Empties the buffer, as in torchrl."""
@@ -117,8 +146,13 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
                     )
                 wide[path] = leaf.dtype
                 data.set(path, leaf.to(dtype))
+        if odd := [path for path in wide if path[0] == "next" and wide.get(path[1:], wide[path]) != wide[path]]:
+            raise ValueError(f"data must hold {odd} of the dtypes at the root, to be stored alike, got {wide}")
         if order.stored() is None:
             order.wide = wide
         elif wide != order.wide:
-            raise ValueError(f"data must hold dtypes as what is stored came as, {dict(order.wide)}, got {wide}")
+            raise ValueError(
+                f"store_as must be that of what is stored, whose entries came as {dict(order.wide)} and others as they "
+                f"lie there, got store_as={self.store_as} and data of {wide}"
+            )
         return data

@@ -131,7 +131,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         if not twins:
             raise KeyError(
                 f"data must hold an entry under 'next' that is at the root, too, of the same dtype and shape, with "
-                f"compact, got the entries {list(leaves)}"
+                f"compact, or what comes after ends in a group 'final' (docs/buffer.md), got the entries {list(leaves)}"
             )
         entries = self._order.entries()
         if entries is not None and (there := [path for path in twins if entries.get(path, None) is not None]):

@@ -34,7 +34,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
 
     def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
         """As in torchrl, which copies the tensordict for transforms that it may not have."""
-        if self._seen is not None and not len(self._transform):
+        if self._seen is not None and not len(self._transform) and self._order.waiting is None:
             index = self._extend_alike(tensordicts)
             if index is not None:
                 return index

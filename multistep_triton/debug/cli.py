@@ -141,7 +141,7 @@ def _doctor(parser: _Parser, options: argparse.Namespace) -> int:
 
         try:
             return kept_once.run(options.file)
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             parser.error(str(error.args[0]))
     from multistep_triton.debug import doctor
 

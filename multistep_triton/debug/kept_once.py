@@ -13,6 +13,7 @@ from multistep_triton.backends import EquivalenceError
 from multistep_triton.debug.explain import load_rollout
 from multistep_triton.debug.verify import check_kept_once
 from multistep_triton.ends import Ends
+from multistep_triton.frames import Frames
 from multistep_triton.postproc import MultiStep
 from multistep_triton.stored import leaves_of
 from multistep_triton.twins import find_twins, marks_of
@@ -26,14 +27,17 @@ def run(path: Path) -> int:
 
     Raises:
         KeyError: there is none, or no done flag.
+        TypeError: a flag is no flag.
         ValueError: the file cannot be read, or holds no frames ``[*B, T]``.
     """
     data = load_rollout(path)
-    if not data.numel():
+    if not data.numel() or not data.ndim:
         raise ValueError(f"FILE must hold frames [*B, T], got {[*data.batch_size]}")
     dims, every = data.ndim, leaves_of(data, data.ndim)
     leaves = {key: leaf.movedim(dims - 1, 0) for key, leaf in every.items() if isinstance(leaf, torch.Tensor)}
-    roles = MultiStep(1.0, 1)._roles_in(leaves)
+    multistep = MultiStep(1.0, 1)
+    roles = multistep._roles_in(leaves)
+    multistep._groups_in(Frames.read(data), roles)  # which looks at flags
     twins, marks = find_twins(roles, leaves), marks_of(roles, leaves)
     if not twins or not marks[0]:
         raise KeyError(f"FILE must hold a done flag, and entries both at the root and under 'next', got {list(every)}")

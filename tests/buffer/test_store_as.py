@@ -142,7 +142,7 @@ def test_data_of_another_dtype_than_came_before():
     buffer = make_buffer(8, (3,), store_as={"observation": torch.bfloat16})
     buffer.extend(make_wide_stream((3,), 4, torch.float64))
     before = everything(buffer)
-    with pytest.raises(ValueError, match="as what is stored came as"):
+    with pytest.raises(ValueError, match="must be that of what is stored, whose entries came as"):
         buffer.extend(make_wide_stream((3,), 4, torch.float32))
     assert torch.equal(everything(buffer)["number"], before["number"])
     other = NStepReplayBuffer(n_steps=1, gamma=1.0, storage=buffer.storage)

@@ -80,6 +80,50 @@ def test_a_call_that_fails_leaves_the_frame_that_waits():
     assert_same(buffer, usual)
 
 
+@pytest.mark.parametrize("single", [False, True], ids=["extend", "add"])
+def test_a_whole_frame_after_one_that_waits_is_refused_however_many_were_stored(single):
+    stream = kept_once(make_stream((3,), 20))
+    bare, buffer, usual = without(stream), make((3,)), make((3,))
+    for t in range(4):
+        buffer.extend(bare[:, t : t + 1])
+    with pytest.raises(KeyError, match="of the frames before, which came without what comes after them"):
+        buffer.add(stream[:, 4]) if single else buffer.extend(stream[:, 4:5])
+    buffer.extend(bare[:, 4:6]), usual.extend(stream[:, :5])
+    assert_same(buffer, usual)
+
+
+@pytest.mark.parametrize(
+    ("alter", "error", "message"),
+    [
+        (
+            lambda data: data["final"].update({"observation": torch.zeros(3, 2, 1)}),
+            ValueError,
+            "of the dtype and shape",
+        ),
+        (lambda data: data["final"].update({"observation": torch.zeros(3, 2, 3).double()}), ValueError, "float64"),
+        (lambda data: data["final"].update({"nothing": torch.zeros(3, 2)}), ValueError, "nothing.*got .* and None"),
+        (lambda data: data["next"].update({"observation": torch.zeros(3, 2, 3)}), ValueError, "must not hold both"),
+        (lambda data: data.set("final", torch.zeros(3, 2)), KeyError, "must hold a group 'final'"),
+        (lambda data: data.set_non_tensor("text", "a"), TypeError, "tensors alone"),
+    ],
+)
+@pytest.mark.parametrize("waits", [False, True], ids=["at first", "after one that waits"])
+def test_what_comes_after_ends_is_checked(alter, error, message, waits):
+    stream = kept_once(make_stream((3,), 20))
+    bare, buffer, usual = without(stream), make((3,)), make((3,))
+    if waits:
+        buffer.extend(bare[:, :2])
+    data = bare[:, 2:4].clone()
+    alter(data)
+    with pytest.raises(error, match=message):
+        buffer.extend(data)
+    if waits:
+        with pytest.raises(ValueError, match=r"must be of .* rows"):
+            buffer.extend(bare[:2, 2:4])
+        buffer.extend(bare[:, 2:4]), usual.extend(stream[:, :3])
+        assert_same(buffer, usual)
+
+
 def test_a_captured_step_cannot_wait():
     buffer = make((3,), capturable=True, sampler=None)
     with pytest.raises(ValueError, match="capturable must be False"):

@@ -1,0 +1,45 @@
+"""``python -m multistep_triton doctor FILE``: whether the observations of a rollout can be kept once, and where not."""
+
+import pytest
+import torch
+from rings import kept_once, make_stream
+
+from multistep_triton.debug.cli import main
+
+
+def saved(tmp_path, data):
+    torch.save(data, tmp_path / "rollout.pt")
+    return ["doctor", str(tmp_path / "rollout.pt")]
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+def test_a_rollout_that_can_be_kept_once(batch, tmp_path, capsys):
+    assert main(saved(tmp_path, kept_once(make_stream(batch, 20, p_done=0.3)))) == 0
+    assert capsys.readouterr().out.count("can be kept once") == 2
+
+
+def test_the_first_frame_that_was_altered_is_named(tmp_path, capsys):
+    stream = kept_once(make_stream((3,), 20, p_done=0.0))
+    stream["observation"][1, 7] += 1
+    assert main(saved(tmp_path, stream)) == 1
+    said = capsys.readouterr().out
+    assert "('number',): can be kept once" in said
+    assert "('observation',): must be kept twice" in said
+    assert "batch index (1,), t = 7" in said and "t = 6, which no flag ends" in said
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda data: data[0, 0], "frames [*B, T]"),
+        (lambda data: data.exclude("observation", "number"), "both at the root and under 'next'"),
+        (lambda data: data.exclude(("next", "done")), "done"),
+        (lambda data: data.update({"next": {"done": data["next", "done"].float()}}), "must be bool"),
+    ],
+    ids=["no frames", "no twins", "no flag", "floats"],
+)
+def test_what_is_no_such_rollout_is_refused_in_a_line(alter, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(saved(tmp_path, alter(make_stream((3,), 20)).clone()))
+    assert exited.value.code == 2
+    assert message in capsys.readouterr().err
