@@ -81,7 +81,9 @@ def buffers(fasttd3: Path | None) -> dict[str, tuple[Call, Call]]:
         "NStepReplayBuffer, kernels": {"backend": "triton"},
         "the same, outputs=": {"backend": "triton", "outputs": ASKED},
         "the same, capturable=True": {"backend": "triton", "capturable": True},
+        "the same, compact=True": {"backend": "triton", "compact": True},
         "NStepReplayBuffer, CPU": {"backend": "reference"},
+        "CPU, compact=True": {"backend": "reference", "compact": True},
     }
     found: dict[str, Any] = {
         # Its TensorDictReplayBuffer cannot be extended by one frame of every environment.

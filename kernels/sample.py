@@ -55,7 +55,8 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     known, of = data if as_it_lies else {}, (dims, count, longest, drawn)
     kept = task.keys, torch.get_default_dtype(), of
     ready = find(known, "sample", kept, lambda: _make_ready(task, data, ends, *of))
-    plan, (*flags, rewards), sources, *_, copies, likes, rest, (envs, agents), others, kind, programs, tile = ready[:13]
+    plan, roles, sources, of_ends, count_leaf, copies, likes, rest, (envs, agents), others, *launch = ready
+    (*flags, rewards), (kind, programs, tile, _, inner) = roles, launch
     end_slots = 0 if ends is None else ends.slots
     check_fits(max(count, envs * live), 0)
     leaves = {out: torch.empty_like(like) for out, like in copies}
@@ -75,15 +76,15 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
         run(
             *(plan.compiled, windows.n_step_windows_kernel, (kind, len(limits), others, written is None), programs),
             *(*flags, rewards, tuple({**returns, **wide}.values()), picked, limits, others, index, written),
-            ready.count_leaf,
+            count_leaf,
             *(steps, discount, nonterminal, lists, powers(task.gamma, most, steps.device)),
             *(envs, agents, 0, live, count, 0, longest, 1, 1, end_slots),
-            *(0, 1, 1, (newest + 1) % live, live, ready.inner),
+            *(0, 1, 1, (newest + 1) % live, live, inner),
             *(plan.elements, *kind, tile),
         )
         if plan.order:
             copied = [leaves[out] for out, _ in plan.order]
-            jobs = sources, ready.kept, copied, sources
+            jobs = sources, of_ends, copied, sources
             copy_rows(plan, jobs, False, lists, count, 0, (end_slots + 1) * envs, 0, 0)
     for key, each in wide.items():
         returns[key] = each.to(torch.bfloat16)

@@ -94,6 +94,8 @@ class _Plan(NamedTuple):
     units: tuple[tuple[Any, ...], ...]
     kept_order: list[int]
     kept_units: tuple[tuple[Any, ...], ...]
+    widest: int
+    """Units of the widest row."""
     compiled: dict[Any, Any]
 
     def programs(self, count: int) -> int:
@@ -112,22 +114,24 @@ class _Ready(NamedTuple):
     """Keys of leaves that lie in the ring, and then of those of which what comes after ends is kept."""
     kept: list[Tensor]
     """Where they go."""
-    bytes_of_rows: tuple[int, ...]
-    addresses: tuple[int, ...]
     has_complex: bool
     flags: tuple[tuple[tuple[Any, Tensor], ...], ...]
     """Of done flags, mask and ids the key, and what the ring holds."""
     flag_widths: tuple[int, ...]
     """Elements of a done flag of one frame."""
+    kind: tuple[tuple[Any, ...], ...]
+    """Of the leaves that are kept bytes of rows and addresses, and what else is compiled in."""
+    plans: dict[tuple[int, ...], _Plan]
+    """By the addresses of the data."""
 
 
 @functools.lru_cache(maxsize=256)
 def find_plan(
-    bytes_of_rows: tuple[int, ...],
     addresses: tuple[int, ...],
-    ring: tuple[int, ...],
     dtypes: tuple[tuple[torch.dtype, torch.dtype], ...],
     stored: int,
+    bytes_of_rows: tuple[int, ...],
+    ring: tuple[int, ...],
     kind: tuple[Any, ...],
 ) -> _Plan:
     """The plan for leaves and those of a ring at such addresses, of each of which a kernel knows what divides it.
@@ -143,7 +147,8 @@ def find_plan(
         sorted([k for k in some if units[k][2]], key=lambda k: -units[k][2])
         for some in (range(stored), range(stored, len(units)))
     )
-    return _Plan(order, tuple([units[k] for k in order]), kept_order, tuple([units[k] for k in kept_order]), {})
+    of_order, of_kept = (tuple([units[k] for k in each]) for each in (order, kept_order))
+    return _Plan(order, of_order, kept_order, of_kept, max([unit[2] for unit in units], default=0), {})
 
 
 def store_frames(
@@ -157,7 +162,7 @@ def store_frames(
 ) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`."""
     ready = find(ring, "store", (dims, ends), lambda: _make_ready(data, ring, dims, ends))
-    (slots, *lead), stored, kept, bytes_of_rows, ring_addresses, has_complex, flags, flag_widths = ready
+    (slots, *lead), stored, kept, has_complex, flags, flag_widths, _, plans = ready
     frames, envs, device = data[stored[0]].shape[time_dim], math.prod(lead), kept[0].device
     count, time_last = frames * envs, frames > 1 and time_dim > 0
     if (dims > 2 and time_dim) or not lie_in_order(data.values()):
@@ -168,12 +173,12 @@ def store_frames(
     if INTERPRETED:
         # The interpreter does not convert as GPUs do.
         leaves = [leaf.to(to.dtype) for leaf, to in zip(leaves, kept, strict=True)]
-    dtypes = tuple([(leaf.dtype, to.dtype) for leaf, to in zip(leaves, kept, strict=True)])
     addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in leaves])
+    if (plan := plans.get(addresses)) is None:
+        dtypes = tuple([(leaf.dtype, to.dtype) for leaf, to in zip(leaves, kept, strict=True)])
+        plan = plans[addresses] = find_plan(addresses, dtypes, len(ring), *ready.kind)
     of_flags = tuple([tuple([(data[key], leaf) for key, leaf in pairs]) for pairs in flags])
-    marks = () if ends is None else (flag_widths, *(each.dtype for pairs in flags[1:] for _, each in pairs))
-    plan = find_plan(bytes_of_rows, addresses, ring_addresses, dtypes, len(ring), (device, *marks))
-    check_fits(max(slots * envs, count), count * max([unit[2] for unit in (*plan.units, *plan.kept_units)], default=0))
+    check_fits(max(slots * envs, count), count * plan.widest)
     index = torch.empty((count, dims), dtype=torch.int64, device=device)
     slot, written = (0, slot) if isinstance(slot, Tensor) else (slot, None)
     if has_complex:
@@ -209,13 +214,8 @@ def _make_ready(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Re
         of_kind = ends.done, *(() if key is None else (key,) for key in (ends.mask, ends.traj))
         marks = tuple([tuple([(key, ring[key]) for key in keys]) for keys in of_kind])
     bytes_of_rows = tuple([leaf.nbytes // max(math.prod(leaf.shape[:dims]), 1) for leaf in kept])
-    return _Ready(
-        sizes,
-        stored,
-        kept,
-        bytes_of_rows,
-        tuple([leaf.data_ptr() % ALIGNMENT for leaf in kept]),
-        any([leaf.is_complex() for leaf in kept]),
-        marks,
-        tuple([leaf.numel() // max(sizes.numel(), 1) for _, leaf in marks[0]]),
-    )
+    addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in kept])
+    widths = tuple([leaf.numel() // max(sizes.numel(), 1) for _, leaf in marks[0]])
+    dtypes = tuple([leaf.dtype for pairs in marks[1:] for _, leaf in pairs])
+    kind = bytes_of_rows, addresses, (kept[0].device, *([] if ends is None else [widths, dtypes, len(marks[1])]))
+    return _Ready(sizes, stored, kept, any([leaf.is_complex() for leaf in kept]), marks, widths, kind, {})

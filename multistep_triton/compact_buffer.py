@@ -79,15 +79,13 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         """Those of the storage; after checks that they are what its frames need, if there are any."""
         order = self._order
         ends: Ends | None = order.ends
-        if order.stored() is None:
+        if (ends is None and not self._compact) or order.stored() is None:
             return ends
         if ends is None:
-            if self._compact:
-                raise ValueError(
-                    f"storage must be empty, or filled by a buffer with compact={self.compact}, or loaded with what "
-                    f"that has saved, got one with frames that were stored otherwise"
-                )
-            return None
+            raise ValueError(
+                f"storage must be empty, or filled by a buffer with compact={self.compact}, or loaded with what that "
+                f"has saved, got one with frames that were stored otherwise"
+            )
         if not self._compact:
             raise ValueError("compact must be True for a storage that keeps observations once, got False")
         if order.kept_by != (by := self._kept_by()):
