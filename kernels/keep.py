@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multistep_triton.kernels.rows import as_bytes, either_pointer
+from multistep_triton.kernels.rows import as_bytes, either_pointer, find_units
 
 # Lanes of a program that counts, and the most of them for an environment.
 TILE, MOST_FRAMES = 512, 128
@@ -92,13 +92,7 @@ def keep_tile(
     an end, as what comes after any other end of the call.
     """
     frames, envs = sizes
-    begin = tile * TILE
-    offset = tl.arange(0, TILE)
-    inside = offset < tl.minimum(rows * WIDTH - begin, TILE).to(tl.int32)
-    top = begin // WIDTH
-    unit = begin - top * WIDTH + offset.to(tl.uint32)
-    row = unit // WIDTH
-    unit -= row * WIDTH
+    _, top, unit, row, inside = find_units(tile, rows, WIDTH, TILE)
     row += top
     frame, env = (row // envs.to(tl.uint32)).to(tl.int32), (row % envs.to(tl.uint32)).to(tl.int32)
     is_newest = inside & (frame == frames - 1)

@@ -32,6 +32,21 @@ def as_bytes(pointer):
 
 
 @triton.jit
+def find_units(tile, rows, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """Of a tile of rows of WIDTH units: its first unit and its first row, each lane's unit and row from there on.
+
+    And whether there is one.
+    """
+    begin = tile * TILE
+    offset = tl.arange(0, TILE)
+    inside = offset < tl.minimum(rows * WIDTH - begin, TILE).to(tl.int32)
+    top = begin // WIDTH
+    unit = begin - top * WIDTH + offset.to(tl.uint32)
+    row = unit // WIDTH
+    return begin, top, unit - row * WIDTH, row, inside
+
+
+@triton.jit
 def copy_tile(
     tile, rows, data_ptr, carry_ptr, carry_rows, source_ptr, out_ptr, first, slots,
     ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, CARRIED: tl.constexpr,
@@ -46,13 +61,8 @@ def copy_tile(
     """
     UNIT: tl.constexpr = PARTS * ITEM.primitive_bitwidth // 8
     OUT_UNIT: tl.constexpr = PARTS * OUT.primitive_bitwidth // 8
-    begin = tile * TILE
+    begin, top, unit, row, inside = find_units(tile, rows, WIDTH, TILE)
     offset = tl.arange(0, TILE)
-    inside = offset < tl.minimum(rows * WIDTH - begin, TILE).to(tl.int32)
-    top = begin // WIDTH
-    unit = begin - top * WIDTH + offset.to(tl.uint32)
-    row = unit // WIDTH
-    unit -= row * WIDTH
     if LISTED:
         source = tl.load(source_ptr + top + row, mask=inside)
     elif source_ptr is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from multistep_triton.ends import Ends
 from multistep_triton.frames import KeyPath
-from multistep_triton.roles import Roles, as_path, check_key
+from multistep_triton.roles import Roles, as_key, as_path, check_key
 from multistep_triton.stored import check_continues, check_dims, leaves_of
 from multistep_triton.storing_buffer import StoringReplayBuffer
 from multistep_triton.twins import marks_of, tensors_of
@@ -47,7 +47,7 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
     @property
     def store_as(self) -> dict[NestedKey, torch.dtype]:
         """The dtypes that entries are stored as, of those that come as others."""
-        return {path[0] if len(path) == 1 else path: dtype for path, dtype in self._store_as.items()}
+        return {as_key(path): dtype for path, dtype in self._store_as.items()}
 
     def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
         data, waiting = self._completed(data)

@@ -19,7 +19,7 @@ from multistep_triton.checks import check_positive_int
 from multistep_triton.ends import Ends
 from multistep_triton.engine import check_kept_once
 from multistep_triton.frames import KeyPath
-from multistep_triton.roles import COUNT_PATH, Roles, as_path, key_list
+from multistep_triton.roles import COUNT_PATH, Roles, as_key, as_path, key_list
 from multistep_triton.stored import Leaves, leaves_of
 from multistep_triton.storing import Seen
 from multistep_triton.twins import find_twins, marks_of, tensors_of
@@ -55,7 +55,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         """Whether observations are kept once, or which ones."""
         if isinstance(self._compact, bool):
             return self._compact
-        return [path[0] if len(path) == 1 else path for path in self._compact]
+        return [as_key(path) for path in self._compact]
 
     @property
     def end_slots(self) -> int | None:
@@ -161,7 +161,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
             if newest is None:
                 # Before the first frame there is none whose trajectory it would go on with.
                 ended[0] = True
-            check_kept_once(ends, leaves, ended, self._backend)
+            check_kept_once(ends, leaves, ended)
 
     def _find_ended(self, frames: TensorDictBase) -> tuple[Ends, dict[KeyPath, Tensor], Tensor, int | None]:
         """Room for what comes after ends, leaves ``[T, *R]``, after which ones no frame comes, and the newest slot."""

@@ -37,7 +37,7 @@ def stand_in(samples: Samples) -> Samples:
 
 
 def is_gone(samples: Samples, slot: Tensor) -> Tensor:
-    """Whether the rows of the first end at or after a slot are gone; slots are ``[N]``, or ``[K, N]``."""
+    """Whether the rows of the first end at or after a slot are gone, ``[N]``."""
     ends, lead = samples.ends, samples.indices[1:]
     assert ends is not None
     lead = lead[: ends.count.ndim - 1]

@@ -101,20 +101,18 @@ def store_frames(
     return index
 
 
-def check_kept_once(ends: Ends, data: Leaves, ended: Tensor, backend: str = "auto") -> None:
-    """Where ``"verify"`` runs, checks that frames hold what came after the ones before, unless these have ended.
+def check_kept_once(ends: Ends, data: Leaves, ended: Tensor) -> None:
+    """For ``"verify"``: checks that frames hold what came after the ones before, unless these have ended.
 
     Args:
         ends: those of the storage, as of before.
         data: leaves of the frames, ``[T, *R, ...]``.
         ended: what :meth:`Ends.find_ended` found.
-        backend: one of ``BACKENDS``.
 
     Raises:
         EquivalenceError: a frame does not.
     """
-    if resolve_backend(backend, data.values()) == "verify":
-        implementation_of("verify").check_kept_once(ends, data, ended)
+    implementation_of("verify").check_kept_once(ends, data, ended)
 
 
 def gather_future(value: Tensor, steps: Tensor, backend: str = "auto") -> Tensor:

@@ -26,7 +26,7 @@ from multistep_triton.checks import check_bool, check_not_captured, check_steps
 from multistep_triton.frames import Frames
 from multistep_triton.neighbours import check_mixing, check_transforms
 from multistep_triton.outputs import Asked, Layout
-from multistep_triton.roles import check_entries, check_single_steps
+from multistep_triton.roles import as_key, check_entries, check_single_steps
 from multistep_triton.samples import Samples
 from multistep_triton.stored import Leaves, Position, check_index, check_slots
 from multistep_triton.storing import INDEX
@@ -182,7 +182,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
     @property
     def outputs(self) -> list[NestedKey] | None:
         """The entries that a sample has, and groups all of whose entries it has; None if all."""
-        return None if self._asked is None else [key[0] if len(key) == 1 else key for key in self._asked.by]
+        return None if self._asked is None else [as_key(path) for path in self._asked.by]
 
     @Argument
     def n_steps(self, value: Steps) -> Steps:  # type: ignore[override]

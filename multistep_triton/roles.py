@@ -134,6 +134,11 @@ def as_path(*keys: NestedKey) -> KeyPath:
     return (key,) if isinstance(key, str) else key
 
 
+def as_key(path: KeyPath) -> NestedKey:
+    """The path as a user names it."""
+    return path[0] if len(path) == 1 else path
+
+
 def check_key(name: str, value: NestedKey) -> NestedKey:
     names = value if isinstance(value, tuple) else (value,)
     if not names or not all(isinstance(each, str) for each in names):

@@ -31,25 +31,21 @@ def once(observations):
     return observations * ROWS / SLOTS + COUNT + INDEX
 
 
+def of_vectors(observations):
+    return {
+        FULL: 2 * observations + ACTION + REWARD + FLAGS + INDEX,
+        COMPACT: once(observations) + ACTION + REWARD + FLAGS,
+        BFLOAT16: once(observations / 2) + ACTION / 2 + REWARD + FLAGS,
+        TORCHRL: 2 * observations + ACTION + REWARD + FLAGS,
+        SB3: 2 * observations + ACTION + REWARD + 2 * 4,
+        SB3_ONCE: observations + ACTION + REWARD + 2 * 4,
+        FASTTD3: 2 * observations + ACTION + REWARD + 2 * 8,
+    }
+
+
 EXPECTED = {
-    "FastTD3, humanoid": {
-        FULL: 2 * HUMANOID + ACTION + REWARD + FLAGS + INDEX,
-        COMPACT: once(HUMANOID) + ACTION + REWARD + FLAGS,
-        BFLOAT16: once(HUMANOID / 2) + ACTION / 2 + REWARD + FLAGS,
-        TORCHRL: 2 * HUMANOID + ACTION + REWARD + FLAGS,
-        SB3: 2 * HUMANOID + ACTION + REWARD + 2 * 4,
-        SB3_ONCE: HUMANOID + ACTION + REWARD + 2 * 4,
-        FASTTD3: 2 * HUMANOID + ACTION + REWARD + 2 * 8,
-    },
-    "MotrixLab": {
-        FULL: 2 * MOTRIXLAB + ACTION + REWARD + FLAGS + INDEX,
-        COMPACT: once(MOTRIXLAB) + ACTION + REWARD + FLAGS,
-        BFLOAT16: once(MOTRIXLAB / 2) + ACTION / 2 + REWARD + FLAGS,
-        TORCHRL: 2 * MOTRIXLAB + ACTION + REWARD + FLAGS,
-        SB3: 2 * MOTRIXLAB + ACTION + REWARD + 2 * 4,
-        SB3_ONCE: MOTRIXLAB + ACTION + REWARD + 2 * 4,
-        FASTTD3: 2 * MOTRIXLAB + ACTION + REWARD + 2 * 8,
-    },
+    "FastTD3, humanoid": of_vectors(HUMANOID),
+    "MotrixLab": of_vectors(MOTRIXLAB),
     "Atari": {
         FULL: 2 * PICTURES + CHOICE + REWARD + FLAGS + INDEX,
         COMPACT: once(PICTURES) + CHOICE + REWARD + FLAGS,
