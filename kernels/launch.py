@@ -36,14 +36,16 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     check_fits(max(count, envs * max(known, *[ring.capacity if ring else 0 for ring in (carry, held)])), 0)
     data, inner, agents = lie_alike(data, time_dim + 1, time_dim, keys)
     addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in data.values()])
-    plan = find_plan(keys, addresses, held is not None, torch.get_default_dtype(), device)
+    plan = find_plan(keys, addresses, held is not None)
     # In a stream as many frames come out as go in, and what is like these is the cheapest to make.
     alike = emitted == new and inner == 1
+    copied = plan.take(data)
+    outs, returns, windows_of = _allocate(plan, data, copied, (*lead, emitted), device, alike)
     leaves = {} if held else {out: data[key] for out, key, _ in keys.outputs}
-    results = _allocate(plan, data, leaves, held, (*lead, emitted), device, alike)
+    leaves.update(zip(plan.outs, outs, strict=True))
+    results = Results(leaves, returns, *windows_of, held)
     if not count and not held_rows:
         return results
-    leaves, returns, steps, discount, nonterminal, *_ = results
     olds = carry.leaves if carry else data
     *flags, rewards = roles_of(keys, data, olds)
     wide: dict[Hashable, Tensor] = {}
@@ -53,24 +55,24 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     longest = min(n_steps, known) if emitted else 1
     levels, piece, blocks = windows.shape_blocks(longest, emitted, False)
     tile = tile_of(longest, piece, bool(flags[1] or flags[2]))
-    lists = torch.empty((2 * count + held_rows if plan.copies else 0,), dtype=torch.int32, device=device)
+    lists = torch.empty((2 * count + held_rows if outs else 0,), dtype=torch.int32, device=device)
     where = 1 < inner < envs, False, agents > 1
-    kind = levels, piece, longest > 1 << piece, inner > 1, False, False, 1, where, bool(plan.copies)
+    kind = levels, piece, longest > 1 << piece, inner > 1, False, False, 1, where, bool(outs)
     carry_ring, (held_first, held_slots, held_inner) = _ring(carry, envs), _ring(held, envs)
     programs = -(-max((envs * blocks) << levels, held_rows) // tile)
     with on(device):
         run(
             *(plan.compiled, windows.n_step_windows_kernel, kind, programs),
             *(*flags, rewards, tuple({**returns, **wide}.values()), (), (), (), None, None, None),
-            *(steps, discount, nonterminal, lists, powers(gamma, min(n_steps, 1 << longest.bit_length()), device)),
+            *(*windows_of, lists, powers(gamma, min(n_steps, 1 << longest.bit_length()), device)),
             *(envs, agents, carried, known, emitted, held_rows, longest, blocks, held_inner, 0),
             *(*carry_ring, 0, max(new, 1), inner),
             *(plan.elements, *kind, tile),
         )
-        if plan.order:
+        if units := len(plan.units):
             slot = (held_first + (held.count - moved if held else 0)) % held_slots
-            jobs = [[each[key] for _, key in plan.order] for each in (data, olds, held.leaves if held else data)]
-            jobs.insert(2, [leaves[out] for out, _ in plan.order])
+            jobs = [copied[:units], plan.take_rows(olds), tuple(outs[:units])]
+            jobs.append(plan.take_rows(held.leaves) if held else jobs[0])
             ring = slot * held_inner, held_slots * envs
             copy_rows(plan, jobs, True, lists, count, held_rows, carry_ring[1] * envs, *ring)
     for key, each in wide.items():
@@ -80,7 +82,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
 
 @functools.lru_cache(maxsize=64)
 def _gather_plan(dtype: torch.dtype, features: tuple[int, ...], device: torch.device) -> Plan:
-    return find_plan(Keys(((0, dtype, features),), (), outputs=((0, 0, False),)), (0,), True, dtype, device)
+    return find_plan(Keys(((0, dtype, features),), (), outputs=((0, 0, False),)), (0,))
 
 
 def gather_future(value: Tensor, steps: Tensor) -> Tensor:
@@ -89,8 +91,8 @@ def gather_future(value: Tensor, steps: Tensor) -> Tensor:
     gathered, count = torch.empty_like(value), steps.numel()
     ends = torch.empty(count, dtype=torch.int32, device=value.device)
     plan = _gather_plan(value.dtype, tuple(value.shape[steps.ndim :]), value.device)
-    if count and plan.order:
-        jobs = [[each] for each in (value, value, gathered, gathered)]
+    if count and plan.units:
+        jobs = [(each,) for each in (value, value, gathered, gathered)]
         arguments = steps, ends, count, steps.shape[-1], rows.TILE
         with on(value.device):
             run(plan.compiled, rows.future_rows_kernel, (), -(-count // rows.TILE), *arguments)
@@ -101,22 +103,21 @@ def gather_future(value: Tensor, steps: Tensor) -> Tensor:
 def _allocate(
     plan: Plan,
     data: Leaves,
-    leaves: dict[Any, Tensor],
-    held: Carry | None,
+    copied: tuple[Tensor, ...],
     shape: tuple[int, ...],
     device: torch.device,
     alike: bool,
-) -> Results:
-    """Memory for what comes out besides ``leaves``; of the shape of the data if it is ``alike``."""
+) -> tuple[list[Tensor], dict[Any, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Memory for leaves that are ``copied``, returns, and windows; of the shape of the data if it is ``alike``."""
     if alike:
-        leaves.update([(out, torch.empty_like(data[key])) for out, key, _, _ in plan.copies])
+        outs = [*map(torch.empty_like, copied)]
         returns = {key: torch.empty_like(data[key], dtype=dtype) for key, _, dtype in plan.returns}
     else:
-        leaves.update([(out, torch.empty(shape + f, dtype=dtype, device=device)) for out, _, f, dtype in plan.copies])
+        outs = [torch.empty(shape + features, dtype=dtype, device=device) for features, dtype in plan.kinds]
         returns = {key: torch.empty(shape + f, dtype=dtype, device=device) for key, f, dtype in plan.returns}
     steps = torch.empty(shape, dtype=torch.int64, device=device)
     discount, nonterminal = torch.empty_like(steps, dtype=torch.float32), torch.empty_like(steps, dtype=torch.bool)
-    return Results(leaves, returns, steps, discount, nonterminal, held)
+    return outs, returns, (steps, discount, nonterminal)
 
 
 def _ring(ring: Carry | None, envs: int) -> tuple[int, int, int]:

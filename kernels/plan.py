@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,14 @@ class Plan(NamedTuple):
     """Key, features and dtype of each n-step return."""
     elements: tuple[int, ...]
     """Those of each."""
-    copies: list[tuple[Hashable, Hashable, tuple[int, ...], torch.dtype]]
-    """Of each output that is copied its key, that of its leaf, features and dtype."""
-    order: list[tuple[Hashable, Hashable]]
-    """Keys of output and leaf of those that have rows, the widest first."""
+    outs: list[Hashable]
+    """Keys of the outputs that are copied, the widest first."""
+    kinds: list[tuple[tuple[int, ...], torch.dtype]]
+    """Features and dtype of each."""
+    take: Callable[[Leaves], tuple[Tensor, ...]]
+    """Their leaves."""
+    take_rows: Callable[[Leaves], tuple[Tensor, ...]]
+    """Those of them that have rows, which come first."""
     units: tuple[tuple[Any, ...], ...]
     """How these are copied; see ``rows.units_of``."""
     widths: tuple[int, ...]
@@ -34,6 +39,11 @@ class Plan(NamedTuple):
     has_complex: bool
     compiled: dict[Any, Any]
     """Kernels, by what else they are compiled for."""
+
+
+def getter(keys: Sequence[Hashable]) -> Callable[[Leaves], tuple[Tensor, ...]]:
+    """What takes the leaves of these keys."""
+    return itemgetter(*keys) if len(keys) > 1 else lambda leaves: tuple([leaves[key] for key in keys])
 
 
 def dtype_of(keys: Keys, key: Hashable, dtype: torch.dtype) -> torch.dtype:
@@ -48,23 +58,31 @@ def _units(keys: Keys, key: Hashable, dtype: torch.dtype, count: int, address: i
     return rows.units_as(count, (address, 0), dtype, wide)
 
 
-@functools.lru_cache(maxsize=256)
-def find_plan(
-    keys: Keys, addresses: tuple[int, ...], every: bool, default_dtype: torch.dtype, device: torch.device
-) -> Plan:
+def find_plan(keys: Keys, addresses: tuple[int, ...], every: bool = True) -> Plan:
     """The plan for leaves at such addresses; ``every`` output is copied, or those gathered."""
+    default_dtype = torch.get_default_dtype()
+    plan: Plan = keys.find(
+        ("plan", addresses, every, default_dtype), lambda: _make_plan(keys, addresses, every, default_dtype)
+    )
+    return plan
+
+
+def _make_plan(keys: Keys, addresses: tuple[int, ...], every: bool, default_dtype: torch.dtype) -> Plan:
     kinds = {
         key: (features, dtype, _units(keys, key, dtype, math.prod(features), address))
         for (key, dtype, features), address in zip(keys.kinds, addresses, strict=True)
     }
     copied = [output for output in keys.outputs if every or output[2]]
-    wide = sorted([each for each in copied if kinds[each[1]][2][2]], key=lambda each: -kinds[each[1]][2][2])
+    copied.sort(key=lambda output: -kinds[output[1]][2][2])
+    wide = [output for output in copied if kinds[output[1]][2][2]]
     returns = [(key, *kinds[key][:2]) for key in keys.rewards]
     return Plan(
         [(key, features, dtype if dtype.is_floating_point else default_dtype) for key, features, dtype in returns],
         tuple([math.prod(features) for _, features, _ in returns]),
-        [(out, key, kinds[key][0], dtype_of(keys, key, kinds[key][1])) for out, key, _ in copied],
-        [(out, key) for out, key, _ in wide],
+        [out for out, _, _ in copied],
+        [(kinds[key][0], dtype_of(keys, key, kinds[key][1])) for _, key, _ in copied],
+        getter([key for _, key, _ in copied]),
+        getter([key for _, key, _ in wide]),
         tuple([kinds[key][2] for _, key, _ in wide]),
         tuple([kinds[key][2][2] for _, key, _ in wide]),
         tuple([int(at) for _, _, at in wide]),
@@ -100,7 +118,7 @@ def powers(gamma: float, n_steps: int, device: torch.device) -> Tensor:
 
 def copy_rows(
     plan: Plan,
-    jobs: Sequence[Sequence[Tensor]],
+    jobs: Sequence[tuple[Tensor, ...]],
     carried: bool,
     lists: Tensor,
     count: int,
@@ -114,12 +132,12 @@ def copy_rows(
     check_fits(0, max(count, first + held, slots if held else 0) * plan.widths[0])
     tile = rows.TILE
     if plan.has_complex:
-        jobs = [[*map(as_real, leaves)] for leaves in jobs]
+        jobs = [tuple(map(as_real, leaves)) for leaves in jobs]
     programs = sum([-(-count * width // tile) - (-held * width // tile) for width in plan.widths])
     amd = is_amd()
     run(
         *(plan.compiled, rows.n_step_rows_kernel, (carried, amd), programs),
-        *(*map(tuple, jobs), lists, count, held, carry_rows, first, slots),
+        *(*jobs, lists, count, held, carry_rows, first, slots),
         *(plan.units, plan.widths, plan.gathered, carried, tile, not amd),
         # Many leaves would take more, to no use.
         registers=rows.MOST_REGISTERS,

@@ -26,12 +26,12 @@ class _Ready(NamedTuple):
 
     plan: Plan
     roles: tuple[Any, ...]
-    sources: list[Tensor]
+    sources: tuple[Tensor, ...]
     """The leaves that are copied."""
-    kept: list[Tensor]
+    kept: tuple[Tensor, ...]
     """In the place of those that are kept once, the rows of what comes after ends."""
     count_leaf: Tensor | None
-    copies: list[tuple[Hashable, Tensor]]
+    outs: list[Tensor]
     returns: list[tuple[Hashable, Tensor]]
     rest: list[Tensor]
     """Steps, discount, nonterminal, lists of rows, and the index. What comes out is like these, which are small."""
@@ -54,12 +54,13 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     as_it_lies = lie_in_order(data.values()) and not windows.INTERPRETED
     known, of = data if as_it_lies else {}, (dims, count, longest, drawn)
     kept = task.keys, torch.get_default_dtype(), of
-    ready = find(known, "sample", kept, lambda: _make_ready(task, data, ends, *of))
-    plan, roles, sources, of_ends, count_leaf, copies, likes, rest, (envs, agents), others, *launch = ready
+    ready = find(known, ("sample", *kept), lambda: _make_ready(task, data, ends, *of))
+    plan, roles, sources, of_ends, count_leaf, out_likes, likes, rest, (envs, agents), others, *launch = ready
     (*flags, rewards), (kind, programs, tile, _, inner) = roles, launch
     end_slots = 0 if ends is None else ends.slots
     check_fits(max(count, envs * live), 0)
-    leaves = {out: torch.empty_like(like) for out, like in copies}
+    outs = [*map(torch.empty_like, out_likes)]
+    leaves: dict[Hashable, Tensor] = dict(zip(plan.outs, outs, strict=True))
     returns = {key: torch.empty_like(like) for key, like in likes}
     steps, discount, nonterminal, lists = [torch.empty_like(like) for like in rest[:4]]
     index = torch.empty_like(rest[4]) if drawn else None
@@ -82,9 +83,8 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
             *(0, 1, 1, (newest + 1) % live, live, inner),
             *(plan.elements, *kind, tile),
         )
-        if plan.order:
-            copied = [leaves[out] for out, _ in plan.order]
-            jobs = sources, of_ends, copied, sources
+        if sources:
+            jobs = sources, of_ends, tuple(outs[: len(sources)]), sources
             copy_rows(plan, jobs, False, lists, count, 0, (end_slots + 1) * envs, 0, 0)
     for key, each in wide.items():
         returns[key] = each.to(torch.bfloat16)
@@ -98,13 +98,13 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
 def _make_ready(
     task: Task, data: Leaves, ends: Ends | None, dims: int, count: int, longest: int, drawn: bool
 ) -> _Ready:
-    keys, default_dtype = task.keys, torch.get_default_dtype()
+    keys = task.keys
     data, inner, agents = lie_alike(data, dims, 0, keys)
     first = next(iter(data.values()))
     lead, device = first.shape[1:dims], first.device
     after = {} if ends is None else {key: ends.rows[key] for _, key, at in keys.outputs if at == AFTER_END}
     addresses = tuple([(leaf.data_ptr() | after.get(key, leaf).data_ptr()) % ALIGNMENT for key, leaf in data.items()])
-    plan = find_plan(keys, addresses, True, default_dtype, device)
+    plan = find_plan(keys, addresses)
     levels, piece, _ = windows.shape_blocks(longest, count, True)
     tile = tile_of(longest, piece, (keys.mask, keys.traj, keys.count) != (None, None, None))
     where = 1 < inner < lead.numel(), True, agents > 1
@@ -115,19 +115,19 @@ def _make_ready(
     return _Ready(
         plan,
         roles_of(keys, data, data),
-        [data[leaf] for _, leaf in plan.order],
-        [after.get(leaf, data[leaf]) for _, leaf in plan.order],
+        plan.take_rows(data),
+        plan.take_rows({**data, **after}),
         None if keys.count is None else data[keys.count],
-        [(out, like(features, dtype)) for out, _, features, dtype in plan.copies],
+        [like(*kind) for kind in plan.kinds],
         [(reward, like(features, dtype)) for reward, features, dtype in plan.returns],
         [
             *(like((), dtype) for dtype in (torch.int64, torch.float32, torch.bool)),
-            like((), torch.int32, (2 if keys.count is None else 3) * count if plan.copies else 0),
+            like((), torch.int32, (2 if keys.count is None else 3) * count if plan.outs else 0),
             like((dims,), torch.int64),
         ],
         (lead.numel(), agents),
         tuple(lead[1:]),
-        (levels, piece, longest > 1 << piece, False, True, drawn, dims, where, bool(plan.copies)),
+        (levels, piece, longest > 1 << piece, False, True, drawn, dims, where, bool(plan.outs)),
         -(-(count << levels) // tile),
         tile,
         longest,

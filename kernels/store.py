@@ -161,7 +161,7 @@ def store_frames(
     ends: Ends | None = None,
 ) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`."""
-    ready = find(ring, "store", (dims, ends), lambda: _make_ready(data, ring, dims, ends))
+    ready = find(ring, ("store", dims, ends), lambda: _make_ready(data, ring, dims, ends))
     (slots, *lead), stored, kept, has_complex, flags, flag_widths, _, plans = ready
     frames, envs, device = data[stored[0]].shape[time_dim], math.prod(lead), kept[0].device
     count, time_last = frames * envs, frames > 1 and time_dim > 0

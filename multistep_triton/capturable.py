@@ -50,6 +50,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
         with self._replay_lock, self._write_lock:
             order, frames = self._order, int(self._written) - self._read_last
             if frames and (entries := order.entries()) is not None:
+                order.changes()
                 position = order.position() or Position(-1, 0, int(entries.shape[0]))
                 order.advance(position, frames, self._writer)
                 self._read_last += frames
@@ -143,13 +144,13 @@ class CapturableReplayBuffer(SampledReplayBuffer):
         with self._by_host():
             return super()._write(*arguments)
 
-    def _check_whole(self) -> Position | None:
+    def _find_whole(self) -> Position | None:
         on_device = self._written is not None and self._draws() and self._on_device([self._written])
         if not (on_device and self._read_last):
             self._pull()
         if on_device:
             self._check_alone(self._storage)
-        position = super()._check_whole()
+        position = super()._find_whole()
         return position if position is None or not on_device else position._replace(written=self._written)
 
     def _draw(self, batch_size: int, position: Position) -> Tensor:

@@ -20,7 +20,7 @@ from torchrl.envs.transforms import Transform
 from multistep_triton.base import MultiStepBase
 from multistep_triton.carry import Carry
 from multistep_triton.checks import check_gamma, check_positive_int
-from multistep_triton.frames import Frames, KeyPath, Node, Structure, frames_of, moved
+from multistep_triton.frames import KeyPath, Layout, Node, Structure, frames_of, moved
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -140,10 +140,10 @@ def to_state(carry: Carry) -> dict[str, Any]:
         path: {
             "tensorclass": None if node.kind is None else [node.kind.__module__, node.kind.__qualname__],
             "tail": list(node.tail),
-            "names": node.names,
+            "names": node.names and [*node.names],
             "on_device": node.device is not None,
         }
-        for path, node in structure.nodes.items()
+        for path, node in structure.layout.nodes.items()
     }
     copies = {path: list(objects) for path, objects in structure.objects.items()}
     return {"batch_size": list(frames.batch_size), "leaves": frames.leaves, "objects": copies, "nodes": nodes}
@@ -162,7 +162,7 @@ def from_state(state: dict[str, Any]) -> Carry:
             path: Node(
                 kind=None if node["tensorclass"] is None else _find_tensorclass(*node["tensorclass"]),
                 tail=tuple(node["tail"]),
-                names=node["names"],
+                names=node["names"] and tuple(node["names"]),
                 device=device if node["on_device"] else None,
             )
             for path, node in state["nodes"].items()
@@ -172,8 +172,8 @@ def from_state(state: dict[str, Any]) -> Carry:
         raise ValueError(f"the state of frames held back must be one that was saved, got {state!r:.200}") from error
     if not whole or not leaves.keys() >= objects.keys() or not leaves:
         raise ValueError(f"the state of frames held back must be whole, got {state!r:.200}")
-    structure = Frames(batch_size, leaves, Structure(batch_size[:-1], nodes, objects)).find_layout().structure
-    return Carry.of(leaves, batch_size[-1], structure)
+    layout = Layout.of_leaves(leaves, len(batch_size), nodes, objects)
+    return Carry.of(leaves, batch_size[-1], Structure(batch_size[:-1], layout, objects))
 
 
 def _check_loadable(path: KeyPath, objects: list[Any]) -> None:

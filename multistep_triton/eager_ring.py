@@ -74,7 +74,7 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
             leaves[out] = take_rows(data, key, end if at else own, sizes)
         if key in keys.wide:
             leaves[out] = leaves[out].to(keys.wide[key])
-    powers = find(data, "powers", (gamma, n_steps), lambda: powers_of(gamma, n_steps, own.device))
+    powers = find(data, ("powers", gamma, n_steps), lambda: powers_of(gamma, n_steps, own.device))
     return Results(leaves, returns, steps, take_discounts(steps, powers), nonterminal)
 
 

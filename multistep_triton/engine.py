@@ -36,7 +36,11 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves, backend: str = 
         Results: in new memory, but an output of a call that does not hold back, and is not read at the window's end,
             is the data's own. Neither the frames of ``carry`` nor ``data`` are modified.
     """
-    chosen = resolve_backend(backend, data.values(), [data[key] for key in task.keys.rewards])
+    keys, graph = task.keys, any([leaf.requires_grad for leaf in data.values()])
+    chosen: str = keys.find(
+        ("backend", backend, graph, *circumstances()),
+        lambda: resolve_backend(backend, data.values(), [data[key] for key in keys.rewards]),
+    )
     results: Results = implementation_of(chosen).n_step_extend(task, carry, data)
     return results
 
@@ -125,8 +129,7 @@ def _resolve(backend: str, data: Leaves, others: Iterable[Tensor], rewards: Sequ
     """The backend that runs on leaves and others on their device; looked for once of leaves that are known."""
     chosen: str = find(
         data,
-        "backend",
-        (backend, *circumstances()),
+        ("backend", backend, *circumstances()),
         lambda: resolve_backend(backend, [*data.values(), *others], [data[key] for key in rewards]),
     )
     return chosen

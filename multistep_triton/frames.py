@@ -8,7 +8,7 @@ tensorclasses, non-tensor entries) and no maths. May import tensordict, torch an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -26,8 +26,12 @@ from tensordict import (
 from torch import Tensor
 
 from multistep_triton.carry import Carry, current_stream
+from multistep_triton.task import Known
 
 KeyPath = tuple[str, ...]
+Kind = tuple[Any, ...]
+"""dtype, trailing shape and device of a leaf; of a non-tensor, ``OBJECT`` in place of the dtype, and no device."""
+OBJECT = "non-tensor"
 
 
 class Node(NamedTuple):
@@ -36,38 +40,73 @@ class Node(NamedTuple):
     kind: type | None
     """The tensorclass to build, if it is one."""
     tail: tuple[int, ...]
-    names: list[str | None] | None
+    names: tuple[str | None, ...] | None
     device: torch.device | None
 
 
-_MOST_FOUND = 256
+class Layout(Known):
+    """What tensordicts have but their frames. Those of equal kinds can be joined; equal ones are mostly one object."""
 
-
-class Layout:
-    """What leaves have but their frames. Frames of equal kinds can be joined; equal layouts are mostly one object."""
-
-    def __init__(self, kinds: tuple[tuple[KeyPath, tuple[Any, ...]], ...]) -> None:
-        self.kinds = dict(kinds)
-        """dtype, trailing shape and device of every leaf."""
-        self._found: dict[Hashable, Any] = {}
-
-    def find(self, key: Hashable, find_out: Callable[[], Any]) -> Any:
-        """What is to be found out about such leaves once."""
-        if (found := self._found.get(key)) is None:
-            found = find_out()
-            if len(self._found) >= _MOST_FOUND:
-                self._found.clear()
-            self._found[key] = found
-        return found
+    def __init__(self, kinds: tuple[tuple[KeyPath, Kind], ...], nodes: tuple[tuple[KeyPath, Node], ...]) -> None:
+        super().__init__()
+        self.kinds, self.nodes = dict(kinds), dict(nodes)
+        """Of every leaf, and of every tensordict; parents come before their children."""
+        self.objects = [path for path, kind in kinds if kind[0] == OBJECT]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is the same object where the kinds are known, and holds nothing that was found out elsewhere."""
-        return _layout, (tuple(self.kinds.items()),)
+        return _layout, (tuple(self.kinds.items()), tuple(self.nodes.items()))
+
+    @classmethod
+    def of(cls, kinds: Mapping[KeyPath, Kind], nodes: Mapping[KeyPath, Node]) -> Layout:
+        """The one of these."""
+        return _layout(tuple(kinds.items()), tuple(nodes.items()))
+
+    @classmethod
+    def of_leaves(
+        cls,
+        leaves: Mapping[KeyPath, Tensor],
+        dims: int,
+        nodes: Mapping[KeyPath, Node],
+        objects: Collection[KeyPath] = (),
+    ) -> Layout:
+        """That of leaves whose first ``dims`` dimensions are those of frames, some of which count into ``objects``."""
+        kinds: dict[KeyPath, Kind]
+        kinds = {path: (leaf.dtype, leaf.shape[dims:], leaf.device) for path, leaf in leaves.items()}
+        kinds.update({path: (OBJECT, kinds[path][1], None) for path in objects})
+        return cls.of(kinds, nodes)
+
+    def without(self, paths: Collection[KeyPath]) -> tuple[Layout, list[KeyPath], list[KeyPath]]:
+        """The layout less some entries, the leaves that these are, and the entries that there are."""
+
+        def is_left(path: KeyPath) -> bool:
+            return not any(path[:names] in paths for names in range(1, len(path) + 1))
+
+        kinds, nodes = ({path: each for path, each in of.items() if is_left(path)} for of in (self.kinds, self.nodes))
+        left_out = [path for path in (*self.kinds, *self.nodes) if path in paths]
+        return Layout.of(kinds, nodes), [path for path in self.kinds if path not in kinds], left_out
+
+    def arrange(self, leaves: Collection[KeyPath]) -> list[tuple[KeyPath, Node, list[tuple[str, KeyPath]]]]:
+        """Nodes, those that leaves lie in besides, with names and paths of their entries; children come first.
+
+        Entries that were read are in the order of before.
+        """
+        order = [*self.kinds, *(path for path in leaves if path not in self.kinds)]
+        leaves = sorted(leaves, key=order.index)
+        paths = dict.fromkeys(self.nodes)
+        paths.update((leaf[:names], None) for leaf in leaves for names in range(1, len(leaf)))
+        entries: dict[KeyPath, list[tuple[str, KeyPath]]] = {path: [] for path in paths}
+        for path in (*leaves, *reversed(paths)):
+            if path:
+                entries[path[:-1]].append((path[-1], path))
+        # A group that nothing was read of may have been written to.
+        written = Node(None, (), None, self.nodes[()].device)
+        return [(path, self.nodes.get(path, written), each) for path, each in reversed(entries.items())]
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(kinds: tuple[tuple[KeyPath, tuple[Any, ...]], ...]) -> Layout:
-    return Layout(kinds)
+def _layout(kinds: tuple[tuple[KeyPath, Kind], ...], nodes: tuple[tuple[KeyPath, Node], ...]) -> Layout:
+    return Layout(kinds, nodes)
 
 
 @dataclass(slots=True)
@@ -76,11 +115,9 @@ class Structure:
 
     batch: torch.Size
     """``*B``."""
-    nodes: dict[KeyPath, Node] = field(default_factory=dict)
-    """Parents come before their children."""
+    layout: Layout
     objects: dict[KeyPath, list[Any]] = field(default_factory=dict)
     """The objects that the leaf of a non-tensor entry, int64 ``[*B, T]``, counts into."""
-    layout: Layout = field(default_factory=lambda: Layout(()))
 
     @property
     def time_dim(self) -> int:
@@ -99,17 +136,16 @@ class Structure:
 
     def build(self, leaves: Mapping[KeyPath, Tensor], batch_size: torch.Size) -> TensorDict:
         """A tensordict ``[*B, E]`` of this structure; ``leaves`` may hold more entries than were read."""
-        # A group that nothing was read of may have been written to.
-        written = Node(None, (), None, self.nodes[()].device)
         built: dict[KeyPath, Any] = dict(leaves)
         for path in self.objects:
             built[path] = self._stack_objects(path, built[path])
-        for path, entries in _arrange(tuple(self.nodes), tuple(leaves)):
-            node = self.nodes.get(path, written)
+        paths = tuple(leaves)
+        for path, node, entries in self.layout.find(paths, lambda: self.layout.arrange(paths)):
             # The constructor would check every entry once more, a tenth of a small extend.
             shape = torch.Size((*batch_size, *node.tail)) if node.tail else batch_size
+            names = node.names and [*node.names]
             held = {name: built[entry] for name, entry in entries}
-            each: Any = TensorDict._new_unsafe(held, shape, node.device, node.names, nested=False)
+            each: Any = TensorDict._new_unsafe(held, shape, node.device, names, nested=False)
             built[path] = each if node.kind is None else cast(Any, node.kind).from_tensordict(each)
         return cast(TensorDict, built[()])
 
@@ -133,7 +169,7 @@ class Frames:
     """Entries that are there and were not to be read."""
 
     @classmethod
-    def read(cls, data: TensorDictBase, without: Collection[KeyPath] = ()) -> Frames:
+    def read(cls, data: TensorDictBase, without: frozenset[KeyPath] = frozenset()) -> Frames:
         """Reads a tensordict, ``without`` some entries; the leaves are its own tensors, stacked where they are lazy.
 
         Raises:
@@ -143,60 +179,37 @@ class Frames:
         frames, non_tensors = cls._read_all(data, len(data.batch_size), without)
         for path, value in non_tensors.items():
             frames._read_objects(value, path)
-        return frames.find_layout()
+        return frames
 
     @classmethod
     def read_storage(
-        cls, data: TensorDictBase, ndim: int, without: Collection[KeyPath] = ()
+        cls, data: TensorDictBase, ndim: int, without: frozenset[KeyPath]
     ) -> tuple[Frames, dict[KeyPath, Any]]:
         """Reads the tensordict of a storage of ``ndim`` dimensions; its non-tensor entries apart, as they are."""
         frames, non_tensors = cls._read_all(data, ndim, without)
+        for path in non_tensors:
+            del frames.leaves[path]
         # What is sampled has one dimension in the place of these, which has no name.
-        nodes = frames.structure.nodes
-        nodes.update({path: node._replace(names=None) for path, node in nodes.items()})
-        return frames.find_layout(), non_tensors
-
-    @classmethod
-    def _read_all(cls, data: TensorDictBase, ndim: int, without: Collection[KeyPath]) -> tuple[Frames, dict[Any, Any]]:
-        sizes, non_tensors = data.batch_size, dict[KeyPath, Any]()
-        frames = cls(sizes[:ndim], {}, Structure(sizes[: ndim - 1]))
-        frames._read(data, (), ndim, without, non_tensors)
+        nodes = {path: node._replace(names=None) for path, node in frames.structure.layout.nodes.items()}
+        frames.structure.layout = Layout.of_leaves(frames.leaves, ndim, nodes)
         return frames, non_tensors
 
-    def find_layout(self) -> Frames:
-        """These frames, with the layout of their leaves."""
-        ndim, objects = len(self.batch_size), self.structure.objects
-        kinds: list[tuple[KeyPath, tuple[Any, ...]]]
-        kinds = [(path, (leaf.dtype, leaf.shape[ndim:], leaf.device)) for path, leaf in self.leaves.items()]
-        if objects:
-            kinds = [
-                (path, ("non-tensor", shape, None) if path in objects else (dtype, shape, device))
-                for path, (dtype, shape, device) in kinds
-            ]
-        self.structure.layout = _layout(tuple(kinds))
-        return self
-
-    def _read(
-        self, data: Any, path: KeyPath, ndim: int, without: Collection[KeyPath], non_tensors: dict[KeyPath, Any]
-    ) -> None:
-        names, sizes, kind = data.names, data.batch_size, type(data) if is_tensorclass(data) else None
-        tail = () if len(sizes) == ndim else sizes[ndim:]
-        self.structure.nodes[path] = Node(kind, tail, names if any(names) else None, data.device)
-        for key, value in _lazy_items(data, path) if isinstance(data, LazyStackedTensorDict) else data.items():
-            entry = (*path, key)
-            if entry in without:
-                self.left_out.append(entry)
-            elif isinstance(value, Tensor):
-                self.leaves[entry] = value
-            elif is_non_tensor(value):
-                non_tensors[entry] = value
-            elif is_tensor_collection(value):
-                self._read(value, entry, ndim, without, non_tensors)
-            else:
-                raise TypeError(f"entry {entry} must be a tensor or a tensordict, got {type(value).__name__}")
+    @classmethod
+    def _read_all(
+        cls, data: TensorDictBase, ndim: int, without: frozenset[KeyPath]
+    ) -> tuple[Frames, dict[KeyPath, Any]]:
+        sizes = data.batch_size
+        layout, values = read_layout(data, ndim)
+        leaves = dict(zip(layout.kinds, values, strict=True))
+        layout, dropped, left_out = layout.find(("without", without), lambda: layout.without(without))
+        for path in dropped:
+            del leaves[path]
+        frames = cls(sizes[:ndim], leaves, Structure(sizes[: ndim - 1], layout), left_out)
+        return frames, {path: leaves[path] for path in layout.objects}
 
     def _read_objects(self, value: Any, path: KeyPath) -> None:
-        shape, device = value.batch_size, next((leaf.device for leaf in self.leaves.values()), None)
+        shape = value.batch_size
+        device = next((leaf.device for leaf in self.leaves.values() if isinstance(leaf, Tensor)), None)
         if isinstance(value, NonTensorStack):
             objects = [entry.data for entry in value.reshape(-1).unbind(0)] if shape.numel() else []
             indices = torch.arange(shape.numel(), device=device).view(shape)
@@ -253,24 +266,55 @@ def moved(carry: Carry, device_of: Callable[[Tensor], torch.device]) -> Carry:
     leaves = {path: leaf.to(device_of(leaf)) for path, leaf in carry.leaves.items()}
     device = next((leaf.device for leaf in leaves.values()), None)
     old: Structure = carry.structure
-    nodes = {path: node._replace(device=node.device and device) for path, node in old.nodes.items()}
-    batch_size, new = torch.Size((*old.batch, carry.count)), Structure(old.batch, nodes, old.objects)
-    Frames(batch_size, leaves, new).find_layout()
+    nodes = {path: node._replace(device=node.device and device) for path, node in old.layout.nodes.items()}
+    layout = Layout.of({path: (*kind[:2], kind[2] and device) for path, kind in old.layout.kinds.items()}, nodes)
+    new = replace(old, layout=layout)
     return replace(carry, leaves=leaves, spare={}, structure=new, stream=current_stream(leaves.values()))
 
 
+def read_layout(data: TensorDictBase, ndim: int) -> tuple[Layout, list[Any]]:
+    """The layout of a tensordict of ``ndim`` batch dimensions, and its leaves in the same order."""
+    values: list[Any] = []
+    return _layout_of(_read(data, ndim, values)), values
+
+
+def _read(data: Any, ndim: int, values: list[Any], above: KeyPath = ()) -> tuple[Any, ...]:
+    """A tensordict as what is to be known of it: node, and for every entry its name and its kind, or the same of it."""
+    names, sizes, items = data.names, data.batch_size, data.items
+    kind = None
+    if type(data) is not TensorDict:
+        kind = type(data) if is_tensorclass(data) else None
+        if isinstance(data, LazyStackedTensorDict):
+            items = functools.partial(_lazy_items, data, above)
+    found: list[Any] = [(kind, sizes[ndim:], tuple(names) if any(names) else None, data.device)]
+    for name, value in items():
+        if isinstance(value, Tensor):
+            found.append((name, value.dtype, value.shape[ndim:], value.device))
+            values.append(value)
+        elif type(value) is not TensorDict and is_non_tensor(value):
+            found.append((name, OBJECT, value.batch_size[ndim:], None))
+            values.append(value)
+        elif is_tensor_collection(value):
+            found.append((name, _read(value, ndim, values, (*above, name))))
+        else:
+            raise TypeError(f"entry {(*above, name)} must be a tensor or a tensordict, got {type(value).__name__}")
+    return tuple(found)
+
+
 @functools.lru_cache(maxsize=256)
-def _arrange(
-    nodes: tuple[KeyPath, ...], leaves: tuple[KeyPath, ...]
-) -> list[tuple[KeyPath, list[tuple[str, KeyPath]]]]:
-    """Names and paths of the entries of every node, those that leaves lie in besides; children before their parents."""
-    paths = dict.fromkeys(nodes)
-    paths.update((leaf[:names], None) for leaf in leaves for names in range(1, len(leaf)))
-    entries: dict[KeyPath, list[tuple[str, KeyPath]]] = {path: [] for path in paths}
-    for path in (*leaves, *reversed(paths)):
-        if path:
-            entries[path[:-1]].append((path[-1], path))
-    return [*reversed(entries.items())]
+def _layout_of(read: tuple[Any, ...]) -> Layout:
+    kinds, nodes = dict[KeyPath, Kind](), dict[KeyPath, Node]()
+
+    def add(read: tuple[Any, ...], path: KeyPath) -> None:
+        nodes[path] = Node(*read[0])
+        for name, *kind in read[1:]:
+            if len(kind) == 1:
+                add(kind[0], (*path, name))
+            else:
+                kinds[(*path, name)] = tuple(kind)
+
+    add(read, ())
+    return Layout.of(kinds, nodes)
 
 
 def _describe(kind: tuple[Any, ...] | None) -> str:

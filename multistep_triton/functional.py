@@ -96,14 +96,15 @@ def n_step_return(
     data = {"reward": reward, "done": done} if mask is None else {"reward": reward, "done": done, "mask": mask}
     # The compiler does not look into caches.
     keys_of = _keys.__wrapped__ if torch.compiler.is_compiling() else _keys
-    keys = keys_of(tuple([(key, leaf.dtype, tuple(leaf.shape[len(lead) :])) for key, leaf in data.items()]))
+    kinds = tuple([(key, leaf.dtype, tuple(leaf.shape[len(lead) :])) for key, leaf in data.items()])
+    keys = keys_of(kinds, reward.device)
     results = engine.n_step_extend(Task(keys, n_steps, gamma, len(lead) - 1, False), None, data, backend)
     return NStepReturn(results.returns["reward"], results.steps, results.discount)
 
 
 @functools.lru_cache(maxsize=256)
-def _keys(kinds: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> Keys:
-    """Of leaves named reward, done and, if there is one, mask."""
+def _keys(kinds: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...], device: torch.device) -> Keys:
+    """Of leaves on a device, named reward, done and, if there is one, mask."""
     return Keys(kinds, ("done",), rewards=("reward",), mask="mask" if len(kinds) > 2 else None)
 
 

@@ -47,6 +47,8 @@ class OrderedReplayBuffer(ReplayBuffer):
     """How often arguments were set."""
     _checked_beside: tuple[Any, ...] = ()
     """As of which change of the arguments transforms were checked, and what of them."""
+    _order: Order
+    """That of the storage."""
     n_step_ordered = True
     """Tells the order that the writer is set to the storage's position before it writes."""
 
@@ -56,7 +58,7 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     def _check_neighbours(self) -> None:
         """Checks all that do, if they or arguments have changed since."""
-        transforms = transforms_in(self._transform) if len(self._transform) else []
+        transforms = transforms_in(self._transform)
         beside = self._changes, *map(facts_of, transforms)
         if beside != self._checked_beside:
             self._check_transforms(transforms)
@@ -67,10 +69,6 @@ class OrderedReplayBuffer(ReplayBuffer):
         raise NotImplementedError
 
     # Where frames lie
-
-    @property
-    def _order(self) -> Order:
-        return order_of(self._storage)
 
     @property
     def _generator(self) -> torch.Generator | None:
@@ -108,6 +106,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         """Takes over the storage, at whose position every writer goes on."""
         storage = self._storage
         self._check_parts(storage, self._writer, self._sampler)
+        self._order = order_of(storage)
         for other in storage._attached_entities:
             if other is not self:
                 if getattr(other, "capturable", False):

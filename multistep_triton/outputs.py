@@ -17,7 +17,7 @@ from torch import Tensor
 from multistep_triton.base import MultiStepBase
 from multistep_triton.eager_ends import stand_in
 from multistep_triton.ends import Ends
-from multistep_triton.frames import Frames, KeyPath
+from multistep_triton.frames import Frames, KeyPath, Layout
 from multistep_triton.groups import Group, n_step_sample_groups, steps_at
 from multistep_triton.roles import COUNT_PATH, ORIGINAL_REWARD_PATH, Roles, as_path, check_single_steps, key_list
 from multistep_triton.samples import Samples
@@ -84,7 +84,7 @@ def stored_otherwise(group: Group, twins: Container[KeyPath], wide: Mapping[KeyP
     return group._replace(keys=otherwise(group.keys), sampled=otherwise(group.sampled))
 
 
-class Layout(NamedTuple):
+class StoredLayout(NamedTuple):
     """What is known of the entries of a storage, all of which may be sampled, or those asked for."""
 
     of: tuple[Any, ...]
@@ -112,17 +112,17 @@ class Layout(NamedTuple):
         asked: Asked | None,
         ends: Ends | None = None,
         wide: Mapping[KeyPath, torch.dtype] = MappingProxyType({}),
-    ) -> Layout:
+    ) -> StoredLayout:
         """Reads a storage of ``ndim`` dimensions, by the arguments of a buffer."""
         written = buffer._roles_in(()).written
         # The writer's own entry says where a frame lies, which needs no reading.
-        frames, objects = Frames.read_storage(of[0], ndim, {*written, INDEX} if indexed else written)
+        frames, objects = Frames.read_storage(of[0], ndim, written | {INDEX} if indexed else written)
         check_single_steps(frames.left_out)
         if ends is not None:
             # An entry that is kept once is the one at the root, read elsewhere.
             frames.leaves.update((path, frames.leaves[path[1:]]) for path in ends.rows)
             frames.leaves[COUNT_PATH] = ends.count
-            frames.find_layout()
+            frames.structure.layout = Layout.of_leaves(frames.leaves, ndim, frames.structure.layout.nodes)
         roles = buffer._roles_in(frames.leaves)
         groups, structure, match = buffer._groups_in(frames, roles), frames.structure, buffer._match_reward_shape
         twins: tuple[KeyPath, ...] = () if ends is None else tuple(ends.rows)
@@ -137,7 +137,8 @@ class Layout(NamedTuple):
             groups = structure.layout.find(
                 (*stored, asked.by), lambda: [asked_of(each, roles, is_asked, match) for each in all_of_them]
             )
-            structure.nodes = {path: node for path, node in structure.nodes.items() if asked.may_hold(path)}
+            nodes = {path: node for path, node in structure.layout.nodes.items() if asked.may_hold(path)}
+            structure.layout = Layout.of(structure.layout.kinds, nodes)
         frames.leaves = KnownLeaves(frames.leaves)
         return cls(of, frames, objects, roles, groups, indexed, ends)
 

@@ -25,7 +25,7 @@ from multistep_triton.capturable import CapturableReplayBuffer
 from multistep_triton.checks import check_bool, check_not_captured, check_steps
 from multistep_triton.frames import Frames
 from multistep_triton.neighbours import check_mixing, check_transforms
-from multistep_triton.outputs import Asked, Layout
+from multistep_triton.outputs import Asked, StoredLayout
 from multistep_triton.roles import as_key, check_entries, check_single_steps
 from multistep_triton.samples import Samples
 from multistep_triton.stored import Leaves, Position, check_index, check_slots
@@ -139,7 +139,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         tensor([2, 1, 1])
     """
 
-    _layout_before: Layout | None = None
+    _layout_before: StoredLayout | None = None
     _asked: Asked | None = None
 
     def __init__(
@@ -232,12 +232,12 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         refuse_other_ways(calls())
         if not self._capturable:
             check_not_captured("extend")
-        self._check_neighbours()
 
     def _check_data(
         self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
     ) -> None:
         self._check_call()
+        self._check_neighbours()
         check_single_steps([(key,) for key in data.keys()])  # noqa: SIM118  # iterating it goes over its frames
         roles = self._roles_in({**stored, **new})
         check_entries(roles, new, stored, is_filled)
@@ -270,14 +270,14 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
             samples = samples._replace(newest=position.slots - 1, live=position.slots, written=position.written)
         return layout.sample(samples, high, self, self._asked, with_index)
 
-    def _layout(self) -> Layout:
+    def _layout(self) -> StoredLayout:
         """What is known of the storage's entries, which are read anew where they may be others."""
         order, before = self._order, self._layout_before
         indexed = isinstance(self._writer, TensorDictRoundRobinWriter)
         of = order.entries(), order.changes(), self._changes, indexed, self._ends(), order.wide
         if before is not None and of[0] is before.of[0] and of[1:] == before.of[1:]:
             return before
-        self._layout_before = Layout.read(of, self._storage.ndim, indexed, self, self._asked, *of[-2:])
+        self._layout_before = StoredLayout.read(of, self._storage.ndim, indexed, self, self._asked, *of[-2:])
         return self._layout_before
 
     def _samples(self, indices: Sequence[Tensor], position: Position) -> tuple[Samples, int]:

@@ -51,7 +51,8 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         if unusual or others or not self._draws():
             return super().sample(batch_size, return_info, **kwargs)
         with self._replay_lock, self._write_lock:
-            if (position := self._check_whole()) is None:
+            # There is no transform.
+            if (position := self._find_whole()) is None:
                 return super().sample(batch_size, return_info)
             data, index = self._n_step_drawn(self._draw(size, position), position, True)
         if self._pin_memory and data.device == torch.device("cpu"):
@@ -125,8 +126,12 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         return self._n_step_at(info["index"], position)
 
     def _check_whole(self) -> Position | None:
-        """Checks that all frames are there, in order, before anything is drawn."""
+        """Checks what is beside windows, and that all frames are there, in order, before anything is drawn."""
         self._check_neighbours()
+        return self._find_whole()
+
+    def _find_whole(self) -> Position | None:
+        """Which slots hold frames, all of which are there, in order."""
         position, (first, torn) = self._order.position(), self._order.torn
         if torn:
             raise RuntimeError(

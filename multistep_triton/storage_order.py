@@ -6,7 +6,7 @@ Reaches into private attributes of torchrl's storages and writers. May import to
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -105,10 +105,10 @@ class Order:
         alone = not self.broken and len(storage._attached_entities) == 2
         if self.known is not None and alone and storage._last_cursor is self.cursor:
             known, *seen = self.known
-            if seen == [storage._mutation_revision, len(storage)]:
+            if seen == [storage._mutation_revision, storage._len]:
                 return known
         if (position := self._find_position()) is not None:
-            self.known = position, storage._mutation_revision, len(storage)
+            self.known = position, storage._mutation_revision, storage._len
         return position
 
     def _find_position(self) -> Position | None:
@@ -162,23 +162,30 @@ class Order:
         return self.others
 
     def advance(self, position: Position, frames: int, writer: RoundRobinWriter) -> None:
-        """Frames were written after those of the position, by a buffer in the place of its writer."""
-        storage, (newest, live, slots, _) = self.storage, position
+        """Frames were written after those of the position, by a buffer in the place of its writer.
+
+        Nothing else was since :meth:`changes` was asked.
+        """
+        storage, (newest, before, slots, _) = self.storage, position
         rows = storage.max_size // slots
-        self.changes()
-        newest, live = (newest + frames) % slots, min(live + frames, slots)
-        writer._write_count += frames
-        storage._len = live * rows
+        newest, live = (newest + frames) % slots, min(before + frames, slots)
+        writer._write_count = writer.n_step_seen = writer.n_step_seen + frames
+        if live != before:
+            storage._len = live * rows
         self.set_last(newest)
         storage._bump_mutation_revision()
         self.torn = mended(self.torn, position.newest, frames, slots)
-        self.go_on(newest, slots, [writer] if len(storage._attached_entities) == 2 else None)
+        if len(storage._attached_entities) > 2:
+            self.go_on(newest, slots)
+        else:
+            writer._cursor = (newest + 1) % slots
+            self.newest, self.cursor, self.revision = newest, storage._last_cursor, storage._mutation_revision
         self.known, self.noticed = (Position(newest, live, slots), self.revision, live * rows), self.revision
 
-    def go_on(self, newest: int, slots: int, writers: Iterable[RoundRobinWriter] | None = None) -> None:
-        """Makes every writer of the storage go on after the newest frame, whoever wrote it; these are all, if any."""
+    def go_on(self, newest: int, slots: int) -> None:
+        """Makes every writer of the storage go on after the newest frame, whoever wrote it."""
         storage = self.storage
-        for writer in writers or [each for _, each in self.writers()]:
+        for _, writer in self.writers():
             writer._cursor = (newest + 1) % slots
             writer.n_step_seen = writer._write_count
         if isinstance(storage._last_cursor, int):

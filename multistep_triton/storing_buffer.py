@@ -34,7 +34,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
     _backend: Backend
 
     def _check_call(self) -> None:
-        """Checks of a call that stores frames all that does not depend on its data."""
+        """Checks of a call that stores frames what depends on neither its data nor the buffer's transforms."""
         raise NotImplementedError
 
     def _check_data(
@@ -44,8 +44,10 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         raise NotImplementedError
 
     def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
-        if (index := self._extend_alike(data)) is not None:
-            return index
+        if self._seen is not None:
+            self._check_neighbours()
+            if (index := self._extend_alike(data)) is not None:
+                return index
         ndim, time_dim, given = self._storage.ndim, self.dim_extend, data
         check_dims(data, ndim, ndim)
         frames = data.shape[time_dim]
@@ -112,12 +114,14 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         if position is None or not 0 < frames <= seen.most:
             return None
 
-        def write() -> Tensor:
+        stored, rows = seen.ring.values(), storage.max_size // position.slots
+        before = position.live * rows, position.newest, order.writes, writer.n_step_seen, versions_of(stored)
+        try:
             index = self._store_at(seen, leaves, (position.newest + 1) % position.slots)
             order.advance(position, frames, writer)
-            return index
-
-        index: Tensor = self._whole(write, position, seen.ring.values(), frames)
+        except BaseException:
+            self._undo(before, position, stored, frames)
+            raise
         for entity in storage._attached_entities:
             if entity is not order:
                 entity.mark_update(index)
@@ -159,21 +163,24 @@ class StoringReplayBuffer(OrderedReplayBuffer):
 
     def _whole(self, write: Callable[[], Any], position: Position | None, stored: Collection[Any], frames: int) -> Any:
         """Writes into leaves of the storage; where that fails, the newest frame is the one it was."""
-        order, storage, writer = self._order, self._storage, self._writer
-        versions, count = versions_of(stored), getattr(writer, "_write_count", None)
-        before, writes = (len(storage), storage._last_cursor_index), order.writes
+        storage, count = self._storage, getattr(self._writer, "_write_count", None)
+        before = storage._len, storage._last_cursor_index, self._order.writes, count, versions_of(stored)
         try:
             return write()
         except BaseException:
-            storage._len = before[0]
-            order.set_last(before[1])
-            order.writes = writes
-            if count is not None:
-                writer._write_count = count
-            order.take_position()
-            if None in versions or versions != versions_of(stored):
-                self._tear(position, frames)
+            self._undo(before, position, stored, frames)
             raise
+
+    def _undo(self, before: Any, position: Position | None, stored: Collection[Any], frames: int) -> None:
+        """Puts back what a write that failed has changed: length, newest frame, writes and write count."""
+        order, (length, newest, writes, count, versions) = self._order, before
+        self._storage._len, order.writes = length, writes
+        order.set_last(newest)
+        if count is not None:
+            self._writer._write_count = count
+        order.take_position()
+        if None in versions or versions != versions_of(stored):
+            self._tear(position, frames)
 
     def _check_new(
         self, new: Leaves, stored: Leaves, data: TensorDictBase, time_dim: int | None, entries: TensorDictBase | None

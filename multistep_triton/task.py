@@ -20,32 +20,43 @@ OWN, AT_END, AFTER_END = range(3)
 """Of a window, its first frame, its last, and the one after that, for which another row may stand; see ``Ends``."""
 
 
-class KnownLeaves(dict[Any, Tensor]):
-    """Leaves that are the same tensors call after call, of which a backend keeps what it found out."""
+_MOST_FOUND = 256
 
-    def __init__(self, leaves: Leaves) -> None:
-        super().__init__(leaves)
-        self._kept: dict[Hashable, tuple[Any, Any]] = {}
 
-    def find(self, name: Hashable, of: Any, find_out: Callable[[], Any]) -> Any:
-        """What was found out before under a name, of the same; else what is found out now."""
-        known = self._kept.get(name)
-        if known is not None and known[0] == of:
-            return known[1]
-        self._kept[name] = of, found = of, find_out()
+class Known:
+    """What is the same call after call, of which is kept what was found out."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Any] = {}
+
+    def find(self, key: Hashable, find_out: Callable[[], Any]) -> Any:
+        """What is to be found out once, under a key."""
+        if (found := self._found.get(key)) is None:
+            found = find_out()
+            if len(self._found) >= _MOST_FOUND:
+                self._found.clear()
+            self._found[key] = found
         return found
 
 
-def find(leaves: Leaves, name: Hashable, of: Any, find_out: Callable[[], Any]) -> Any:
+class KnownLeaves(Known, dict[Any, Tensor]):
+    """Leaves that are the same tensors call after call."""
+
+    def __init__(self, leaves: Leaves) -> None:
+        dict.__init__(self, leaves)
+        super().__init__()
+
+
+def find(leaves: Leaves, key: Hashable, find_out: Callable[[], Any]) -> Any:
     """What is found out about leaves: of those that are known, once."""
-    return leaves.find(name, of, find_out) if isinstance(leaves, KnownLeaves) else find_out()
+    return leaves.find(key, find_out) if isinstance(leaves, KnownLeaves) else find_out()
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Keys:
+@dataclass(frozen=True, eq=False)
+class Keys(Known):
     """Which of the leaves of a call is what.
 
-    Keys are of leaves of one layout, and the same object call after call, by which a backend knows them again.
+    Keys are of leaves of one layout, on the same devices, and the same object call after call.
     """
 
     kinds: tuple[tuple[Hashable, torch.dtype, tuple[int, ...]], ...]
@@ -72,6 +83,7 @@ class Keys:
 
     def __post_init__(self) -> None:
         """Finds them."""
+        object.__setattr__(self, "_found", {})
         object.__setattr__(self, "held", tuple(dict.fromkeys([key for _, key, _ in self.outputs])))
 
     @property

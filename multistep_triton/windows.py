@@ -112,7 +112,7 @@ def take_rows(data: Leaves, key: Hashable, rows: Tensor, sizes: torch.Size) -> T
     """Rows of a leaf ``[*sizes, *F]``, counted over ``sizes``, as a new ``[*N, *F]``; no other row is read."""
     # Of what requires grad, the graph is not kept.
     known: Leaves = {} if data[key].requires_grad else data
-    flat, features, dtype = find(known, ("rows", key), sizes, lambda: _as_rows(data[key], sizes))
+    flat, features, dtype = find(known, ("rows", key, sizes), lambda: _as_rows(data[key], sizes))
     if flat is None:
         taken = _viewed(data[key], dtype)[torch.unravel_index(rows, sizes)]
     else:

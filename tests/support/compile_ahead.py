@@ -210,7 +210,7 @@ def main(target: str) -> list[str]:
     for name, case in CASES.items():
         for kernel in stub_driver.kernels():
             kernel.device_caches.clear()
-        plan.find_plan.cache_clear(), store.find_plan.cache_clear()
+        forget()
         case.run()
         compiled = [(kernel.name, resources(kernel)) for kernel in stub_driver.compiled_kernels()]
         for kernel, most in REGISTERS.items():
