@@ -51,14 +51,13 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     indices, newest, live, own, sizes, _, written, ends = samples
     count, drawn, dims, longest = indices[0].shape[0], sizes is not None, len(sizes or indices), min(task.n_steps, live)
     # What lies otherwise is copied for every call.
-    as_it_lies = lie_in_order(data.values()) and not windows.INTERPRETED
+    as_it_lies = find(data, "in order", lambda: lie_in_order(data.values())) and not windows.INTERPRETED
     known, of = data if as_it_lies else {}, (dims, count, longest, drawn)
     kept = task.keys, torch.get_default_dtype(), of
     ready = find(known, ("sample", *kept), lambda: _make_ready(task, data, ends, *of))
     plan, roles, sources, of_ends, count_leaf, out_likes, likes, rest, (envs, agents), others, *launch = ready
     (*flags, rewards), (kind, programs, tile, _, inner) = roles, launch
     end_slots = 0 if ends is None else ends.slots
-    check_fits(max(count, envs * live), 0)
     outs = [*map(torch.empty_like, out_likes)]
     leaves: dict[Hashable, Tensor] = dict(zip(plan.outs, outs, strict=True))
     returns = {key: torch.empty_like(like) for key, like in likes}
@@ -108,6 +107,7 @@ def _make_ready(
     levels, piece, _ = windows.shape_blocks(longest, count, True)
     tile = tile_of(longest, piece, (keys.mask, keys.traj, keys.count) != (None, None, None))
     where = 1 < inner < lead.numel(), True, agents > 1
+    check_fits(max(count, first.shape[:dims].numel()), 0)
 
     def like(features: tuple[int, ...], dtype: torch.dtype, rows: int = count) -> Tensor:
         return torch.empty(1, dtype=dtype, device=device).expand(rows, *features)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from multistep_triton.kernels import keep, rows
 from multistep_triton.kernels.keep import count_before, find_before, has_ended, keep_tile
 from multistep_triton.kernels.layout import lie_in_order
 from multistep_triton.kernels.picked import store_index
+from multistep_triton.kernels.plan import getter
 from multistep_triton.kernels.rows import copy_tile
 from multistep_triton.kernels.run import ALIGNMENT, as_real, check_fits, is_amd, on, run
 from multistep_triton.kernels.windows import INTERPRETED
@@ -87,12 +88,16 @@ def store_rows_kernel(
 
 
 class _Plan(NamedTuple):
-    """What of a call depends on the leaves' kinds and addresses: of those stored, and of those kept once."""
+    """What of a call depends on a ring and the addresses of the data."""
 
-    order: list[int]
-    """The leaves that have rows, the widest first."""
+    take: Callable[[Leaves], tuple[Tensor, ...]]
+    """Leaves of the data that have rows, the widest first."""
+    ring: tuple[Tensor, ...]
+    """Where they go."""
     units: tuple[tuple[Any, ...], ...]
-    kept_order: list[int]
+    take_after: Callable[[Leaves], tuple[Tensor, ...]]
+    """The same of those of which what comes after ends is kept."""
+    kept: tuple[Tensor, ...]
     kept_units: tuple[tuple[Any, ...], ...]
     widest: int
     """Units of the widest row."""
@@ -110,45 +115,18 @@ class _Ready(NamedTuple):
 
     sizes: torch.Size
     """``[C, *R]``."""
-    stored: list[Any]
-    """Keys of leaves that lie in the ring, and then of those of which what comes after ends is kept."""
-    kept: list[Tensor]
-    """Where they go."""
-    has_complex: bool
+    stored: dict[Any, Tensor]
+    kept: dict[Any, Tensor]
+    """Where leaves go: in the ring, and as what comes after ends."""
+    take: Callable[[Leaves], tuple[Tensor, ...]]
+    """All of them."""
     flags: tuple[tuple[tuple[Any, Tensor], ...], ...]
     """Of done flags, mask and ids the key, and what the ring holds."""
     flag_widths: tuple[int, ...]
     """Elements of a done flag of one frame."""
-    kind: tuple[tuple[Any, ...], ...]
-    """Of the leaves that are kept bytes of rows and addresses, and what else is compiled in."""
+    has_complex: bool
     plans: dict[tuple[int, ...], _Plan]
     """By the addresses of the data."""
-
-
-@functools.lru_cache(maxsize=256)
-def find_plan(
-    addresses: tuple[int, ...],
-    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...],
-    stored: int,
-    bytes_of_rows: tuple[int, ...],
-    ring: tuple[int, ...],
-    kind: tuple[Any, ...],
-) -> _Plan:
-    """The plan for leaves and those of a ring at such addresses, of each of which a kernel knows what divides it.
-
-    ``dtypes`` are those of leaves and of the ring, ``stored`` of them before those that are kept once; all else that is
-    compiled in is of its ``kind``.
-    """
-    units = [
-        rows.units_of(row, address | other) if of == to else rows.units_as(row // to.itemsize, (address, other), of, to)
-        for row, address, other, (of, to) in zip(bytes_of_rows, addresses, ring, dtypes, strict=True)
-    ]
-    order, kept_order = (
-        sorted([k for k in some if units[k][2]], key=lambda k: -units[k][2])
-        for some in (range(stored), range(stored, len(units)))
-    )
-    of_order, of_kept = (tuple([units[k] for k in each]) for each in (order, kept_order))
-    return _Plan(order, of_order, kept_order, of_kept, max([unit[2] for unit in units], default=0), {})
 
 
 def store_frames(
@@ -162,28 +140,30 @@ def store_frames(
 ) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`."""
     ready = find(ring, ("store", dims, ends), lambda: _make_ready(data, ring, dims, ends))
-    (slots, *lead), stored, kept, has_complex, flags, flag_widths, _, plans = ready
-    frames, envs, device = data[stored[0]].shape[time_dim], math.prod(lead), kept[0].device
+    (slots, *lead), stored, kept, take, flags, flag_widths, has_complex, plans = ready
+    first = next(iter(data.values()))
+    frames, envs, device = first.shape[time_dim], math.prod(lead), first.device
     count, time_last = frames * envs, frames > 1 and time_dim > 0
     if (dims > 2 and time_dim) or not lie_in_order(data.values()):
         moved = {key: leaf.transpose(0, time_dim).resolve_conj().resolve_neg() for key, leaf in data.items()}
         data = {key: leaf.contiguous() for key, leaf in moved.items()}
         time_last = False
-    leaves = [data[key] for key in stored]
     if INTERPRETED:
         # The interpreter does not convert as GPUs do.
-        leaves = [leaf.to(to.dtype) for leaf, to in zip(leaves, kept, strict=True)]
-    addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in leaves])
+        data = {**data, **{key: data[key].to(to.dtype) for key, to in (*stored.items(), *kept.items())}}
+    addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in take(data)])
     if (plan := plans.get(addresses)) is None:
-        dtypes = tuple([(leaf.dtype, to.dtype) for leaf, to in zip(leaves, kept, strict=True)])
-        plan = plans[addresses] = find_plan(addresses, dtypes, len(ring), *ready.kind)
-    of_flags = tuple([tuple([(data[key], leaf) for key, leaf in pairs]) for pairs in flags])
+        both = [job for some in (stored, kept) for job in _find_job(data, some, dims)]
+        plan = plans[addresses] = _Plan(*both, max([unit[2] for unit in (*both[2], *both[5])], default=0), {})
     check_fits(max(slots * envs, count), count * plan.widest)
     index = torch.empty((count, dims), dtype=torch.int64, device=device)
     slot, written = (0, slot) if isinstance(slot, Tensor) else (slot, None)
+    jobs = plan.take(data), plan.ring, plan.take_after(data), plan.kept
     if has_complex:
-        leaves, kept = [*map(as_real, leaves)], [*map(as_real, kept)]
-    jobs = [tuple([of[k] for k in each]) for each in (plan.order, plan.kept_order) for of in (leaves, kept)]
+        jobs = tuple([tuple(map(as_real, each)) for each in jobs])
+    of_flags = flags
+    if ends is not None:
+        of_flags = tuple([tuple([(data[key], leaf) for key, leaf in pairs]) for pairs in flags])
     others, counted = tuple(lead[1:]), ends is not None and frames > 1
     at = None if numbers is None else numbers.data_ptr() % ALIGNMENT
     with on(device):
@@ -206,16 +186,26 @@ def store_frames(
 
 
 def _make_ready(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Ready:
-    stored = [key for key in data if key in ring]
-    kept, sizes = [ring[key] for key in stored], ring[stored[0]].shape[:dims]
-    marks: tuple[tuple[tuple[Any, Tensor], ...], ...] = (), (), ()
+    stored = {key: ring[key] for key in data if key in ring}
+    kept, marks = {} if ends is None else ends.rows, tuple[tuple[tuple[Any, Tensor], ...], ...](((), (), ()))
+    sizes = next(iter(stored.values())).shape[:dims]
     if ends is not None:
-        stored, kept = [*stored, *ends.rows], [*kept, *ends.rows.values()]
         of_kind = ends.done, *(() if key is None else (key,) for key in (ends.mask, ends.traj))
         marks = tuple([tuple([(key, ring[key]) for key in keys]) for keys in of_kind])
-    bytes_of_rows = tuple([leaf.nbytes // max(math.prod(leaf.shape[:dims]), 1) for leaf in kept])
-    addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in kept])
     widths = tuple([leaf.numel() // max(sizes.numel(), 1) for _, leaf in marks[0]])
-    dtypes = tuple([leaf.dtype for pairs in marks[1:] for _, leaf in pairs])
-    kind = bytes_of_rows, addresses, (kept[0].device, *([] if ends is None else [widths, dtypes, len(marks[1])]))
-    return _Ready(sizes, stored, kept, any([leaf.is_complex() for leaf in kept]), marks, widths, kind, {})
+    has_complex = any([leaf.is_complex() for leaf in (*stored.values(), *kept.values())])
+    return _Ready(sizes, stored, kept, getter([*stored, *kept]), marks, widths, has_complex, {})
+
+
+def _find_job(data: Leaves, to: Mapping[Any, Tensor], dims: int) -> tuple[Any, ...]:
+    """What takes the leaves that have rows, the widest first, where they go, and their units."""
+    units = {}
+    for key, leaf in to.items():
+        of, elements = data[key], math.prod(leaf.shape[dims:])
+        address, at = of.data_ptr() % ALIGNMENT, leaf.data_ptr() % ALIGNMENT
+        if of.dtype == leaf.dtype:
+            units[key] = rows.units_of(elements * leaf.itemsize, address | at)
+        else:
+            units[key] = rows.units_as(elements, (address, at), of.dtype, leaf.dtype)
+    order = sorted([key for key in to if units[key][2]], key=lambda key: -units[key][2])
+    return getter(order), tuple([to[key] for key in order]), tuple([units[key] for key in order])

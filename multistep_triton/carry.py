@@ -18,10 +18,10 @@ from torch import Tensor
 class Carry:
     """Frames held back.
 
-    A leaf ``[*B, C, ...]`` has ``C`` slots. The oldest of ``count`` frames lies in slot ``first``, every other one in
-    the slot after that of the frame before it, and after the last slot comes the first. A call that goes on from a
-    carry writes into slots that are free, or into the memory of the carry before it, and returns another carry: if it
-    fails, the frames of the one before are there. After the next call they may not be.
+    A leaf ``[*B, C, ...]`` has ``C`` slots, and memory of its own. The oldest of ``count`` frames lies in slot
+    ``first``, every other one in the slot after that of the frame before it, and after the last slot comes the first. A
+    call that goes on from a carry writes into slots that are free, or into the memory of the carry before it, and
+    returns another carry: if it fails, the frames of the one before are there. After the next call they may not be.
     """
 
     leaves: dict[Any, Tensor]
@@ -71,10 +71,6 @@ class Carry:
     def view(self, leaves: dict[Any, Tensor], free: bool = True) -> Carry:
         """The same slots of other leaves."""
         return replace(self, leaves=leaves, free=free, spare={})
-
-    def clone(self) -> Carry:
-        """A copy, free slots and all."""
-        return self.view({key: leaf.clone() for key, leaf in self.leaves.items()}, self.free)
 
     def compact(self) -> Carry:
         """A copy, of the frames alone, in order."""
@@ -192,5 +188,5 @@ def next_carry(
         memory = carry.leaves
     elif carry and carry.free and (slots.capacity, slots.time_first) == (carry.capacity, carry.time_first):
         memory, spare = carry.spare, carry.leaves
-    leaves = {key: memory[key] if key in memory else slots.empty(data[key], time_dim) for key in held}
+    leaves = {key: memory[key] if memory else slots.empty(data[key], time_dim) for key in held}
     return slots.carry(leaves, max(known - n_steps, 0), known, spare), slots.stay

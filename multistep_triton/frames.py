@@ -86,22 +86,23 @@ class Layout(Known):
         left_out = [path for path in (*self.kinds, *self.nodes) if path in paths]
         return Layout.of(kinds, nodes), [path for path in self.kinds if path not in kinds], left_out
 
-    def arrange(self, leaves: Collection[KeyPath]) -> list[tuple[KeyPath, Node, list[tuple[str, KeyPath]]]]:
-        """Nodes, those that leaves lie in besides, with names and paths of their entries; children come first.
+    def arrange(self, leaves: tuple[KeyPath, ...]) -> list[tuple[Node, list[tuple[str, int]]]]:
+        """Nodes, those that leaves lie in besides, with names of their entries and where these are, children first.
 
-        Entries that were read are in the order of before.
+        Entries are the leaves and, after these, the nodes before; those that were read are in the order of before.
         """
         order = [*self.kinds, *(path for path in leaves if path not in self.kinds)]
-        leaves = sorted(leaves, key=order.index)
         paths = dict.fromkeys(self.nodes)
         paths.update((leaf[:names], None) for leaf in leaves for names in range(1, len(leaf)))
-        entries: dict[KeyPath, list[tuple[str, KeyPath]]] = {path: [] for path in paths}
-        for path in (*leaves, *reversed(paths)):
+        nodes = [*reversed(paths)]
+        at = {path: index for index, path in enumerate((*leaves, *nodes))}
+        entries: dict[KeyPath, list[tuple[str, int]]] = {path: [] for path in nodes}
+        for path in (*sorted(leaves, key=order.index), *nodes):
             if path:
-                entries[path[:-1]].append((path[-1], path))
+                entries[path[:-1]].append((path[-1], at[path]))
         # A group that nothing was read of may have been written to.
         written = Node(None, (), None, self.nodes[()].device)
-        return [(path, self.nodes.get(path, written), each) for path, each in reversed(entries.items())]
+        return [(self.nodes.get(path, written), each) for path, each in entries.items()]
 
 
 @functools.lru_cache(maxsize=256)
@@ -136,18 +137,18 @@ class Structure:
 
     def build(self, leaves: Mapping[KeyPath, Tensor], batch_size: torch.Size) -> TensorDict:
         """A tensordict ``[*B, E]`` of this structure; ``leaves`` may hold more entries than were read."""
-        built: dict[KeyPath, Any] = dict(leaves)
-        for path in self.objects:
-            built[path] = self._stack_objects(path, built[path])
+        built: list[Any] = [*leaves.values()]
+        if self.objects:
+            built = [self._stack_objects(*each) if each[0] in self.objects else each[1] for each in leaves.items()]
         paths = tuple(leaves)
-        for path, node, entries in self.layout.find(paths, lambda: self.layout.arrange(paths)):
+        for node, entries in self.layout.find(paths, lambda: self.layout.arrange(paths)):
             # The constructor would check every entry once more, a tenth of a small extend.
             shape = torch.Size((*batch_size, *node.tail)) if node.tail else batch_size
             names = node.names and [*node.names]
-            held = {name: built[entry] for name, entry in entries}
+            held = {name: built[at] for name, at in entries}
             each: Any = TensorDict._new_unsafe(held, shape, node.device, names, nested=False)
-            built[path] = each if node.kind is None else cast(Any, node.kind).from_tensordict(each)
-        return cast(TensorDict, built[()])
+            built.append(each if node.kind is None else cast(Any, node.kind).from_tensordict(each))
+        return cast(TensorDict, built[-1])
 
     def _stack_objects(self, path: KeyPath, indices: Tensor) -> NonTensorData | NonTensorStack:
         objects = self.objects[path]

@@ -263,11 +263,8 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])
 
     def _n_step_drawn(self, rows: Tensor, position: Position, with_index: bool) -> tuple[TensorDict, Any]:
-        samples, high = self._samples([rows], position)
         layout = self._layout()
-        samples = samples._replace(sizes=layout.frames.batch_size)
-        if position.written is not None:
-            samples = samples._replace(newest=position.slots - 1, live=position.slots, written=position.written)
+        samples, high = self._samples([rows], position, layout.frames.batch_size)
         return layout.sample(samples, high, self, self._asked, with_index)
 
     def _layout(self) -> StoredLayout:
@@ -280,15 +277,20 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         self._layout_before = StoredLayout.read(of, self._storage.ndim, indexed, self, self._asked, *of[-2:])
         return self._layout_before
 
-    def _samples(self, indices: Sequence[Tensor], position: Position) -> tuple[Samples, int]:
-        """Frames at indices of the storage, and the largest n of all."""
+    def _samples(
+        self, indices: Sequence[Tensor], position: Position, sizes: torch.Size | None = None
+    ) -> tuple[Samples, int]:
+        """Frames at indices of the storage or, of its ``sizes``, at rows, and the largest n of all."""
         low, high = steps if isinstance(steps := _steps_of_call.get() or self._n_steps, tuple) else (steps, steps)
         drawn = None
         if low < high:
             generator, device = self._generator, indices[0].device
             drawn_on = device if generator is None else generator.device
             drawn = torch.randint(low, high + 1, indices[0].shape, generator=generator, device=drawn_on).to(device)
-        return Samples(indices, position.newest, position.live, drawn), high
+        newest, live, slots, written = position
+        if written is not None:
+            newest, live = slots - 1, slots
+        return Samples(indices, newest, live, drawn, sizes, written=written), high
 
     def _check_transforms(self, transforms: list[Transform]) -> None:
         roles = self._roles_in(())
