@@ -153,14 +153,14 @@ def store_frames(
         data = {**data, **{key: data[key].to(to.dtype) for key, to in (*stored.items(), *kept.items())}}
     addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in take(data)])
     if (plan := plans.get(addresses)) is None:
-        both = [job for some in (stored, kept) for job in _find_job(data, some, dims)]
+        both = *_find_job(data, stored, dims), *_find_job(data, kept, dims)
         plan = plans[addresses] = _Plan(*both, max([unit[2] for unit in (*both[2], *both[5])], default=0), {})
     check_fits(max(slots * envs, count), count * plan.widest)
     index = torch.empty((count, dims), dtype=torch.int64, device=device)
     slot, written = (0, slot) if isinstance(slot, Tensor) else (slot, None)
-    jobs = plan.take(data), plan.ring, plan.take_after(data), plan.kept
+    jobs = [plan.take(data), plan.ring, plan.take_after(data), plan.kept]
     if has_complex:
-        jobs = tuple([tuple(map(as_real, each)) for each in jobs])
+        jobs = [tuple(map(as_real, each)) for each in jobs]
     of_flags = flags
     if ends is not None:
         of_flags = tuple([tuple([(data[key], leaf) for key, leaf in pairs]) for pairs in flags])
@@ -197,7 +197,7 @@ def _make_ready(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Re
     return _Ready(sizes, stored, kept, getter([*stored, *kept]), marks, widths, has_complex, {})
 
 
-def _find_job(data: Leaves, to: Mapping[Any, Tensor], dims: int) -> tuple[Any, ...]:
+def _find_job(data: Leaves, to: Mapping[Any, Tensor], dims: int) -> tuple[Any, Any, Any]:
     """What takes the leaves that have rows, the widest first, where they go, and their units."""
     units = {}
     for key, leaf in to.items():

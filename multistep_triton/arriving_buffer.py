@@ -15,7 +15,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from multistep_triton.ends import Ends
-from multistep_triton.frames import KeyPath
+from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import Roles, as_key, as_path, check_key
 from multistep_triton.stored import check_continues, check_dims, leaves_of
 from multistep_triton.storing_buffer import StoringReplayBuffer

@@ -15,8 +15,9 @@ from torch import Tensor
 from multistep_triton.arguments import Arguments
 from multistep_triton.carry import Carry
 from multistep_triton.checks import check_not_captured
-from multistep_triton.frames import Frames, KeyPath, hold_back
+from multistep_triton.frames import Frames, hold_back
 from multistep_triton.groups import Group, Windows, find_groups, n_step_extend_groups
+from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import (
     AUTO,
     DEFAULT_MASK_KEY,
@@ -92,12 +93,7 @@ class MultiStepBase(Arguments):
                     like = results.returns[reward] if match else leaves[group.flags[0]]
                     written = [_expand(window, like.shape) for window in of_group]
                 leaves.update(zip(paths, written, strict=True))
-        for path in roles.rewards:
-            # Either may be among what a sample leaves out.
-            if path in leaves:
-                leaves[roles.originals[path]] = leaves[path]
-            if path in results.returns:
-                leaves[path] = results.returns[path]
+        leaves.update(results.returns)
         if len(roles.rewards) == 1 and (original := roles.originals[roles.rewards[0]]) in leaves:
             leaves[ORIGINAL_REWARD_PATH] = leaves[original]
         return leaves

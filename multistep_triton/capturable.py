@@ -18,7 +18,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 
 from multistep_triton.backends import resolve_backend
 from multistep_triton.checks import check_not_captured
-from multistep_triton.frames import KeyPath
+from multistep_triton.layouts import KeyPath
 from multistep_triton.sampled_buffer import SampledReplayBuffer
 from multistep_triton.stored import Position, draws_alike
 from multistep_triton.storing import Seen

@@ -20,7 +20,8 @@ from torchrl.envs.transforms import Transform
 from multistep_triton.base import MultiStepBase
 from multistep_triton.carry import Carry
 from multistep_triton.checks import check_gamma, check_positive_int
-from multistep_triton.frames import KeyPath, Layout, Node, Structure, frames_of, moved
+from multistep_triton.frames import Structure, frames_of, moved
+from multistep_triton.layouts import KeyPath, Layout, Node
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -18,7 +18,7 @@ from multistep_triton.backends import resolve_backend
 from multistep_triton.checks import check_positive_int
 from multistep_triton.ends import Ends
 from multistep_triton.engine import check_kept_once
-from multistep_triton.frames import KeyPath
+from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import COUNT_PATH, Roles, as_key, as_path, key_list
 from multistep_triton.stored import Leaves, leaves_of
 from multistep_triton.storing import Seen

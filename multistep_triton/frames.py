@@ -2,112 +2,26 @@
 
 Reads a tensordict of batch shape ``[*B, T]``, nested in any way, into one flat dict of tensors, and builds a
 tensordict of the same structure from such a dict. Owns the structure (nested batch dimensions, names, devices,
-tensorclasses, non-tensor entries) and no maths. May import tensordict, torch and ``carry``.
+tensorclasses, non-tensor entries) and no maths. May import tensordict, torch, ``carry`` and ``layouts``.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from tensordict import (
-    LazyStackedTensorDict,
     NonTensorData,
     NonTensorStack,
     TensorDict,
     TensorDictBase,
-    is_non_tensor,
-    is_tensor_collection,
-    is_tensorclass,
 )
 from torch import Tensor
 
 from multistep_triton.carry import Carry, current_stream
-from multistep_triton.task import Known
-
-KeyPath = tuple[str, ...]
-Kind = tuple[Any, ...]
-"""dtype, trailing shape and device of a leaf; of a non-tensor, ``OBJECT`` in place of the dtype, and no device."""
-OBJECT = "non-tensor"
-
-
-class Node(NamedTuple):
-    """What a (nested) tensordict has besides its entries; ``tail`` is its batch shape beyond ``[*B, T]``."""
-
-    kind: type | None
-    """The tensorclass to build, if it is one."""
-    tail: tuple[int, ...]
-    names: tuple[str | None, ...] | None
-    device: torch.device | None
-
-
-class Layout(Known):
-    """What tensordicts have but their frames. Those of equal kinds can be joined; equal ones are mostly one object."""
-
-    def __init__(self, kinds: tuple[tuple[KeyPath, Kind], ...], nodes: tuple[tuple[KeyPath, Node], ...]) -> None:
-        super().__init__()
-        self.kinds, self.nodes = dict(kinds), dict(nodes)
-        """Of every leaf, and of every tensordict; parents come before their children."""
-        self.objects = [path for path, kind in kinds if kind[0] == OBJECT]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is the same object where the kinds are known, and holds nothing that was found out elsewhere."""
-        return _layout, (tuple(self.kinds.items()), tuple(self.nodes.items()))
-
-    @classmethod
-    def of(cls, kinds: Mapping[KeyPath, Kind], nodes: Mapping[KeyPath, Node]) -> Layout:
-        """The one of these."""
-        return _layout(tuple(kinds.items()), tuple(nodes.items()))
-
-    @classmethod
-    def of_leaves(
-        cls,
-        leaves: Mapping[KeyPath, Tensor],
-        dims: int,
-        nodes: Mapping[KeyPath, Node],
-        objects: Collection[KeyPath] = (),
-    ) -> Layout:
-        """That of leaves whose first ``dims`` dimensions are those of frames, some of which count into ``objects``."""
-        kinds: dict[KeyPath, Kind]
-        kinds = {path: (leaf.dtype, leaf.shape[dims:], leaf.device) for path, leaf in leaves.items()}
-        kinds.update({path: (OBJECT, kinds[path][1], None) for path in objects})
-        return cls.of(kinds, nodes)
-
-    def without(self, paths: Collection[KeyPath]) -> tuple[Layout, list[KeyPath], list[KeyPath]]:
-        """The layout less some entries, the leaves that these are, and the entries that there are."""
-
-        def is_left(path: KeyPath) -> bool:
-            return not any(path[:names] in paths for names in range(1, len(path) + 1))
-
-        kinds, nodes = ({path: each for path, each in of.items() if is_left(path)} for of in (self.kinds, self.nodes))
-        left_out = [path for path in (*self.kinds, *self.nodes) if path in paths]
-        return Layout.of(kinds, nodes), [path for path in self.kinds if path not in kinds], left_out
-
-    def arrange(self, leaves: tuple[KeyPath, ...]) -> list[tuple[Node, list[tuple[str, int]]]]:
-        """Nodes, those that leaves lie in besides, with names of their entries and where these are, children first.
-
-        Entries are the leaves and, after these, the nodes before; those that were read are in the order of before.
-        """
-        order = [*self.kinds, *(path for path in leaves if path not in self.kinds)]
-        paths = dict.fromkeys(self.nodes)
-        paths.update((leaf[:names], None) for leaf in leaves for names in range(1, len(leaf)))
-        nodes = [*reversed(paths)]
-        at = {path: index for index, path in enumerate((*leaves, *nodes))}
-        entries: dict[KeyPath, list[tuple[str, int]]] = {path: [] for path in nodes}
-        for path in (*sorted(leaves, key=order.index), *nodes):
-            if path:
-                entries[path[:-1]].append((path[-1], at[path]))
-        # A group that nothing was read of may have been written to.
-        written = Node(None, (), None, self.nodes[()].device)
-        return [(self.nodes.get(path, written), each) for path, each in entries.items()]
-
-
-@functools.lru_cache(maxsize=256)
-def _layout(kinds: tuple[tuple[KeyPath, Kind], ...], nodes: tuple[tuple[KeyPath, Node], ...]) -> Layout:
-    return Layout(kinds, nodes)
+from multistep_triton.layouts import KeyPath, Layout, read_layout
 
 
 @dataclass(slots=True)
@@ -273,51 +187,6 @@ def moved(carry: Carry, device_of: Callable[[Tensor], torch.device]) -> Carry:
     return replace(carry, leaves=leaves, spare={}, structure=new, stream=current_stream(leaves.values()))
 
 
-def read_layout(data: TensorDictBase, ndim: int) -> tuple[Layout, list[Any]]:
-    """The layout of a tensordict of ``ndim`` batch dimensions, and its leaves in the same order."""
-    values: list[Any] = []
-    return _layout_of(_read(data, ndim, values)), values
-
-
-def _read(data: Any, ndim: int, values: list[Any], above: KeyPath = ()) -> tuple[Any, ...]:
-    """A tensordict as what is to be known of it: node, and for every entry its name and its kind, or the same of it."""
-    names, sizes, items = data.names, data.batch_size, data.items
-    kind = None
-    if type(data) is not TensorDict:
-        kind = type(data) if is_tensorclass(data) else None
-        if isinstance(data, LazyStackedTensorDict):
-            items = functools.partial(_lazy_items, data, above)
-    found: list[Any] = [(kind, sizes[ndim:], tuple(names) if any(names) else None, data.device)]
-    for name, value in items():
-        if isinstance(value, Tensor):
-            found.append((name, value.dtype, value.shape[ndim:], value.device))
-            values.append(value)
-        elif type(value) is not TensorDict and is_non_tensor(value):
-            found.append((name, OBJECT, value.batch_size[ndim:], None))
-            values.append(value)
-        elif is_tensor_collection(value):
-            found.append((name, _read(value, ndim, values, (*above, name))))
-        else:
-            raise TypeError(f"entry {(*above, name)} must be a tensor or a tensordict, got {type(value).__name__}")
-    return tuple(found)
-
-
-@functools.lru_cache(maxsize=256)
-def _layout_of(read: tuple[Any, ...]) -> Layout:
-    kinds, nodes = dict[KeyPath, Kind](), dict[KeyPath, Node]()
-
-    def add(read: tuple[Any, ...], path: KeyPath) -> None:
-        nodes[path] = Node(*read[0])
-        for name, *kind in read[1:]:
-            if len(kind) == 1:
-                add(kind[0], (*path, name))
-            else:
-                kinds[(*path, name)] = tuple(kind)
-
-    add(read, ())
-    return Layout.of(kinds, nodes)
-
-
 def _describe(kind: tuple[Any, ...] | None) -> str:
     if kind is None:
         return "absent"
@@ -328,18 +197,3 @@ def _describe(kind: tuple[Any, ...] | None) -> str:
 def _same(one: Any, other: Any) -> bool:
     """Whether one object can stand for the other; equality is asked only of what cannot change."""
     return one is other or (type(one) is type(other) and isinstance(one, str | bytes | int | float) and one == other)
-
-
-def _lazy_items(data: LazyStackedTensorDict, path: KeyPath) -> Iterator[tuple[str, Any]]:
-    """The entries of a lazy stack, which itself passes over those that not every element has."""
-    keys = [set(element.keys()) for element in data.tensordicts]
-    if some := set.union(*keys) - set.intersection(*keys):
-        entries = [(*path, key) for key in sorted(some)]
-        raise ValueError(f"entries {entries} must be in every element of a lazily stacked tensordict, got some without")
-    for key in data.tensordicts[0].keys():  # noqa: SIM118  # iterating a tensordict goes over its frames
-        try:
-            yield key, data.get(key)
-        except RuntimeError as error:
-            raise ValueError(
-                f"entry {(*path, key)} must have one shape in every element of a lazily stacked tensordict, got {error}"
-            ) from error

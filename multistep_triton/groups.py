@@ -19,7 +19,8 @@ from torch import Tensor
 from multistep_triton.carry import Carry
 from multistep_triton.checks import check_flag, check_ids, check_reward, is_per_frame
 from multistep_triton.engine import n_step_extend, n_step_sample
-from multistep_triton.frames import Frames, KeyPath
+from multistep_triton.frames import Frames
+from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import COUNT_PATH, WINDOW_PATHS, Roles
 from multistep_triton.samples import Samples
 from multistep_triton.task import Keys, Leaves, Results, Task
@@ -261,13 +262,14 @@ def _with_keys(group: Group, leaves: Mapping[Any, Tensor], dims: int, roles: Rol
     mask, traj, count = (key if key in leaves else None for key in (roles.mask, roles.traj, COUNT_PATH))
     flags = group.flags if group.shared else ()
     group = group._replace(marks=tuple(key for key in (mask, traj, *flags, count) if key is not None))
-    outputs = [(path, path, roles.is_gathered(path)) for path in group.paths]
-    gathered_dones = [path for path in roles.dones if path in group.paths and roles.is_gathered(path)]
-    outputs += [(roles.originals[path], path, False) for path in gathered_dones]
+    rewards = tuple([path for path in roles.rewards if path in group.paths])
+    outputs = [(path, path, roles.is_gathered(path)) for path in group.paths if path not in rewards]
+    as_they_came = dict.fromkeys(path for path in (*roles.dones, *rewards) if path in group.paths)
+    outputs += [(roles.originals[path], path, False) for path in as_they_came if path in roles.originals]
     keys = partial(
         Keys.of,
         dims=dims + (0 if group.shared else len(group.agents)),
-        rewards=tuple(path for path in roles.rewards if path in group.paths),
+        rewards=rewards,
         outputs=tuple(outputs),
         count=count,
     )

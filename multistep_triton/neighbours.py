@@ -21,7 +21,7 @@ from torchrl.envs import transforms as T
 from torchrl.envs.transforms import Transform
 
 from multistep_triton.base import MultiStepBase
-from multistep_triton.frames import KeyPath
+from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import STEPS_KEY, as_path
 from multistep_triton.torchrl_internals import Calls, inverted_in, mixing_buffer, reads_ids
 

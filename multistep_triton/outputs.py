@@ -17,8 +17,9 @@ from torch import Tensor
 from multistep_triton.base import MultiStepBase
 from multistep_triton.eager_ends import stand_in
 from multistep_triton.ends import Ends
-from multistep_triton.frames import Frames, KeyPath, Layout
+from multistep_triton.frames import Frames
 from multistep_triton.groups import Group, n_step_sample_groups, steps_at
+from multistep_triton.layouts import KeyPath, Layout
 from multistep_triton.roles import COUNT_PATH, ORIGINAL_REWARD_PATH, Roles, as_path, check_single_steps, key_list
 from multistep_triton.samples import Samples
 from multistep_triton.storing import INDEX
@@ -55,18 +56,16 @@ class Asked(dict[KeyPath, bool]):
 
 def asked_of(group: Group, roles: Roles, is_asked: Callable[[KeyPath], bool], match_reward_shape: bool) -> Group:
     """A group of which nothing is computed that nobody asks for; its windows are."""
-    original = is_asked(ORIGINAL_REWARD_PATH) and len(roles.rewards) == 1
+    needed = set[KeyPath]()
+    if is_asked(ORIGINAL_REWARD_PATH) and len(roles.rewards) == 1:
+        needed.add(roles.originals[roles.rewards[0]])
+    if group.written and group.agents:
+        # Windows are written in its shape.
+        needed.add(group.flags[0])
 
     def selected(keys: Keys) -> Keys:
         asked: Callable[[Any], bool] = is_asked
-        comes_out = {
-            out: asked(roles.originals[out]) or original if out in roles.rewards else asked(out)
-            for out, _, _ in keys.outputs
-        }
-        if group.written and group.agents:
-            # Windows are written in its shape.
-            comes_out[group.flags[0]] = True
-        outputs = tuple([each for each in keys.outputs if comes_out[each[0]]])
+        outputs = tuple([each for each in keys.outputs if asked(each[0]) or each[0] in needed])
         rewards = tuple([path for path in keys.rewards if match_reward_shape or asked(path)])
         return replace(keys, outputs=outputs, rewards=rewards)
 

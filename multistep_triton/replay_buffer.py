@@ -277,10 +277,8 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         self._layout_before = StoredLayout.read(of, self._storage.ndim, indexed, self, self._asked, *of[-2:])
         return self._layout_before
 
-    def _samples(
-        self, indices: Sequence[Tensor], position: Position, sizes: torch.Size | None = None
-    ) -> tuple[Samples, int]:
-        """Frames at indices of the storage or, of its ``sizes``, at rows, and the largest n of all."""
+    def _samples(self, indices: Sequence[Tensor], position: Position, sizes: Any = None) -> tuple[Samples, int]:
+        """Frames at indices or, of a storage of ``sizes``, at rows, and the largest n of all."""
         low, high = steps if isinstance(steps := _steps_of_call.get() or self._n_steps, tuple) else (steps, steps)
         drawn = None
         if low < high:
@@ -288,9 +286,8 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
             drawn_on = device if generator is None else generator.device
             drawn = torch.randint(low, high + 1, indices[0].shape, generator=generator, device=drawn_on).to(device)
         newest, live, slots, written = position
-        if written is not None:
-            newest, live = slots - 1, slots
-        return Samples(indices, newest, live, drawn, sizes, written=written), high
+        known = (newest, live) if written is None else (slots - 1, slots)
+        return Samples(indices, *known, drawn, sizes, written=written), high
 
     def _check_transforms(self, transforms: list[Transform]) -> None:
         roles = self._roles_in(())

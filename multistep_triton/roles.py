@@ -1,6 +1,6 @@
 """Roles: which entry of the data is what, and which ones are written.
 
-Owns the keys; no maths. May import ``frames``.
+Owns the keys; no maths. May import ``layouts``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from tensordict import NestedKey, unravel_key
 from torch import Tensor
 
-from multistep_triton.frames import KeyPath
+from multistep_triton.layouts import KeyPath
 
 DEFAULT_REWARD_KEYS = ("reward",)
 DEFAULT_DONE_KEYS = ("done", "truncated", "terminated")

@@ -1,6 +1,6 @@
 """What is stored: the parts of a buffer whose frames lie in order, and the data that goes on from what is there.
 
-Owns these checks; knows no windows. May import ``frames`` and torchrl, by its public names alone.
+Owns these checks; knows no windows. May import ``layouts`` and torchrl, by its public names alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, RandomSampler, RoundRobinWriter, Storage, TensorStorage, Writer
 from torchrl.data.replay_buffers.samplers import ConsumingSampler, Sampler, SliceSampler
 
-from multistep_triton.frames import KeyPath
+from multistep_triton.layouts import KeyPath
 
 Leaves = dict[KeyPath, Any]
 """Tensors, and what is none."""

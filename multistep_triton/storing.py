@@ -1,6 +1,6 @@
 """Storing calls that are like one before, whose leaves need no checks again.
 
-Owns what such calls have in common. May import ``frames``, ``storage_order``, ``task`` and torchrl, by public names.
+Owns what such calls have in common. May import ``layouts``, ``storage_order``, ``task`` and torchrl, by public names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import RoundRobinWriter, Storage, TensorDictRoundRobinWriter, TensorStorage, Writer
 
-from multistep_triton.frames import KeyPath, Layout, read_layout
+from multistep_triton.layouts import KeyPath, Layout, read_layout
 from multistep_triton.storage_order import Order
 from multistep_triton.task import KnownLeaves
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from multistep_triton.backends import Backend
 from multistep_triton.ends import Ends
 from multistep_triton.engine import store_frames
-from multistep_triton.frames import KeyPath
+from multistep_triton.layouts import KeyPath
 from multistep_triton.ordered_buffer import OrderedReplayBuffer
 from multistep_triton.stored import Leaves, Position, check_continues, check_dims, leaves_of, versions_of
 from multistep_triton.storing import Seen, find_seen

@@ -43,9 +43,10 @@ IMPORTS = {
     "backends": ("checks",),
     "engine": ("backends", "carry", "eager", "ends", "samples", "task"),
     "functional": ("backends", "checks", "engine", "task"),
-    "frames": ("carry",),
-    "roles": ("frames",),
-    "groups": ("carry", "checks", "engine", "frames", "roles", "samples", "task"),
+    "layouts": ("task",),
+    "frames": ("carry", "layouts"),
+    "roles": ("layouts",),
+    "groups": ("carry", "checks", "engine", "frames", "layouts", "roles", "samples", "task"),
 }
 
 

@@ -16,8 +16,9 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from multistep_triton.debug.tables import Row, number, shortened
-from multistep_triton.frames import Frames, KeyPath
+from multistep_triton.frames import Frames
 from multistep_triton.groups import find_groups
+from multistep_triton.layouts import KeyPath
 from multistep_triton.postproc import MultiStep
 from multistep_triton.roles import WINDOW_PATHS
 

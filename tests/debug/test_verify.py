@@ -106,7 +106,7 @@ FAULTS = {
         "the n-step return of ('next', 'reward')",
     ),
     "the reward as it came": (
-        lambda out, at: out.leaves[REWARD][at].neg_(),
+        lambda out, at: out.leaves["next", "reward_orig"][at].neg_(),
         REWARD,
         "('next', 'reward')",
     ),
@@ -382,7 +382,7 @@ def test_a_return_may_be_off_by_the_tolerance_and_no_more(dtype):
         """Adds a part of the tolerance to the return of frame 4, which has a window of three frames."""
 
         def spoil(out):
-            _, bound = float64_returns(out.leaves[REWARD], out.steps, GAMMA, dtype)
+            _, bound = float64_returns(out.leaves["next", "reward_orig"], out.steps, GAMMA, dtype)
             far = out.returns[REWARD][1, 4].double() + 2 * factor * bound[1, 4]
             out.returns[REWARD][1, 4] = far.to(dtype)
 
