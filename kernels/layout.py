@@ -12,10 +12,10 @@ from torch import Tensor
 from multistep_triton.task import Keys
 
 
-def lie_in_order(leaves: Collection[Tensor]) -> bool:
-    """Whether the bytes of leaves are their values, one after the other."""
-    every = map(Tensor.is_contiguous, leaves)
-    return all(every) and not any(map(Tensor.is_neg, leaves)) and not any(map(Tensor.is_conj, leaves))
+def lie_in_order(leaves: Collection[Tensor], has_complex: bool) -> bool:
+    """Whether the bytes of leaves, complex numbers among them or not, are their values, one after the other."""
+    in_order = all(map(Tensor.is_contiguous, leaves)) and not any(map(Tensor.is_neg, leaves))
+    return in_order and not (has_complex and any(map(Tensor.is_conj, leaves)))
 
 
 def lie_alike(
@@ -27,7 +27,7 @@ def lie_alike(
         The leaves, ``inner``, and how many inner environments, agents, share a mark or an id where these are expanded.
     """
     sizes = next(iter(data.values())).shape[:dims]
-    if lie_in_order(data.values()):
+    if lie_in_order(data.values(), keys.has_complex):
         return data, math.prod(sizes[time_dim + 1 :]) if time_dim + 1 < dims else 1, 1
     data = {key: leaf.resolve_neg().resolve_conj() for key, leaf in data.items()}
     most = max(data.values(), key=Tensor.numel)

@@ -93,12 +93,12 @@ def _make_plan(keys: Keys, addresses: tuple[int, ...], every: bool, default_dtyp
 
 def roles_of(keys: Keys, data: Leaves, olds: Leaves) -> tuple[tuple[tuple[Tensor, Tensor], ...], ...]:
     """Done flags, masks, ids and rewards, pairs of data and carry."""
-    of_kind = keys.done, () if keys.mask is None else (keys.mask,), () if keys.traj is None else (keys.traj,)
-    *flags, rewards = [tuple([(data[key], olds[key]) for key in each]) for each in (*of_kind, keys.rewards)]
+    dones, rewards = (tuple([(data[key], olds[key]) for key in each]) for each in (keys.done, keys.rewards))
+    masks, ids = (() if key is None else ((data[key], olds[key]),) for key in (keys.mask, keys.traj))
     if windows.INTERPRETED:
         # The interpreter neither converts subnormal bfloat16 nor rounds to it.
         rewards = tuple([(widened(leaf), widened(old)) for leaf, old in rewards])
-    return *flags, rewards
+    return dones, masks, ids, rewards
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     indices, newest, live, own, sizes, _, written, ends = samples
     count, drawn, dims, longest = indices[0].shape[0], sizes is not None, len(sizes or indices), min(task.n_steps, live)
     # What lies otherwise is copied for every call.
-    as_it_lies = find(data, "in order", lambda: lie_in_order(data.values())) and not windows.INTERPRETED
+    as_it_lies = (
+        find(data, "in order", lambda: lie_in_order(data.values(), task.keys.has_complex)) and not windows.INTERPRETED
+    )
     known, of = data if as_it_lies else {}, (dims, count, longest, drawn)
     kept = task.keys, torch.get_default_dtype(), of
     ready = find(known, ("sample", *kept), lambda: _make_ready(task, data, ends, *of))

@@ -144,7 +144,7 @@ def store_frames(
     first = next(iter(data.values()))
     frames, envs, device = first.shape[time_dim], math.prod(lead), first.device
     count, time_last = frames * envs, frames > 1 and time_dim > 0
-    if (dims > 2 and time_dim) or not lie_in_order(data.values()):
+    if (dims > 2 and time_dim) or not lie_in_order(data.values(), has_complex):
         moved = {key: leaf.transpose(0, time_dim).resolve_conj().resolve_neg() for key, leaf in data.items()}
         data = {key: leaf.contiguous() for key, leaf in moved.items()}
         time_last = False

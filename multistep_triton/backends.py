@@ -129,9 +129,9 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
     raise RuntimeError(f"backend {backend!r} cannot run: {obstacle}, or {otherwise}")
 
 
-def circumstances() -> tuple[Any, ...]:
+def circumstances(backend: str) -> tuple[Any, ...]:
     """All that a choice depends on besides the tensors."""
-    return os.environ.get(BACKEND_VARIABLE), torch.is_grad_enabled(), is_transformed()
+    return backend, backend == "auto" and os.environ.get(BACKEND_VARIABLE), torch.is_grad_enabled(), is_transformed()
 
 
 @functools.cache

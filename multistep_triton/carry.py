@@ -32,7 +32,7 @@ class Carry:
     """Whether the frames of a slot lie side by side in memory, ``[C, *B, ...]``, and not those of an environment."""
     free: bool = True
     """Whether the slots that hold no frame may be written into."""
-    spare: Mapping[Any, Tensor] = field(default_factory=dict)
+    spare: dict[Any, Tensor] = field(default_factory=dict)
     """Leaves of a carry before it, laid out alike, whose frames nobody asks for any more."""
     structure: Any = None
     """What the leaves are of, for whoever builds tensordicts of them."""
@@ -134,7 +134,7 @@ class Slots(NamedTuple):
         return torch.empty_strided(sizes, strides, dtype=leaf.dtype, device=leaf.device)
 
     def carry(
-        self, leaves: dict[Any, Tensor], emitted: int, known: int, spare: Mapping[Any, Tensor] | None = None
+        self, leaves: dict[Any, Tensor], emitted: int, known: int, spare: dict[Any, Tensor] | None = None
     ) -> Carry:
         """The frames held back, from frame ``emitted`` on."""
         first = (self.first + emitted) % self.capacity
@@ -182,11 +182,13 @@ def next_carry(
     Longer calls, after which all that is held back is new, write it into the memory of two carries in turn.
     """
     slots, known = find_slots(carry, data.values(), new, n_steps), new + (carry.count if carry else 0)
-    memory: Mapping[Hashable, Tensor] = {}
+    memory: dict[Any, Tensor] = {}
     spare = None
     if carry and slots.stay:
         memory = carry.leaves
     elif carry and carry.free and (slots.capacity, slots.time_first) == (carry.capacity, carry.time_first):
         memory, spare = carry.spare, carry.leaves
-    leaves = {key: memory[key] if memory else slots.empty(data[key], time_dim) for key in held}
+    # What is spare is that of a carry with the same leaves.
+    leaves = memory if spare and memory else None
+    leaves = leaves or {key: memory[key] if memory else slots.empty(data[key], time_dim) for key in held}
     return slots.carry(leaves, max(known - n_steps, 0), known, spare), slots.stay

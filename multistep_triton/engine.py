@@ -38,7 +38,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves, backend: str = 
     """
     keys, graph = task.keys, any([leaf.requires_grad for leaf in data.values()])
     chosen: str = keys.find(
-        ("backend", backend, graph, *circumstances()),
+        ("backend", graph, *circumstances(backend)),
         lambda: resolve_backend(backend, data.values(), [data[key] for key in keys.rewards]),
     )
     results: Results = implementation_of(chosen).n_step_extend(task, carry, data)
@@ -129,7 +129,7 @@ def _resolve(backend: str, data: Leaves, others: Iterable[Tensor], rewards: Sequ
     """The backend that runs on leaves and others on their device; looked for once of leaves that are known."""
     chosen: str = find(
         data,
-        ("backend", backend, *circumstances()),
+        ("backend", *circumstances(backend)),
         lambda: resolve_backend(backend, [*data.values(), *others], [data[key] for key in rewards]),
     )
     return chosen

@@ -91,9 +91,9 @@ class Frames:
             TypeError: an entry is neither a tensor nor a tensordict nor a non-tensor.
             ValueError: the elements of a lazy stack differ in their keys or shapes.
         """
-        frames, non_tensors = cls._read_all(data, len(data.batch_size), without)
-        for path, value in non_tensors.items():
-            frames._read_objects(value, path)
+        frames = cls._read_all(data, len(data.batch_size), without)
+        for path in frames.structure.layout.objects:
+            frames._read_objects(frames.leaves[path], path)
         return frames
 
     @classmethod
@@ -101,28 +101,26 @@ class Frames:
         cls, data: TensorDictBase, ndim: int, without: frozenset[KeyPath]
     ) -> tuple[Frames, dict[KeyPath, Any]]:
         """Reads the tensordict of a storage of ``ndim`` dimensions; its non-tensor entries apart, as they are."""
-        frames, non_tensors = cls._read_all(data, ndim, without)
-        for path in non_tensors:
-            del frames.leaves[path]
+        frames = cls._read_all(data, ndim, without)
+        layout = frames.structure.layout
+        non_tensors = {path: frames.leaves.pop(path) for path in layout.objects}
         # What is sampled has one dimension in the place of these, which has no name.
-        nodes = {path: node._replace(names=None) for path, node in frames.structure.layout.nodes.items()}
+        nodes = {path: node._replace(names=None) for path, node in layout.nodes.items()}
         frames.structure.layout = Layout.of_leaves(frames.leaves, ndim, nodes)
         return frames, non_tensors
 
     @classmethod
-    def _read_all(
-        cls, data: TensorDictBase, ndim: int, without: frozenset[KeyPath]
-    ) -> tuple[Frames, dict[KeyPath, Any]]:
+    def _read_all(cls, data: TensorDictBase, ndim: int, without: frozenset[KeyPath]) -> Frames:
         sizes = data.batch_size
         layout, values = read_layout(data, ndim)
         leaves = dict(zip(layout.kinds, values, strict=True))
         layout, dropped, left_out = layout.find(("without", without), lambda: layout.without(without))
         for path in dropped:
             del leaves[path]
-        frames = cls(sizes[:ndim], leaves, Structure(sizes[: ndim - 1], layout), left_out)
-        return frames, {path: leaves[path] for path in layout.objects}
+        return cls(sizes[:ndim], leaves, Structure(sizes[: ndim - 1], layout), left_out)
 
     def _read_objects(self, value: Any, path: KeyPath) -> None:
+        """Counts into the objects of an entry."""
         shape = value.batch_size
         device = next((leaf.device for leaf in self.leaves.values() if isinstance(leaf, Tensor)), None)
         if isinstance(value, NonTensorStack):

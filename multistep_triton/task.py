@@ -80,9 +80,11 @@ class Keys(Known):
     """The floating dtypes that leaves come out as, of those that are stored as others."""
     held: tuple[Hashable, ...] = field(init=False)
     """Leaves that come out, each once."""
+    has_complex: bool = field(init=False)
 
     def __post_init__(self) -> None:
         """Finds them."""
+        object.__setattr__(self, "has_complex", any([dtype.is_complex for _, dtype, _ in self.kinds]))
         object.__setattr__(self, "_found", {})
         object.__setattr__(self, "held", tuple(dict.fromkeys([key for _, key, _ in self.outputs])))
 

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Mapping
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -30,7 +30,7 @@ from torchrl.envs.transforms import Compose, Transform
 from torchrl.envs.transforms.transforms import _InvertTransform
 
 # torchrl tells a transform nothing of its buffer, and a buffer nothing of who calls: the frames of the calls say it.
-_KINDS: dict[CodeType, str] = {}
+_KINDS: dict[int, str] = {}
 for _kind, _functions in {
     "take": [ReplayBuffer._maybe_make_transform, ReplayBuffer.append_transform, ReplayBuffer.insert_transform],
     "extend": [ReplayBuffer.extend, TensorDictReplayBuffer.extend, TensorDictPrioritizedReplayBuffer.extend],
@@ -44,7 +44,8 @@ for _kind, _functions in {
     "prefill": [prefill_replay_buffer],
 }.items():
     for _function in _functions:
-        _KINDS.setdefault(inspect.unwrap(_function).__code__, _kind)
+        # They stay, and their code itself would be hashed as a whole.
+        _KINDS.setdefault(id(inspect.unwrap(_function).__code__), _kind)
 
 Calls = Mapping[str, FrameType]
 """Frames of torchrl's functions that are calling, by what they do."""
@@ -55,7 +56,7 @@ def calls(depth: int = 16) -> Calls:
     found: dict[str, FrameType] = {}
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and depth:
-        if (kind := _KINDS.get(frame.f_code)) is not None:
+        if (kind := _KINDS.get(id(frame.f_code))) is not None:
             found.setdefault(kind, frame)
         frame, depth = frame.f_back, depth - 1
     return found
