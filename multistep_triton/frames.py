@@ -56,11 +56,12 @@ class Structure:
             built = [self._stack_objects(*each) if each[0] in self.objects else each[1] for each in leaves.items()]
         paths = tuple(leaves)
         for node, entries in self.layout.find(paths, lambda: self.layout.arrange(paths)):
-            # The constructor would check every entry once more, a tenth of a small extend.
             shape = torch.Size((*batch_size, *node.tail)) if node.tail else batch_size
             names = node.names and [*node.names]
             held = {name: built[at] for name, at in entries}
-            each: Any = TensorDict._new_unsafe(held, shape, node.device, names, nested=False)
+            # The constructor would check every entry once more, and with a device look for one of Apple's.
+            each: Any = TensorDict._new_unsafe(held, shape, None, names, nested=False)
+            each._device = node.device
             built.append(each if node.kind is None else cast(Any, node.kind).from_tensordict(each))
         return cast(TensorDict, built[-1])
 
