@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -23,15 +22,17 @@ from multistep_triton.task import Keys, Leaves, Results, Task
 def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     """Computes :func:`multistep_triton.engine.n_step_extend`."""
     keys, n_steps, gamma, time_dim, hold = task
-    *lead, new = data[keys.done[0]].shape[: time_dim + 1]
-    carried, envs, device = carry.count if carry else 0, math.prod(lead), data[keys.done[0]].device
+    done = data[keys.done[0]]
+    *lead, new = done.shape[: time_dim + 1]
+    carried, envs, device = carry.count if carry else 0, math.prod(lead), done.device
     known = carried + new
     held, stay = next_carry(carry, data, keys.held, new, n_steps, time_dim) if hold else (None, 0)
     emitted = known - (held.count if held else 0)
     # Of the frames held back, those that do not lie there already.
     count, moved = envs * emitted, known - emitted - stay
     held_rows = envs * moved
-    check_fits(max(count, envs * max(known, *[ring.capacity if ring else 0 for ring in (carry, held)])), 0)
+    carry_ring, (held_first, held_slots, held_inner) = _ring(carry, envs), _ring(held, envs)
+    check_fits(max(count, envs * max(known, carry_ring[1], held_slots)), 0)
     data, inner, agents = lie_alike(data, time_dim + 1, time_dim, keys)
     addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in data.values()])
     plan = find_plan(keys, addresses, held is not None)
@@ -39,29 +40,29 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     alike = emitted == new and inner == 1
     copied = plan.take(data)
     outs, returns, windows_of = _allocate(plan, data, copied, (*lead, emitted), device, alike)
-    leaves = {} if held else {out: data[key] for out, key, _ in keys.outputs}
-    leaves.update(zip(plan.outs, outs, strict=True))
+    leaves: dict[Any, Tensor] = dict(zip(plan.outs, outs, strict=True))
+    if held is None:
+        leaves = {**{out: data[key] for out, key, _ in keys.outputs}, **leaves}
     results = Results(leaves, returns, *windows_of, held)
     if not count and not held_rows:
         return results
     olds = carry.leaves if carry else data
     *flags, rewards = roles_of(keys, data, olds)
-    wide: dict[Hashable, Tensor] = {}
+    summed = returns
     if windows.INTERPRETED:
-        wide = {key: widened(each) for key, each in returns.items() if each.dtype == torch.bfloat16}
+        summed = {key: widened(each) for key, each in returns.items()}
     # Before windows come out, rows are listed alone.
     longest = min(n_steps, known) if emitted else 1
     levels, piece, blocks = windows.shape_blocks(longest, emitted, False)
     tile = tile_of(longest, piece, bool(flags[1] or flags[2]))
-    lists = torch.empty((2 * count + held_rows if outs else 0,), dtype=torch.int32, device=device)
+    lists = torch.empty(2 * count + held_rows if outs else 0, dtype=torch.int32, device=device)
     where = 1 < inner < envs, False, agents > 1
     kind = levels, piece, longest > 1 << piece, inner > 1, False, False, 1, where, bool(outs)
-    carry_ring, (held_first, held_slots, held_inner) = _ring(carry, envs), _ring(held, envs)
     programs = -(-max((envs * blocks) << levels, held_rows) // tile)
     with on(device):
         run(
             *(plan.compiled, windows.n_step_windows_kernel, kind, programs),
-            *(*flags, rewards, tuple({**returns, **wide}.values()), (), (), (), None, None, None),
+            *(*flags, rewards, tuple(summed.values()), (), (), (), None, None, None),
             *(*windows_of, lists, powers(gamma, min(n_steps, 1 << longest.bit_length()), device)),
             *(envs, agents, carried, known, emitted, held_rows, longest, blocks, held_inner, 0),
             *(*carry_ring, 0, max(new, 1), inner),
@@ -73,8 +74,8 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
             jobs.append(plan.take_rows(held.leaves) if held else jobs[0])
             ring = slot * held_inner, held_slots * envs
             copy_rows(plan, jobs, True, lists, count, held_rows, carry_ring[1] * envs, *ring)
-    for key, each in wide.items():
-        returns[key] = each.to(torch.bfloat16)
+    if windows.INTERPRETED:
+        returns.update({key: each.to(returns[key].dtype) for key, each in summed.items()})
     return results
 
 
@@ -111,9 +112,9 @@ def _allocate(
         outs = [*map(torch.empty_like, copied)]
         returns = {key: torch.empty_like(data[key], dtype=dtype) for key, _, dtype in plan.returns}
     else:
-        outs = [torch.empty(shape + features, dtype=dtype, device=device) for features, dtype in plan.kinds]
-        returns = {key: torch.empty(shape + f, dtype=dtype, device=device) for key, f, dtype in plan.returns}
-    steps = torch.empty(shape, dtype=torch.int64, device=device)
+        outs = [torch.empty(*shape, *features, dtype=dtype, device=device) for features, dtype in plan.kinds]
+        returns = {key: torch.empty(*shape, *f, dtype=dtype, device=device) for key, f, dtype in plan.returns}
+    steps = torch.empty(*shape, dtype=torch.int64, device=device)
     discount, nonterminal = torch.empty_like(steps, dtype=torch.float32), torch.empty_like(steps, dtype=torch.bool)
     return outs, returns, (steps, discount, nonterminal)
 

@@ -133,7 +133,7 @@ def copy_rows(
     tile = rows.TILE
     if plan.has_complex:
         jobs = [tuple(map(as_real, leaves)) for leaves in jobs]
-    programs = sum([-(-count * width // tile) - (-held * width // tile) for width in plan.widths])
+    programs = -sum([-count * width // tile + -held * width // tile for width in plan.widths])
     amd = is_amd()
     run(
         *(plan.compiled, rows.n_step_rows_kernel, (carried, amd), programs),

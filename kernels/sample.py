@@ -68,16 +68,16 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     results = Results(leaves, returns, steps, discount, nonterminal, indices=index)
     if not count:
         return results
-    wide: dict[Hashable, Tensor] = {}
+    summed = returns
     if windows.INTERPRETED:
-        wide = {key: widened(each) for key, each in returns.items() if each.dtype == torch.bfloat16}
+        summed = {key: widened(each) for key, each in returns.items()}
     picked = tuple([aligned(dim.contiguous()) for dim in indices])
     limits = () if own is None else (aligned(own.contiguous()),)
     most = min(task.n_steps, 1 << longest.bit_length())
     with on(steps.device):
         run(
             *(plan.compiled, windows.n_step_windows_kernel, (kind, len(limits), others, written is None), programs),
-            *(*flags, rewards, tuple({**returns, **wide}.values()), picked, limits, others, index, written),
+            *(*flags, rewards, tuple(summed.values()), picked, limits, others, index, written),
             count_leaf,
             *(steps, discount, nonterminal, lists, powers(task.gamma, most, steps.device)),
             *(envs, agents, 0, live, count, 0, longest, 1, 1, end_slots),
@@ -87,9 +87,8 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
         if sources:
             jobs = sources, of_ends, tuple(outs[: len(sources)]), sources
             copy_rows(plan, jobs, False, lists, count, 0, (end_slots + 1) * envs, 0, 0)
-    for key, each in wide.items():
-        returns[key] = each.to(torch.bfloat16)
     if windows.INTERPRETED:
+        returns.update({key: each.to(returns[key].dtype) for key, each in summed.items()})
         leaves.update(
             (out, leaves[out].to(task.keys.wide[key])) for out, key, _ in task.keys.outputs if key in task.keys.wide
         )

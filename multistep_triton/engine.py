@@ -36,7 +36,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves, backend: str = 
         Results: in new memory, but an output of a call that does not hold back, and is not read at the window's end,
             is the data's own. Neither the frames of ``carry`` nor ``data`` are modified.
     """
-    keys, graph = task.keys, any([leaf.requires_grad for leaf in data.values()])
+    keys, graph = task.keys, torch.is_grad_enabled() and any([leaf.requires_grad for leaf in data.values()])
     chosen: str = keys.find(
         ("backend", graph, *circumstances(backend)),
         lambda: resolve_backend(backend, data.values(), [data[key] for key in keys.rewards]),

@@ -119,7 +119,7 @@ def _read(data: Any, ndim: int, values: list[Any], above: KeyPath = ()) -> tuple
         kind = type(data) if is_tensorclass(data) else None
         if isinstance(data, LazyStackedTensorDict):
             items = functools.partial(_lazy_items, data, above)
-    found: list[Any] = [(kind, sizes[ndim:], tuple(names) if any(names) else None, data.device)]
+    found: list[Any] = [(kind, sizes[ndim:] if len(sizes) > ndim else (), tuple(names), data.device)]
     for name, value in items():
         if isinstance(value, Tensor):
             found.append((name, value.dtype, value.shape[ndim:], value.device))
@@ -139,12 +139,13 @@ def _layout_of(read: tuple[Any, ...]) -> Layout:
     kinds, nodes = dict[KeyPath, Kind](), dict[KeyPath, Node]()
 
     def add(read: tuple[Any, ...], path: KeyPath) -> None:
-        nodes[path] = Node(*read[0])
-        for name, *kind in read[1:]:
-            if len(kind) == 1:
-                add(kind[0], (*path, name))
+        kind, tail, names, device = read[0]
+        nodes[path] = Node(kind, tail, names if any(names) else None, device)
+        for name, *entry in read[1:]:
+            if len(entry) == 1:
+                add(entry[0], (*path, name))
             else:
-                kinds[(*path, name)] = tuple(kind)
+                kinds[(*path, name)] = tuple(entry)
 
     add(read, ())
     return Layout.of(kinds, nodes)

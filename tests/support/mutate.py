@@ -193,7 +193,7 @@ MUTATIONS = (
     Mutation("rows: tiles that come out", "rows", "        tiles = tl.cdiv(rows * WIDTHS[k], TILE)",
              "        tiles = rows * WIDTHS[k] // TILE"),
     Mutation("rows: leaf that is gathered", "rows", "held_rows if GATHERED[k]", "held_rows if GATHERED[0]"),
-    Mutation("rows: programs, held back", "plan", "- (-held * width // tile)", "+ held * width // tile"),
+    Mutation("rows: programs, held back", "plan", "+ -held * width // tile", "+ held * width // tile"),
     Mutation("rows: slot of a frame that came", "launch", "held_first + (held.count - moved if held else 0)",
              "held_first"),
     Mutation("rows: first row of a slot", "launch", "ring = slot * held_inner", "ring = slot"),
