@@ -40,10 +40,9 @@ def find_lost(env, begin, live, known, counted, agents, data, DATA: tl.constexpr
     after_row = row_of_slot(env, begin + 1, data, DATA[0], DATA[1])
     before_row = row_of_slot(env, before, data, DATA[0], DATA[1])
     own = count_at(count_ptr, own_row, followed, agents, DATA)
-    # Whether it is asked for or not, so that it is loaded at the same time.
-    other = count_at(count_ptr, before_row, followed & (begin > 0), agents, DATA)
     lost = followed & (count_at(count_ptr, after_row, followed, agents, DATA) != own) & (total - own > slots)
     # What is older than an end that is gone is gone, too.
+    other = count_at(count_ptr, before_row, lost & (begin > 0), agents, DATA)
     return lost, tl.where((begin == 0) | (other != own), known - 1, before)
 
 

@@ -73,7 +73,8 @@ def _make_plan(keys: Keys, addresses: tuple[int, ...], every: bool, default_dtyp
         for (key, dtype, features), address in zip(keys.kinds, addresses, strict=True)
     }
     copied = [output for output in keys.outputs if every or output[2]]
-    copied.sort(key=lambda output: -kinds[output[1]][2][2])
+    order = [*kinds]
+    copied.sort(key=lambda output: (-kinds[output[1]][2][2], order.index(output[1])))
     wide = [output for output in copied if kinds[output[1]][2][2]]
     returns = [(key, *kinds[key][:2]) for key in keys.rewards]
     return Plan(

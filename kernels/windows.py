@@ -77,9 +77,8 @@ def ahead(value, lane, by):
 def is_lost(frame, row, boundary, live, counted, flags, stream, DATA: tl.constexpr):
     """Whether frames are boundaries that have lost what comes after them."""
     count_ptr, total, slots = counted
-    followed = live & (frame + 1 < stream[1])
-    # Of all frames, so that it is loaded at the same time as what makes a boundary.
-    return followed & boundary & (total - count_at(count_ptr, row, followed, flags[3], DATA) > slots)
+    followed = live & boundary & (frame + 1 < stream[1])
+    return followed & (total - count_at(count_ptr, row, followed, flags[3], DATA) > slots)
 
 
 @triton.jit

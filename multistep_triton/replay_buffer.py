@@ -74,23 +74,10 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
             own from ``low .. high``, uniformly, with the buffer's ``generator``. Can be set at any time; nothing is
             stored anew.
         gamma: discount per step, a finite number in [0, 1]; can be set at any time.
-        reward_keys: rewards under ``"next"``, ``[*B, T, *F]``, floating point, integer or bool. Defaults to
-            ``["reward"]``.
-        done_key: the done flag under ``"next"`` that must be there, bool ``[*B, T]``, ``[*B, T, 1]`` or, per agent, of
-            a reward's shape. Defaults to ``"done"``.
-        done_keys: done flags under ``"next"``, of which ``done_at`` speaks, and which end windows, bool. Defaults to
-            ``["done", "truncated", "terminated"]``; ``done_key`` is one of them in any case; those that are not in the
-            data are ignored. A bool entry of such a name in another group under ``"next"`` is a done flag of that
-            group, named here or not.
-        traj_key: root entry of trajectory ids, integers ``[*B, T]`` or ``[*B, T, 1]``; a change is a boundary.
-            Defaults to ``"auto"``: ``("collector", "traj_ids")`` if it is in the data. None looks at none.
-        mask_key: root entry, bool ``[*B, T]`` or ``[*B, T, 1]``, False where a frame is padding; ignored if it is
-            not in the data. An invalid frame's window is itself. Defaults to ``"mask"`` or, if that is not in the data,
-            ``("collector", "mask")``.
+        reward_keys, done_key, done_keys, traj_key, mask_key, match_reward_shape: as for :class:`MultiStepTransform`, and
+            with the same defaults.
         done_at: ``"end"``: done keys are those of frame ``e(t)``, which is what a bootstrapped target needs;
             ``"start"``: those of frame ``t``. Defaults to ``"end"``.
-        match_reward_shape: whether ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` have the shape of the first
-            reward, and are of its windows at the root. Defaults to False.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which holds every sample to the
             specification.
         outputs: the entries that a sample has, and groups all of whose entries it has; what is left out is not

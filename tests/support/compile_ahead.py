@@ -24,7 +24,7 @@ import triton
 from rollouts import make_rollout
 from torchrl.data import LazyTensorStorage
 
-from multistep_triton import MultiStepTransform, NStepReplayBuffer, frames, functional, gather_future, n_step_return
+from multistep_triton import MultiStepTransform, NStepReplayBuffer, functional, gather_future, layouts, n_step_return
 from multistep_triton.kernels import launch
 
 # With 64 registers, eight programs of 128 threads share a multiprocessor, and 128 kB of units of 16 bytes are on
@@ -210,7 +210,7 @@ def main(target: str) -> list[str]:
     for name, case in CASES.items():
         for kernel in stub_driver.kernels():
             kernel.device_caches.clear()
-        for found in (frames._layout, frames._layout_of, functional._keys, launch._gather_plan):
+        for found in (layouts._layout, layouts._layout_of, functional._keys, launch._gather_plan):
             found.cache_clear()
         case.run()
         compiled = [(kernel.name, resources(kernel)) for kernel in stub_driver.compiled_kernels()]
