@@ -74,7 +74,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
             own from ``low .. high``, uniformly, with the buffer's ``generator``. Can be set at any time; nothing is
             stored anew.
         gamma: discount per step, a finite number in [0, 1]; can be set at any time.
-        reward_keys, done_key, done_keys, traj_key, mask_key, match_reward_shape: as for :class:`MultiStepTransform`, and
+        reward_keys, done_key, done_keys, traj_key, mask_key, match_reward_shape: as for :class:`MultiStepTransform`,
             with the same defaults.
         done_at: ``"end"``: done keys are those of frame ``e(t)``, which is what a bootstrapped target needs;
             ``"start"``: those of frame ``t``. Defaults to ``"end"``.
