@@ -1,7 +1,7 @@
 """What MultiStepTransform and MultiStep share: one call from frames to n-step transitions.
 
-Owns what is written where; no maths. May import ``arguments``, ``checks``, ``roles``, ``frames``, ``carry``, ``groups``
-and ``task``.
+Owns what is written where; no maths. May import ``arguments``, ``checks``, ``roles``, ``layouts``, ``frames``,
+``carry``, ``groups`` and ``task``.
 """
 
 from __future__ import annotations

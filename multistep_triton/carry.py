@@ -18,10 +18,10 @@ from torch import Tensor
 class Carry:
     """Frames held back.
 
-    A leaf ``[*B, C, ...]`` has ``C`` slots, and memory of its own. The oldest of ``count`` frames lies in slot
-    ``first``, every other one in the slot after that of the frame before it, and after the last slot comes the first. A
-    call that goes on from a carry writes into slots that are free, or into the memory of the carry before it, and
-    returns another carry: if it fails, the frames of the one before are there. After the next call they may not be.
+    A leaf ``[*B, C, ...]`` has ``C`` slots, in memory of its own, which is aligned. The oldest of ``count`` frames lies
+    in slot ``first``, every other one in the slot after that of the frame before it, and after the last slot comes the
+    first. A call that goes on from a carry writes into slots that are free, or into the memory of the carry before it,
+    and returns another carry: if it fails, the frames of the one before are there. After the next call they may not be.
     """
 
     leaves: dict[Any, Tensor]
@@ -188,7 +188,10 @@ def next_carry(
         memory = carry.leaves
     elif carry and carry.free and (slots.capacity, slots.time_first) == (carry.capacity, carry.time_first):
         memory, spare = carry.spare, carry.leaves
-    # What is spare is that of a carry with the same leaves.
-    leaves = memory if spare and memory else None
-    leaves = leaves or {key: memory[key] if memory else slots.empty(data[key], time_dim) for key in held}
+    # Spare memory, of a carry with the same leaves, is taken over as it is.
+    leaves = (
+        memory
+        if spare and memory
+        else {key: memory[key] if memory else slots.empty(data[key], time_dim) for key in held}
+    )
     return slots.carry(leaves, max(known - n_steps, 0), known, spare), slots.stay

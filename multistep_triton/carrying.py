@@ -1,6 +1,6 @@
 """A transform that carries frames from call to call: how they are saved, moved and copied.
 
-May import ``base``, ``carry``, ``checks`` and ``frames``.
+May import ``base``, ``carry``, ``checks``, ``frames`` and ``layouts``.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A group under "next" that has a done flag of its own is governed by it, and by the other done keys of its shape beside
 it; any other entry by the flags of the nearest group above. Where the flags are one per agent, each agent is a row of
 its own: leaves ``[*B, T, *A, ...]`` are read as ``[*B, *A, T, ...]``, views in another order, so that what computes
-windows knows rows and neither groups nor agents. May import ``roles``, ``frames``, ``carry``, ``task``, ``samples``,
-``checks`` and ``engine``.
+windows knows rows and neither groups nor agents. May import ``roles``, ``layouts``, ``frames``, ``carry``, ``task``,
+``samples``, ``checks`` and ``engine``.
 """
 
 from __future__ import annotations

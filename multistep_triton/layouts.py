@@ -53,7 +53,7 @@ class Layout(Known):
 
     @classmethod
     def of(cls, kinds: Mapping[KeyPath, Kind], nodes: Mapping[KeyPath, Node]) -> Layout:
-        """The one of these."""
+        """The layout of these kinds and nodes, which is one object for all that ask."""
         return _layout(tuple(kinds.items()), tuple(nodes.items()))
 
     @classmethod
@@ -71,7 +71,7 @@ class Layout(Known):
         return cls.of(kinds, nodes)
 
     def without(self, paths: Collection[KeyPath]) -> tuple[Layout, list[KeyPath], list[KeyPath]]:
-        """The layout less some entries, the leaves that these are, and the entries that there are."""
+        """The layout of what is left without some paths; the leaves that go; and which of the paths there are."""
 
         def is_left(path: KeyPath) -> bool:
             return not any(path[:names] in paths for names in range(1, len(path) + 1))
@@ -82,9 +82,10 @@ class Layout(Known):
         return Layout.of(kinds, nodes), [path for path in self.kinds if path not in kinds], left_out
 
     def arrange(self, leaves: tuple[KeyPath, ...]) -> list[tuple[Node, list[tuple[str, int]]]]:
-        """Nodes, those that leaves lie in besides, with names of their entries and where these are, children first.
+        """In which order to build nodes, children first, those that leaves lie in besides: with names of their entries.
 
-        Entries are the leaves and, after these, the nodes before; those that were read are in the order of before.
+        Beside each name is where the entry is found, counted over all leaves and then the nodes built by then. Entries
+        that were read come in the order in which they were.
         """
         order = [*self.kinds, *(path for path in leaves if path not in self.kinds)]
         paths = dict.fromkeys(self.nodes)
@@ -105,6 +106,11 @@ def _layout(kinds: tuple[tuple[KeyPath, Kind], ...], nodes: tuple[tuple[KeyPath,
     return Layout(kinds, nodes)
 
 
+def is_plain(data: Any) -> bool:
+    """Whether it is a tensordict of tensors and such tensordicts alone, none of them lazy or a tensorclass."""
+    return type(data) is TensorDict and all(isinstance(each, Tensor) or is_plain(each) for each in data.values())
+
+
 def read_layout(data: TensorDictBase, ndim: int) -> tuple[Layout, list[Any]]:
     """The layout of a tensordict of ``ndim`` batch dimensions, and its leaves in the same order."""
     values: list[Any] = []
@@ -112,7 +118,7 @@ def read_layout(data: TensorDictBase, ndim: int) -> tuple[Layout, list[Any]]:
 
 
 def _read(data: Any, ndim: int, values: list[Any], above: KeyPath = ()) -> tuple[Any, ...]:
-    """A tensordict as what is to be known of it: node, and for every entry its name and its kind, or the same of it."""
+    """What is to be known of a tensordict: its node, then ``(name, *kind)`` of a leaf, ``(name, read)`` of a group."""
     names, sizes, items = data.names, data.batch_size, data.items
     kind = None
     if type(data) is not TensorDict:

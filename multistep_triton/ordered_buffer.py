@@ -78,7 +78,7 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     def _slots(self, rows: int | None = None) -> int | None:
         """Slots of every environment, of which there are ``rows``; None if nobody can know yet."""
-        if getattr(self, "_storage", None) is None:
+        if getattr(self, "_order", None) is None:
             return None
         entries, storage = self._order.entries(), self._storage
         if entries is not None:

@@ -169,12 +169,12 @@ class Order:
         storage, (newest, before, slots, _) = self.storage, position
         rows = storage.max_size // slots
         newest, live = (newest + frames) % slots, min(before + frames, slots)
-        writer._write_count = writer.n_step_seen = writer.n_step_seen + frames
         if live != before:
             storage._len = live * rows
         self.set_last(newest)
         storage._bump_mutation_revision()
         self.torn = mended(self.torn, position.newest, frames, slots)
+        writer._write_count = writer.n_step_seen = writer._write_count + frames
         if len(storage._attached_entities) > 2:
             self.go_on(newest, slots)
         else:

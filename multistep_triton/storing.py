@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import RoundRobinWriter, Storage, TensorDictRoundRobinWriter, TensorStorage, Writer
 
-from multistep_triton.layouts import KeyPath, Layout, read_layout
+from multistep_triton.layouts import KeyPath, Layout, is_plain, read_layout
 from multistep_triton.storage_order import Order
 from multistep_triton.task import KnownLeaves
 
@@ -48,7 +48,7 @@ class Seen:
 
     def read(self, data: TensorDictBase) -> dict[KeyPath, Tensor] | None:
         """The leaves of such a call; None if it is another."""
-        # A lazy stack is not stacked for this.
+        # A lazy stack is not stacked for this; a group that is one would be for its checks.
         if type(data) is not TensorDict or _rows_of(data, self.time_dim) != self.rows:
             return None
         layout, values = read_layout(data, self.rows[0])
@@ -64,12 +64,10 @@ def find_seen(data: TensorDictBase, order: Order, writer: Writer, time_dim: int,
     # Theirs and no other's, in whose place this would be.
     usual = type(storage).set is TensorStorage.set and type(writer) in (RoundRobinWriter, TensorDictRoundRobinWriter)
     is_asked_more = writer.tracks_generations or data.get(priority_key, None) is not None
-    if type(data) is not TensorDict or entries is None or not usual or is_asked_more:
+    if entries is None or not usual or is_asked_more or not is_plain(data):
         return None
     ndim = storage.ndim
     layout, _ = read_layout(data, data.batch_dims)
-    if layout.objects or any(node.kind is not None for node in layout.nodes.values()):
-        return None
     kept_once = {} if order.ends is None else order.ends.rows
     ring = {path: entries.get(path, None) for path in layout.kinds if path not in kept_once}
     numbers = entries.get(INDEX, None) if type(writer) is TensorDictRoundRobinWriter else None

@@ -1,8 +1,8 @@
 """StoringReplayBuffer: one whose frames are stored in order, and whole calls or none.
 
 Owns what is stored, by torchrl's writer or, of calls like one before, at once; knows no windows. Reaches into private
-attributes of torchrl's buffers, storages and writers. May import torchrl, ``ordered_buffer``, ``stored``, ``storing``
-and ``engine``.
+attributes of torchrl's buffers, storages and writers. May import torchrl, ``ordered_buffer``, ``layouts``, ``stored``,
+``storing`` and ``engine``.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             return None
 
         stored, rows = seen.ring.values(), storage.max_size // position.slots
-        before = position.live * rows, position.newest, order.writes, writer.n_step_seen, versions_of(stored)
+        # The last that changes is the write count.
+        before = position.live * rows, position.newest, order.writes, None, versions_of(stored)
         try:
             index = self._store_at(seen, leaves, (position.newest + 1) % position.slots)
             order.advance(position, frames, writer)
@@ -172,7 +173,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             raise
 
     def _undo(self, before: Any, position: Position | None, stored: Collection[Any], frames: int) -> None:
-        """Puts back what a write that failed has changed: length, newest frame, writes and write count."""
+        """Puts back what a write that failed has changed: length, newest frame, writes and, if told, write count."""
         order, (length, newest, writes, count, versions) = self._order, before
         self._storage._len, order.writes = length, writes
         order.set_last(newest)

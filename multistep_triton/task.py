@@ -30,7 +30,7 @@ class Known:
         self._found: dict[Hashable, Any] = {}
 
     def find(self, key: Hashable, find_out: Callable[[], Any]) -> Any:
-        """What is to be found out once, under a key."""
+        """What is found out under a key, once, unless that is None, or much else was found out since."""
         if (found := self._found.get(key)) is None:
             found = find_out()
             if len(self._found) >= _MOST_FOUND:

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Mapping
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -30,7 +30,7 @@ from torchrl.envs.transforms import Compose, Transform
 from torchrl.envs.transforms.transforms import _InvertTransform
 
 # torchrl tells a transform nothing of its buffer, and a buffer nothing of who calls: the frames of the calls say it.
-_KINDS: dict[int, str] = {}
+_CODES: dict[CodeType, str] = {}
 for _kind, _functions in {
     "take": [ReplayBuffer._maybe_make_transform, ReplayBuffer.append_transform, ReplayBuffer.insert_transform],
     "extend": [ReplayBuffer.extend, TensorDictReplayBuffer.extend, TensorDictPrioritizedReplayBuffer.extend],
@@ -44,8 +44,9 @@ for _kind, _functions in {
     "prefill": [prefill_replay_buffer],
 }.items():
     for _function in _functions:
-        # They stay, and their code itself would be hashed as a whole.
-        _KINDS.setdefault(id(inspect.unwrap(_function).__code__), _kind)
+        _CODES.setdefault(inspect.unwrap(_function).__code__, _kind)
+# By identity, as what is looked for would be hashed as a whole; that of another is never the same while these are kept.
+_KINDS = {id(_code): _kind for _code, _kind in _CODES.items()}
 
 Calls = Mapping[str, FrameType]
 """Frames of torchrl's functions that are calling, by what they do."""

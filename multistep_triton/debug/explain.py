@@ -1,7 +1,7 @@
 """Explain: the window of one frame of a saved rollout, frame by frame.
 
 Owns the reading of the file and what is said; the windows are those of ``MultiStep``. May import ``postproc``,
-``roles``, ``groups``, ``frames`` and ``tables``.
+``roles``, ``groups``, ``frames``, ``layouts`` and ``tables``.
 """
 
 from __future__ import annotations

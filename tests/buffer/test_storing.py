@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import EITHER, kernels
 from rings import Ring, assert_every_frame, make_buffer, make_stream
-from tensordict import TensorDict
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, RandomSampler, ReplayBuffer, RoundRobinWriter
+from tensordict import LazyStackedTensorDict, TensorDict
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    RandomSampler,
+    ReplayBuffer,
+    RoundRobinWriter,
+    TensorDictMaxValueWriter,
+)
 
 from multistep_triton import EquivalenceError, NStepReplayBuffer
 from multistep_triton.kernels import store
@@ -152,6 +159,49 @@ def test_samplers_are_told_of_every_call():
         assert [what for what, _ in sampler.told] == ["mark_update", "extend"]
         assert all(torch.equal(told, index) for _, told in sampler.told)
     assert len(calls) == 2
+
+
+def test_a_lazy_group_whose_elements_differ_is_stored_or_refused_and_never_both():
+    stream, buffer = make_stream((2,), 6), make_buffer(8, (2,))
+    dense = stream.clone().set("info", TensorDict({"a": torch.zeros(2, 6)}, (2, 6)))
+    some = [TensorDict({key: torch.zeros(3) for key in keys}, [3]) for keys in ("a", "ab")]
+    uneven = stream[:, 1:4].clone().set("info", LazyStackedTensorDict(*some))
+    buffer.add(dense[:, 0])
+    count = len(buffer) + 6
+    buffer.extend(uneven)
+    assert len(buffer) == count
+    buffer.extend(dense[:, 4:5])
+    with pytest.raises(ValueError, match="must be in every element"):
+        buffer.extend(uneven)
+    assert (len(buffer), buffer.write_count) == (count + 2, 5)
+
+
+def test_a_write_count_that_the_writer_was_given_is_counted_on():
+    stream, buffer = make_stream((2,), 12), make_buffer(8, (2,))
+    calls = stored_at_once(buffer)
+    for begin in (0, 2):
+        buffer.extend(stream[:, begin : begin + 2])
+    state = buffer.writer.state_dict()
+    buffer.extend(stream[:, 4:6])
+    buffer.writer.load_state_dict(state)
+    assert buffer.write_count == 4
+    buffer.extend(stream[:, 6:8])
+    assert buffer.write_count == 6
+    assert len(calls) == 3
+
+
+def test_arguments_of_a_buffer_that_could_not_be_made():
+    buffer = NStepReplayBuffer(
+        n_steps=2,
+        gamma=0.9,
+        storage=lambda: LazyTensorStorage(10),
+        writer=lambda: TensorDictMaxValueWriter(),
+        delayed_init=True,
+    )
+    with pytest.raises(TypeError, match="writer must be a RoundRobinWriter"):
+        buffer.extend(make_stream((), 3))
+    buffer.n_steps = 3
+    assert buffer.n_steps == 3
 
 
 def test_data_that_is_not_alike_is_checked():

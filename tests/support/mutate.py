@@ -242,7 +242,7 @@ MUTATIONS = (
     Mutation("buffer: alike, more than slots", "multistep_triton/storing_buffer", "not 0 < frames <= seen.most",
              "not 0 < frames"),
     Mutation("buffer: frames that are written", "multistep_triton/storage_order",
-             "writer._write_count = writer.n_step_seen = writer.n_step_seen + frames",
+             "writer._write_count = writer.n_step_seen = writer._write_count + frames",
              "pass"),
     Mutation("buffer: who is told", "multistep_triton/storing_buffer", "entity.mark_update(index)", "pass"),
     Mutation("order: newest", "multistep_triton/storage_order", "(newest + frames) % slots, min(before",
