@@ -116,12 +116,13 @@ class StoringReplayBuffer(OrderedReplayBuffer):
 
         stored, rows = seen.ring.values(), storage.max_size // position.slots
         # The last that changes is the write count.
-        before = position.live * rows, position.newest, order.writes, None, versions_of(stored)
+        before, index = (position.live * rows, position.newest, order.writes, None, versions_of(stored)), None
         try:
             index = self._store_at(seen, leaves, (position.newest + 1) % position.slots)
             order.advance(position, frames, writer)
         except BaseException:
-            self._undo(before, position, stored, frames)
+            # What kernels have written torch does not count.
+            self._undo(before, position, stored, frames, index is not None)
             raise
         for entity in storage._attached_entities:
             if entity is not order:
@@ -172,7 +173,9 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             self._undo(before, position, stored, frames)
             raise
 
-    def _undo(self, before: Any, position: Position | None, stored: Collection[Any], frames: int) -> None:
+    def _undo(
+        self, before: Any, position: Position | None, stored: Collection[Any], frames: int, wrote: bool = False
+    ) -> None:
         """Puts back what a write that failed has changed: length, newest frame, writes and, if told, write count."""
         order, (length, newest, writes, count, versions) = self._order, before
         self._storage._len, order.writes = length, writes
@@ -180,7 +183,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         if count is not None:
             self._writer._write_count = count
         order.take_position()
-        if None in versions or versions != versions_of(stored):
+        if wrote or None in versions or versions != versions_of(stored):
             self._tear(position, frames)
 
     def _check_new(

@@ -190,6 +190,30 @@ def test_a_write_count_that_the_writer_was_given_is_counted_on():
     assert len(calls) == 3
 
 
+@EITHER
+def test_frames_that_were_overwritten_and_not_counted_are_not_sampled(where, monkeypatch):
+    with where():
+        ring, buffer = Ring(make_stream((2,), 14), 8), make_buffer(8, (2,))
+        buffer.extend(ring.take(4)), buffer.extend(ring.take(4))
+        newest = ring.take(2)
+        calls, advance = stored_at_once(buffer), buffer._order.advance
+
+        def interrupted(*arguments):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(buffer._order, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            buffer.extend(newest)
+        assert calls == [1]
+        assert buffer.write_count == 8
+        with pytest.raises(RuntimeError, match="2 slots from 0 on"):
+            buffer.sample(4)
+        monkeypatch.setattr(buffer._order, "advance", advance)
+        buffer.extend(newest)
+        assert buffer.write_count == 10
+        assert_every_frame(buffer, ring)
+
+
 def test_arguments_of_a_buffer_that_could_not_be_made():
     buffer = NStepReplayBuffer(
         n_steps=2,
