@@ -40,9 +40,8 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     alike = emitted == new and inner == 1
     copied = plan.take(data)
     outs, returns, windows_of = _allocate(plan, data, copied, (*lead, emitted), device, alike)
-    leaves: dict[Any, Tensor] = dict(zip(plan.outs, outs, strict=True))
-    if held is None:
-        leaves = {**{out: data[key] for out, key, _ in keys.outputs}, **leaves}
+    leaves = plan.blank.copy() if held else {out: data[key] for out, key, _ in keys.outputs}
+    leaves.update(zip(plan.outs, outs, strict=True))
     results = Results(leaves, returns, *windows_of, held)
     if not count and not held_rows:
         return results

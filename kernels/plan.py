@@ -23,8 +23,10 @@ class Plan(NamedTuple):
     """Key, features and dtype of each n-step return."""
     elements: tuple[int, ...]
     """Those of each."""
+    blank: dict[Hashable, Any]
+    """Keys of the outputs, in the order in which they come out."""
     outs: list[Hashable]
-    """Keys of the outputs that are copied, the widest first."""
+    """Keys of those that are copied, the widest first."""
     kinds: list[tuple[tuple[int, ...], torch.dtype]]
     """Features and dtype of each."""
     take: Callable[[Leaves], tuple[Tensor, ...]]
@@ -80,6 +82,7 @@ def _make_plan(keys: Keys, addresses: tuple[int, ...], every: bool, default_dtyp
     return Plan(
         [(key, features, dtype if dtype.is_floating_point else default_dtype) for key, features, dtype in returns],
         tuple([math.prod(features) for _, features, _ in returns]),
+        dict.fromkeys([out for out, _, _ in keys.outputs]),
         [out for out, _, _ in copied],
         [(kinds[key][0], dtype_of(keys, key, kinds[key][1])) for _, key, _ in copied],
         getter([key for _, key, _ in copied]),

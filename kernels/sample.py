@@ -61,7 +61,8 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     (*flags, rewards), (kind, programs, tile, _, inner) = roles, launch
     end_slots = 0 if ends is None else ends.slots
     outs = [*map(torch.empty_like, out_likes)]
-    leaves: dict[Hashable, Tensor] = dict(zip(plan.outs, outs, strict=True))
+    leaves = plan.blank.copy()
+    leaves.update(zip(plan.outs, outs, strict=True))
     returns = {key: torch.empty_like(like) for key, like in likes}
     steps, discount, nonterminal, lists = [torch.empty_like(like) for like in rest[:4]]
     index = torch.empty_like(rest[4]) if drawn else None
