@@ -51,5 +51,5 @@ def sentence(row: dict[str, str | int]) -> str:
     """The same in words, above a table."""
     where = f"{row['gpu']} beside {row['cpu']}" if row["gpu"] else row["cpu"]
     versions = ", ".join(f"{name} {row[name]}" for name in ("python", *PACKAGES) if row[name])
-    ran = f"{row['threads']} threads, load {row['load']} beforehand"
+    ran = f"{row['threads']} threads, load {row['load']:g} beforehand"
     return f"{where}; {ran}; {versions}; commit {row['commit'] or 'unknown'}; {row['date']}."
