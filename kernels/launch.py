@@ -26,6 +26,8 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     *lead, new = done.shape[: time_dim + 1]
     carried, envs, device = carry.count if carry else 0, math.prod(lead), done.device
     known = carried + new
+    if carry and any([address % ALIGNMENT for address in map(Tensor.data_ptr, carry.leaves.values())]):
+        carry = carry.clone()
     held, stay = next_carry(carry, data, keys.held, new, n_steps, time_dim) if hold else (None, 0)
     emitted = known - (held.count if held else 0)
     # Of the frames held back, those that do not lie there already.

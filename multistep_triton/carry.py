@@ -18,10 +18,10 @@ from torch import Tensor
 class Carry:
     """Frames held back.
 
-    A leaf ``[*B, C, ...]`` has ``C`` slots, in memory of its own, which is aligned. The oldest of ``count`` frames lies
-    in slot ``first``, every other one in the slot after that of the frame before it, and after the last slot comes the
-    first. A call that goes on from a carry writes into slots that are free, or into the memory of the carry before it,
-    and returns another carry: if it fails, the frames of the one before are there. After the next call they may not be.
+    A leaf ``[*B, C, ...]`` has ``C`` slots. The oldest of ``count`` frames lies in slot ``first``, every other one in
+    the slot after that of the frame before it, and after the last slot comes the first. A call that goes on from a
+    carry writes into slots that are free, or into the memory of the carry before it, and returns another carry: if it
+    fails, the frames of the one before are there. After the next call they may not be.
     """
 
     leaves: dict[Any, Tensor]
@@ -71,6 +71,10 @@ class Carry:
     def view(self, leaves: dict[Any, Tensor], free: bool = True) -> Carry:
         """The same slots of other leaves."""
         return replace(self, leaves=leaves, free=free, spare={})
+
+    def clone(self) -> Carry:
+        """A copy, free slots and all."""
+        return self.view({key: leaf.clone() for key, leaf in self.leaves.items()}, self.free)
 
     def compact(self) -> Carry:
         """A copy, of the frames alone, in order."""
