@@ -28,7 +28,7 @@ def lie_alike(
     """
     sizes = next(iter(data.values())).shape[:dims]
     if lie_in_order(data.values(), keys.has_complex):
-        return data, math.prod(sizes[time_dim + 1 :]) if time_dim + 1 < dims else 1, 1
+        return data, math.prod(sizes[time_dim + 1 :]), 1
     data = {key: leaf.resolve_neg().resolve_conj() for key, leaf in data.items()}
     most = max(data.values(), key=Tensor.numel)
     at = next((dim for dim in range(dims) if most.movedim(time_dim, dim).is_contiguous()), time_dim)

@@ -42,7 +42,6 @@ class _Ready(NamedTuple):
     kind: tuple[Any, ...]
     programs: int
     tile: int
-    longest: int
     inner: int
 
 
@@ -58,7 +57,7 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     kept = task.keys, torch.get_default_dtype(), of
     ready = find(known, ("sample", *kept), lambda: _make_ready(task, data, ends, *of))
     plan, roles, sources, of_ends, count_leaf, out_likes, likes, rest, (envs, agents), others, *launch = ready
-    (*flags, rewards), (kind, programs, tile, _, inner) = roles, launch
+    (*flags, rewards), (kind, programs, tile, inner) = roles, launch
     end_slots = 0 if ends is None else ends.slots
     outs = [*map(torch.empty_like, out_likes)]
     leaves = plan.blank.copy()
@@ -132,6 +131,5 @@ def _make_ready(
         (levels, piece, longest > 1 << piece, False, True, drawn, dims, where, bool(plan.outs)),
         -(-(count << levels) // tile),
         tile,
-        longest,
         inner,
     )

@@ -187,7 +187,8 @@ def store_frames(
 
 def _make_ready(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Ready:
     stored = {key: ring[key] for key in data if key in ring}
-    kept, marks = {} if ends is None else ends.rows, tuple[tuple[tuple[Any, Tensor], ...], ...](((), (), ()))
+    kept = {} if ends is None else ends.rows
+    marks: tuple[tuple[tuple[Any, Tensor], ...], ...] = (), (), ()
     sizes = next(iter(stored.values())).shape[:dims]
     if ends is not None:
         of_kind = ends.done, *(() if key is None else (key,) for key in (ends.mask, ends.traj))

@@ -192,10 +192,7 @@ def next_carry(
         memory = carry.leaves
     elif carry and carry.free and (slots.capacity, slots.time_first) == (carry.capacity, carry.time_first):
         memory, spare = carry.spare, carry.leaves
-    # Spare memory, of a carry with the same leaves, is taken over as it is.
-    leaves = (
-        memory
-        if spare and memory
-        else {key: memory[key] if memory else slots.empty(data[key], time_dim) for key in held}
-    )
-    return slots.carry(leaves, max(known - n_steps, 0), known, spare), slots.stay
+    if not (spare and memory):
+        # Spare memory, of a carry with the same leaves, is taken over as it is.
+        memory = {key: memory[key] if memory else slots.empty(data[key], time_dim) for key in held}
+    return slots.carry(memory, max(known - n_steps, 0), known, spare), slots.stay

@@ -81,6 +81,8 @@ class OwnedTransform(CarryingTransform):
 
         A copy that belongs to none, such as a worker's, becomes that of the buffer which calls it.
         """
+        if not calling and self._owner is None:
+            return  # it is used alone
         roles = self._roles_in(())
         check_mixing(calling, roles.rewards, roles.dones, self._done_at)
         buffer, caller = self._find_owner(), using_buffer(calling, self)

@@ -172,9 +172,9 @@ class MultiStepTransform(OwnedTransform):
             raise ValueError(self.ENV_ERR)
         if not isinstance(tensordict, TensorDictBase):
             raise TypeError(f"data must be a TensorDict of batch size [*B, T], got {type(tensordict).__name__}")
-        if (calling := calls()) or self._owner is not None:
-            refuse_other_ways(calling)
-            self._check_owner(tensordict, calling)
+        calling = calls()
+        refuse_other_ways(calling)
+        self._check_owner(tensordict, calling)
         single = not tensordict.ndim or "put" in calling
         data = tensordict.unsqueeze(-1) if single else tensordict
         with self._lock:
