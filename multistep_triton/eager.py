@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
@@ -19,13 +19,7 @@ from multistep_triton.eager_ring import n_step_sample as n_step_sample
 from multistep_triton.eager_ring import store_frames as store_frames
 from multistep_triton.eager_ring import write_runs
 from multistep_triton.task import Leaves, Results, Task, return_dtype
-from multistep_triton.windows import (
-    discounts,
-    find_boundaries,
-    index_dtype,
-    sum_windows,
-    take,
-)
+from multistep_triton.windows import discounts, find_windows, index_dtype, take_rows
 
 # Up to this many bytes, joining carry and data costs less than the calls it takes to read them where they lie.
 JOIN_BYTES = 1 << 16
@@ -72,7 +66,9 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     # If so, new frames are written into the carry, and what comes out is read there.
     ring = carry if slots.stay else None
     n_steps = max(min(n_steps, known), 1)
-    goes_on, lengths, totals = _find_windows(both, task._replace(n_steps=n_steps), lead, ring is not None)
+    join = functools.partial(both.join, time_first=ring is not None)
+    dim, shape = (0, (known, *lead)) if ring else (time_dim, (*lead, known))
+    goes_on, lengths, totals = find_windows(join, task._replace(n_steps=n_steps), shape, dim)
 
     def come_out(value: Tensor, dtype: torch.dtype) -> Tensor:
         """Of every frame that comes out, ``[*B, E, *F]``, in new memory."""
@@ -103,27 +99,6 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     return Results(leaves, returns, steps, discounts(steps, n_steps, gamma), come_out(goes_on, torch.bool), after)
 
 
-def _find_windows(
-    both: _Joined, task: Task, lead: Sequence[int], time_first: bool
-) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-    """Of windows that begin at frames of carry and data: which end there, lengths, and sums of rewards."""
-    keys, n_steps, gamma, dim, hold = task
-    known, shape = both.known, (*lead, both.known)
-    if time_first:
-        dim, shape = 0, (both.known, *lead)
-    done = both.join(*keys.done, time_first=time_first).reshape(shape)
-    mask, traj = (
-        None if key is None else both.join(key, time_first=time_first).reshape(shape) for key in (keys.mask, keys.traj)
-    )
-    goes_on = ~find_boundaries(done, mask, traj, dim)
-    rewards = [both.join(key, time_first=time_first) for key in keys.rewards]
-    if not hold and known:
-        # All windows come out, those at the end cut.
-        goes_on = _pad(goes_on.narrow(dim, 0, known - 1), n_steps, dim)
-        rewards = [_pad(reward, n_steps - 1, dim) for reward in rewards]
-    return goes_on, *sum_windows(goes_on, rewards, n_steps, gamma, dim)
-
-
 def _gather_in_ring(ring: Carry, lengths: Tensor, emitted: int) -> Callable[[Hashable], Tensor]:
     """What is read at the ends of windows ``[E, *B]`` in slots that hold carry and data."""
     _, *lead = lengths.shape
@@ -132,7 +107,7 @@ def _gather_in_ring(ring: Carry, lengths: Tensor, emitted: int) -> Callable[[Has
     before = torch.arange(begin, begin + emitted * envs, dtype=dtype, device=lengths.device).view(emitted, *lead)
     rows = torch.add(before, lengths[:emitted], alpha=envs).remainder_(ring.capacity * max(envs, 1))
     rows = rows.movedim(0, time_dim).flatten()
-    return lambda key: take(ring.leaves[key].movedim(time_dim, 0).flatten(0, time_dim), rows)
+    return lambda key: take_rows(ring.leaves[key].movedim(time_dim, 0).flatten(0, time_dim), rows)
 
 
 def _gather_in_joined(both: _Joined, lengths: Tensor, emitted: int, n_steps: int) -> Callable[[Hashable], Tensor]:
@@ -155,10 +130,10 @@ def _gather_in_joined(both: _Joined, lengths: Tensor, emitted: int, n_steps: int
 
     def gather(key: Hashable) -> Tensor:
         if seam < emitted:
-            future = take(data[key].flatten(0, dim), data_rows)
+            future = take_rows(data[key].flatten(0, dim), data_rows)
         if seam or not emitted:
             joined = torch.cat([*both.old(key), data[key].narrow(dim, 0, near - carried)], dim)
-            near_carry = take(joined.flatten(0, dim), seam_rows)
+            near_carry = take_rows(joined.flatten(0, dim), seam_rows)
             if seam == emitted:
                 return near_carry
             features = future.shape[1:]
@@ -182,14 +157,7 @@ def _end_rows(lengths: Tensor, frames: int, offset: int) -> Tensor:
 
 def gather_future(value: Tensor, steps: Tensor) -> Tensor:
     """Computes :func:`multistep_triton.gather_future`; ``steps`` is int64 ``[*B, T]``."""
-    return take(value.flatten(0, steps.ndim - 1), _end_rows(steps, steps.shape[-1], 0)).view(value.shape)
-
-
-def _pad(value: Tensor, frames: int, dim: int) -> Tensor:
-    """``value`` followed by frames of zeros, which no window reads."""
-    if not frames:
-        return value
-    return torch.cat((value, value.new_zeros((*value.shape[:dim], frames, *value.shape[dim + 1 :]))), dim)
+    return take_rows(value.flatten(0, steps.ndim - 1), _end_rows(steps, steps.shape[-1], 0)).view(value.shape)
 
 
 def _lay_out(pieces: list[Tensor], slots: Slots, time_dim: int) -> Tensor:

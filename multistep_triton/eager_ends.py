@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from multistep_triton.samples import Samples
-from multistep_triton.task import Leaves
-from multistep_triton.windows import bits, take_rows
+from multistep_triton.windows import Taker, bits
 
 
 def stand_in(samples: Samples) -> Samples:
@@ -68,8 +67,8 @@ class Following:
         self.after = rows_of(after, others)
         self.row = rows_of(row, [each[self.kept] for each in others])
 
-    def take(self, data: Leaves, key: Hashable) -> Tensor:
-        """The rows of a leaf."""
-        taken, rows = take_rows(data, key, self.after, self.sizes), bits(self.ends.rows[key])
+    def take(self, key: Hashable, take: Taker) -> Tensor:
+        """The rows of a leaf, which ``take`` takes where they are of frames."""
+        taken, rows = take(self.after), bits(self.ends.rows[key])
         bits(taken).index_copy_(0, self.kept, rows.flatten(0, len(self.sizes) - 1).index_select(0, self.row))
         return taken

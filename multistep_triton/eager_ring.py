@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,102 +16,105 @@ from torch import Tensor
 from multistep_triton.eager_ends import Following, stand_in
 from multistep_triton.ends import Ends
 from multistep_triton.samples import Samples, sampled_where_frames_are
-from multistep_triton.task import AFTER_END, Leaves, Results, Task, find, return_dtype
-from multistep_triton.windows import (
-    find_boundaries,
-    index_dtype,
-    powers_of,
-    sum_windows,
-    take,
-    take_discounts,
-    take_rows,
-)
+from multistep_triton.task import AFTER_END, Leaves, Results, Task, find, return_dtype, summed_dtype
+from multistep_triton.windows import Taker, find_boundaries, find_windows, powers_of, take_rows, takers
 
 
 @sampled_where_frames_are
 def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     """Computes :func:`multistep_triton.engine.n_step_sample` of frames that are all there."""
     samples = stand_in(samples)
-    keys, gamma, live = task.keys, task.gamma, samples.live
-    sizes = next(iter(data.values())).shape[: len(samples.indices)]
-    envs, n_steps = math.prod(sizes[1:]), min(task.n_steps, live)
-    # One frame ahead tells where a trajectory goes on: after the first and, for what comes after it, after the last.
-    ahead = min(max(n_steps, 2) + (samples.ends is not None), live)
-    own = _rows_of(samples, sizes)
-    frames = _frames_of_windows(samples, data, (*keys.flags, *keys.rewards), sizes, own, ahead)
-    if keys.done:
-        done = functools.reduce(torch.bitwise_or, [frames.flag(key) for key in keys.done])
-    else:
-        # Its n and the newest frame end a window.
-        done = torch.zeros_like(frames.followed)
-    mask, traj = (None if key is None else frames.flag(key) for key in (keys.mask, keys.traj))
-    boundary = find_boundaries(done, mask, traj, 0)
-    goes_on = ~boundary & frames.followed
-    nonterminal = frames.first(goes_on)
-    if samples.ends is not None and keys.count is not None:
-        # A window ends before an end whose rows are gone.
-        newest = data[keys.count].reshape(-1, envs)[samples.newest]
-        gone = frames.of_rows(newest) - frames.flag(keys.count) > samples.ends.slots
-        goes_on[:-1] &= ~(boundary & frames.followed & gone)[1:]
-    if samples.n_steps is not None:
-        goes_on &= torch.arange(1, ahead + 1, device=own.device).unsqueeze(1) < samples.n_steps
-    lengths, totals = sum_windows(goes_on, [frames.read[key] for key in keys.rewards], n_steps, gamma, 0)
-    length = frames.first(lengths)
-    steps = length.to(torch.int64)
-    returns = {
-        key: frames.first(total).to(return_dtype(data[key])) for key, total in zip(keys.rewards, totals, strict=True)
-    }
-    end = _turned(torch.add(own - envs, length, alpha=envs), live * envs)
+    keys, live, sizes = task.keys, samples.live, next(iter(data.values())).shape[: len(samples.indices)]
+    if task.n_steps > live:
+        task = task._replace(n_steps=live)
+    envs, n_steps, gamma = math.prod(sizes[1:]), task.n_steps, task.gamma
+    own, take = _rows_of(samples, sizes), takers(data, sizes)
+    alike = samples.n_steps is None and samples.ends is None
+    # Windows of the whole ring are joined of each other; so they cost less than as many of a part of it.
+    compute = _windows_of_ring if alike and 2 * live * envs <= 3 * n_steps * len(own) else _windows_of_frames
+    length, returns, nonterminal, first = compute(task, samples, data, own, take, envs)
+    end, steps = torch.add(own, length, alpha=envs) % (live * envs), length + 1
     leaves = {}
     following: Following | None = None
     for out, key, at in keys.outputs:
         if at == AFTER_END:
             following = following or Following(samples, steps, sizes)
-            leaves[out] = following.take(data, key)
-        elif key in frames.read and not at:
-            leaves[out] = frames.first(frames.read[key])
+            leaves[out] = following.take(key, take[key])
+        elif key in first and not at:
+            leaves[out] = first[key]
         else:
-            leaves[out] = take_rows(data, key, end if at else own, sizes)
+            leaves[out] = take[key](end if at else own)
         if key in keys.wide:
             leaves[out] = leaves[out].to(keys.wide[key])
     powers = find(data, ("powers", gamma, n_steps), lambda: powers_of(gamma, n_steps, own.device))
-    return Results(leaves, returns, steps, take_discounts(steps, powers), nonterminal)
+    return Results(leaves, returns, steps, powers.index_select(0, steps), nonterminal)
 
 
-class _Read(NamedTuple):
-    """The frames that windows have, ``[K, M]``, time first."""
-
-    read: dict[Hashable, Tensor]
-    """Their flags and rewards, ``[K, M, *F]``."""
-    followed: Tensor
-    """Whether a frame is not the newest."""
-    first: Callable[[Tensor], Tensor]
-    """Of a value ``[K, M, *F]``, that of the first frame of every sample, ``[N, *F]``, in new memory."""
-    of_rows: Callable[[Tensor], Tensor]
-    """Of what there is for every environment, that of every column, ``[M]``."""
-
-    def flag(self, key: Hashable) -> Tensor:
-        """A flag, ``[K, M]``."""
-        return self.read[key].view(self.followed.shape)
+_Windows: TypeAlias = tuple[Tensor, dict[Any, Tensor], Tensor, dict[Any, Tensor]]
+"""How many frames there are after the first of windows, returns, nonterminal, and of some keys first frames."""
 
 
-def _frames_of_windows(
-    samples: Samples, data: Leaves, keys: Sequence[Hashable], sizes: torch.Size, own: Tensor, ahead: int
-) -> _Read:
-    """The first frames of all windows, then the next ones, and so on; or, where these are more, the whole ring."""
-    live, envs, newest = samples.live, math.prod(sizes[1:]), samples.newest
-    keys = list(dict.fromkeys(keys))
-    if samples.n_steps is None and 2 * live * envs <= 3 * ahead * len(own):
-        # Once round, and on until the window of the last slot ends.
-        round_on = {key: torch.cat((data[key][:live], data[key][: ahead - 1])) for key in keys}
-        read = {key: leaf.view(-1, envs, *leaf.shape[len(sizes) :]) for key, leaf in round_on.items()}
-        slot = torch.arange(live + ahead - 1, device=own.device).unsqueeze(1)
-        followed = ((slot != newest) & (slot != live + newest)).expand(-1, envs)
-        return _Read(read, followed, lambda value: take(value.flatten(0, 1), own), lambda value: value)
-    offsets = torch.arange(ahead, device=own.device).unsqueeze(1)
-    walk = _turned(torch.add(own, offsets, alpha=envs), live * envs)
-    read = {key: take_rows(data, key, walk, sizes) for key in keys}
-    return _Read(read, offsets < _after(samples), lambda value: value[0].clone(), lambda value: value[own % envs])
+def _windows_of_frames(
+    task: Task, samples: Samples, data: Leaves, own: Tensor, take: Mapping[Any, Taker], envs: int
+) -> _Windows:
+    """The windows of rows, whose frames are read."""
+    keys, n_steps, live, ends = task.keys, task.n_steps, samples.live, samples.ends
+    # One frame ahead tells where a trajectory goes on: after the first and, for what comes after it, after the last.
+    count = min(max(n_steps, 2) + (ends is not None), live)
+    ahead: Tensor = find(data, ("ahead", count), lambda: torch.arange(count, device=own.device).unsqueeze(1))
+    # First all first frames, then the next ones, and so on.
+    walk = torch.add(own, ahead, alpha=envs) % (live * envs)
+    rows = walk.view(-1)
+    read = {key: take[key](rows) for key in dict.fromkeys((*keys.flags, *keys.rewards))}
+    flags = {key: read[key].view(walk.shape) for key in keys.flags}
+    # Without flags, its n and the newest frame end a window.
+    dones = [flags[key] for key in keys.done] or [torch.zeros_like(walk, dtype=torch.bool)]
+    done = functools.reduce(torch.bitwise_or, dones)
+    boundary = find_boundaries(done, flags.get(keys.mask), flags.get(keys.traj), 0)
+    is_newest = ahead >= (samples.newest - samples.indices[0]) % live
+    last = boundary | is_newest
+    nonterminal = ~last[0]
+    if ends is not None and keys.count is not None:
+        # A window ends before an end whose rows are gone.
+        newest = data[keys.count].reshape(-1, envs)[samples.newest]
+        gone = newest[own % envs] - flags[keys.count] > ends.slots
+        last[:-1] |= (boundary & ~is_newest & gone)[1:]
+    last |= ahead >= (n_steps if samples.n_steps is None else samples.n_steps) - 1
+    length = last.max(0).indices
+    beyond, returns = ahead > length, {}
+    for key in keys.rewards:
+        reward = read[key].view(*walk.shape, *read[key].shape[1:]).to(summed_dtype(data[key]))
+        # A boundary selects, it never multiplies, so that a NaN or Inf after it does not reach the frames before it.
+        known = reward.masked_fill(beyond.view(*walk.shape, *[1] * (reward.ndim - 2)), 0)
+        returns[key] = _discounted_sum(known.unbind()[:n_steps], task.gamma).to(return_dtype(data[key]))
+    return length, returns, nonterminal, {key: each[: len(own)] for key, each in read.items()}
+
+
+def _windows_of_ring(
+    task: Task, samples: Samples, data: Leaves, own: Tensor, take: Mapping[Any, Taker], envs: int
+) -> _Windows:
+    """The same, of which those of all frames are found, from the oldest one on."""
+    keys, live, dims = task.keys, samples.live, len(samples.indices)
+    oldest, sizes = (samples.newest + 1) % live, (live, *next(iter(data.values())).shape[1:dims])
+
+    def in_order(*keys: Hashable) -> Tensor:
+        views = [torch.cat((data[key][oldest:live], data[key][:oldest])) for key in keys]
+        return functools.reduce(torch.bitwise_or, views)
+
+    goes_on, lengths, totals = find_windows(in_order, task._replace(hold=False), sizes, 0)
+    rows = (own - oldest * envs) % (live * envs)
+    length, nonterminal, *sums = (take_rows(each.flatten(0, dims - 1), rows) for each in (lengths, goes_on, *totals))
+    returns = {key: each.to(return_dtype(data[key])) for key, each in zip(keys.rewards, sums, strict=True)}
+    return length.to(torch.int64) - 1, returns, nonterminal, {}
+
+
+def _discounted_sum(rewards: Sequence[Tensor], gamma: float) -> Tensor:
+    """The sum of rewards, one after the other, as of windows that are joined in :func:`sum_windows`."""
+    if len(rewards) == 1:
+        return rewards[0]
+    half = 1 << (len(rewards) - 1).bit_length() - 1
+    first, then = _discounted_sum(rewards[:half], gamma), _discounted_sum(rewards[half:], gamma)
+    return torch.add(first, then, alpha=gamma**half)
 
 
 def store_frames(
@@ -157,12 +160,9 @@ def _frames_in_order(*sizes: int, device: torch.device) -> Tensor:
 
 def write_runs(leaf: Tensor, frames: Tensor, runs: list[tuple[int, int]], time_dim: int) -> None:
     """Writes frames into runs of slots."""
-    if len(runs) == 1:
-        leaf.narrow(time_dim, *runs[0]).copy_(frames)
-        return
-    parts = frames.split_with_sizes([count for _, count in runs], time_dim) if runs else ()
+    parts = (frames,) if len(runs) == 1 else frames.split_with_sizes([count for _, count in runs], time_dim)
     for (slot, count), part in zip(runs, parts, strict=True):
-        leaf.narrow(time_dim, slot, count).copy_(part)
+        leaf[(*[slice(None)] * time_dim, slice(slot, slot + count))].copy_(part)
 
 
 def _rows_of(samples: Samples, sizes: torch.Size) -> Tensor:
@@ -172,15 +172,4 @@ def _rows_of(samples: Samples, sizes: torch.Size) -> Tensor:
         row, others = samples.rows, []
     for size, each in zip(sizes[1:], others, strict=False):
         row = torch.add(each, row, alpha=size)
-    # No window goes round more than once.
-    return row.to(index_dtype(2 * math.prod(sizes)))
-
-
-def _turned(rows: Tensor, end: int) -> Tensor:
-    """Rows of which those from ``end`` on are at the beginning."""
-    return torch.where(rows < end, rows, rows - end)
-
-
-def _after(samples: Samples) -> Tensor:
-    """How many newer frames there are in the row of each."""
-    return (samples.newest - samples.indices[0]) % samples.live
+    return row

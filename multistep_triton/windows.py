@@ -6,21 +6,21 @@ Windows of 1, 2, 4, ... frames are joined, so that sums take as many operators a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from multistep_triton.task import Leaves, find, summed_dtype
+from multistep_triton.task import Leaves, Task, find, summed_dtype
 
+Taker: TypeAlias = Callable[[Tensor], Tensor]
+"""Takes rows ``[N]`` of a leaf, bit for bit: ``[N, *F]`` in new memory; no other row is read."""
 Windows: TypeAlias = tuple[Tensor, list[Tensor]]
 """Lengths, int32, and discounted sums of the rewards."""
 
 # torch selects no single elements of these; their bits are those of the signed ones.
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-
-
 # What torch copies wherever it lies, by the bytes of an element.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -42,6 +42,33 @@ def find_boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, dim:
         changes = traj.narrow(dim, frames - before, before) != traj.narrow(dim, 0, before)
         boundary.narrow(dim, 0, before).logical_or_(changes)
     return boundary
+
+
+def find_windows(
+    join: Callable[..., Tensor], task: Task, shape: Sequence[int], dim: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Of windows that begin at frames of this shape, time in ``dim``: which go on, lengths, and sums of rewards.
+
+    ``join`` gives the frames of a leaf or, of several flags, any of them.
+    """
+    keys, n_steps, gamma, _, hold = task
+    known = shape[dim]
+    done = join(*keys.done).reshape(shape)
+    mask, traj = (None if key is None else join(key).reshape(shape) for key in (keys.mask, keys.traj))
+    goes_on = ~find_boundaries(done, mask, traj, dim)
+    rewards = [join(key) for key in keys.rewards]
+    if not hold and known:
+        # All windows come out, those at the end cut.
+        goes_on = _pad(goes_on.narrow(dim, 0, known - 1), n_steps, dim)
+        rewards = [_pad(reward, n_steps - 1, dim) for reward in rewards]
+    return goes_on, *sum_windows(goes_on, rewards, n_steps, gamma, dim)
+
+
+def _pad(value: Tensor, frames: int, dim: int) -> Tensor:
+    """``value`` followed by frames of zeros, which no window reads."""
+    if not frames:
+        return value
+    return torch.cat((value, value.new_zeros((*value.shape[:dim], frames, *value.shape[dim + 1 :]))), dim)
 
 
 def sum_windows(goes_on: Tensor, rewards: Sequence[Tensor], n_steps: int, gamma: float, dim: int) -> Windows:
@@ -81,7 +108,7 @@ def _append(on: Tensor, first: Windows, then: Windows, shift: int, weight: float
 
 def discounts(steps: Tensor, n_steps: int, gamma: float) -> Tensor:
     """``gamma ** steps``, float32, each power rounded once."""
-    return take_discounts(steps, powers_of(gamma, n_steps, steps.device))
+    return powers_of(gamma, n_steps, steps.device).index_select(0, steps.view(-1)).view(steps.shape)
 
 
 def powers_of(gamma: float, n_steps: int, device: torch.device) -> Tensor:
@@ -89,49 +116,34 @@ def powers_of(gamma: float, n_steps: int, device: torch.device) -> Tensor:
     return torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=torch.float32, device=device)
 
 
-def take_discounts(steps: Tensor, powers: Tensor) -> Tensor:
-    """Powers of these exponents."""
-    return powers.index_select(0, steps.view(-1)).view(steps.shape)
-
-
 def index_dtype(largest: int) -> torch.dtype:
     return torch.int32 if largest < 2**31 else torch.int64
 
 
-def take(value: Tensor, rows: Tensor) -> Tensor:
+def take_rows(value: Tensor, rows: Tensor) -> Tensor:
     """Rows of ``value`` ``[N, *F]``, bit for bit, in new memory."""
-    if signed := SIGNED.get(value.dtype):
-        return take(value.view(signed), rows).view(value.dtype)
-    if value.ndim > 1 and value.numel() == value.shape[0] > 0:
-        # torch selects elements in a fraction of the time that it takes for rows of one element.
-        return value.flatten().index_select(0, rows).view(-1, *value.shape[1:])
-    return value.index_select(0, rows)
+    return _taker(value, value.shape[:1])(rows)
 
 
-def take_rows(data: Leaves, key: Hashable, rows: Tensor, sizes: torch.Size) -> Tensor:
-    """Rows of a leaf ``[*sizes, *F]``, counted over ``sizes``, as a new ``[*N, *F]``; no other row is read."""
+def takers(data: Leaves, sizes: torch.Size) -> Mapping[Any, Taker]:
+    """What takes rows of each leaf ``[*sizes, *F]``, counted over ``sizes``."""
     # Of what requires grad, the graph is not kept.
-    known: Leaves = {} if data[key].requires_grad else data
-    flat, features, dtype = find(known, ("rows", key, sizes), lambda: _as_rows(data[key], sizes))
-    if flat is None:
-        taken = _viewed(data[key], dtype)[torch.unravel_index(rows, sizes)]
-    else:
-        taken = flat.index_select(0, rows if rows.ndim == 1 else rows.view(-1))
-        if taken.ndim != len(features) + 1 or rows.ndim > 1:
-            taken = taken.view(*rows.shape, *features)
-    return _viewed(taken, data[key].dtype)
+    known: Leaves = {} if any([leaf.requires_grad for leaf in data.values()]) else data
+    found: Mapping[Any, Taker]
+    found = find(known, ("takers", sizes), lambda: {key: _taker(leaf, sizes) for key, leaf in data.items()})
+    return found
 
 
-def _viewed(leaf: Tensor, dtype: torch.dtype) -> Tensor:
-    """A leaf by another dtype; torch takes no gradient through one that is the same."""
-    return leaf if leaf.dtype is dtype else leaf.view(dtype)
-
-
-def _as_rows(leaf: Tensor, sizes: torch.Size) -> tuple[Tensor | None, torch.Size, torch.dtype]:
-    """A leaf as rows, of one element as elements, if it lies so; features; and the dtype by which torch selects it."""
-    dtype, features = SIGNED.get(leaf.dtype, leaf.dtype), leaf.shape[len(sizes) :]
+def _taker(leaf: Tensor, sizes: torch.Size) -> Taker:
+    if signed := SIGNED.get(leaf.dtype):
+        take_signed, dtype = _taker(leaf.view(signed), sizes), leaf.dtype
+        return lambda rows: take_signed(rows).view(dtype)
     strides, dims = leaf.stride(), [dim for dim, size in enumerate(sizes) if size != 1]
     if any(strides[outer] != strides[inner] * sizes[inner] for outer, inner in itertools.pairwise(dims)):
-        return None, features, dtype
-    value = _viewed(leaf, dtype).flatten(0, len(sizes) - 1)
-    return value.flatten() if value.numel() == value.shape[0] > 0 else value, features, dtype
+        return lambda rows: leaf[torch.unravel_index(rows, sizes)]
+    flat, features = leaf.flatten(0, len(sizes) - 1), leaf.shape[len(sizes) :]
+    if not features or flat.numel() != flat.shape[0] or not flat.numel():
+        return lambda rows: flat.index_select(0, rows)
+    # torch selects elements in a fraction of the time that it takes for rows of one element.
+    elements = flat.flatten()
+    return lambda rows: elements.index_select(0, rows).view(-1, *features)
