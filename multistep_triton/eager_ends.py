@@ -1,74 +1,72 @@
 """The fast path in eager PyTorch where a storage keeps observations once: which frames stand for others, what follows.
 
-May import torch, ``ends``, ``samples`` and ``windows``.
+Frames are given by their rows, counted over ``[C, *R]`` or, with a row for every agent, ``[C, *R, *A]``. May import
+torch, ``ends`` and ``windows``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
-from multistep_triton.samples import Samples
+from multistep_triton.ends import Ends
 from multistep_triton.windows import Taker, bits
 
 
-def stand_in(samples: Samples) -> Samples:
-    """Samples in which no frame is an end whose rows are gone: the one before stands for it.
+class Counted:
+    """Frames ``[N]`` of a storage of ``live`` slots, each of ``envs`` rows, and the ends of their environments."""
 
-    If that is one, too, or there is none of its trajectory, it is the newest frame of the environment.
-    """
-    ends = samples.ends
-    if ends is None:
-        return samples
-    (time, *others), newest, live = samples.indices, samples.newest, samples.live
-    lead = others[: ends.count.ndim - 1]
+    def __init__(self, ends: Ends, newest: int, live: int, envs: int, rows: Tensor) -> None:
+        """Finds out whether any end is gone, for which the host waits; stands in for frames that are ends then.
 
-    def is_end(slot: Tensor) -> Tensor:
-        return (slot != newest) & (ends.count[(slot, *lead)] != ends.count[((slot + 1) % live, *lead)])
+        The one before stands for it. If that is an end, too, or there is none of its trajectory, it is the newest frame
+        of the environment.
+        """
+        self.ends, self.newest, self.live, self.envs, self.rows = ends, newest, live, envs, rows
+        self.agents, self.env = envs // max(ends.count[0].numel(), 1), rows % envs
+        self.total = self.count(self.env + newest * envs)
+        self.has_lost = bool((ends.count[newest] - ends.count[(newest + 1) % live] > ends.slots).any())
+        if self.has_lost:
+            around = self.move(rows, torch.arange(-1, 2, device=rows.device).unsqueeze(1))
+            (before, own, after), newest_row = self.count(around), self.env + newest * envs
+            lost = (own != after) & (rows != newest_row) & self.is_gone(own)
+            # What is older than an end that is gone is gone, too.
+            is_end = (before != own) & (around[0] != newest_row)
+            self.rows = torch.where(lost, torch.where(is_end, newest_row, around[0]), rows)
 
-    gone = is_end(time) & is_gone(samples, time)
-    before = (time - 1) % live
-    # What is older than an end that is gone is gone, too.
-    before = torch.where(is_end(before), newest, before)
-    return samples._replace(indices=[torch.where(gone, before, time), *others], rows=None)
+    def move(self, rows: Tensor, slots: int | Tensor) -> Tensor:
+        """The rows of so many slots further on."""
+        return torch.add(rows, slots, alpha=self.envs) % (self.live * self.envs)
 
+    def count(self, rows: Tensor) -> Tensor:
+        """How many ends were passed on before frames came; agents share it."""
+        rows = rows if self.agents == 1 else rows // self.agents
+        return self.ends.count.view(-1).index_select(0, rows.view(-1)).view(rows.shape)
 
-def is_gone(samples: Samples, slot: Tensor) -> Tensor:
-    """Whether the rows of the first end at or after a slot are gone, ``[N]``."""
-    ends, lead = samples.ends, samples.indices[1:]
-    assert ends is not None
-    lead = lead[: ends.count.ndim - 1]
-    newest: Tensor = ends.count[samples.newest]
-    return newest[tuple(lead)] - ends.count[(slot, *lead)] > ends.slots
+    def is_gone(self, number: Tensor) -> Tensor:
+        """Whether there is no row left of what comes after ends of these numbers."""
+        return self.total - number > self.ends.slots
 
 
 class Following:
-    """What comes after the last frame of windows of ``steps``."""
+    """What comes after frames: what the next ones hold, but after ends that are not gone, and after the newest."""
 
-    def __init__(self, samples: Samples, steps: Tensor, sizes: Sequence[int]) -> None:
+    def __init__(self, rows: Tensor, counted: Counted) -> None:
         """Where it lies."""
-        ends, (time, *others), live = samples.ends, samples.indices, samples.live
-        assert ends is not None
-        self.ends, self.sizes = ends, torch.Size(sizes)
-        last = (time + steps - 1) % live
-        after, is_newest, lead = (last + 1) % live, last == samples.newest, others[: ends.count.ndim - 1]
-        own = ends.count[(last, *lead)]
-        is_end = (own != ends.count[(after, *lead)]) & ~is_gone(samples, last)
-        self.kept = (is_newest | is_end).nonzero().squeeze(1)
-        row = torch.where(is_newest, ends.slots, own % ends.slots)[self.kept]
-
-        def rows_of(slot: Tensor, others: Sequence[Tensor]) -> Tensor:
-            for size, each in zip(self.sizes[1:], others, strict=True):
-                slot = slot * size + each
-            return slot
-
-        self.after = rows_of(after, others)
-        self.row = rows_of(row, [each[self.kept] for each in others])
+        self.after, ends = counted.move(rows, 1), counted.ends
+        number, is_newest = counted.count(rows), rows == counted.env + counted.newest * counted.envs
+        is_end = number != counted.count(self.after)
+        if counted.has_lost:
+            is_end &= ~counted.is_gone(number)
+        self.kept = (is_end | is_newest).nonzero().view(-1)
+        slot = torch.where(is_newest, ends.slots, number % ends.slots)
+        self.row = torch.add(counted.env, slot, alpha=counted.envs).index_select(0, self.kept)
+        self.kept_rows = ends.rows
 
     def take(self, key: Hashable, take: Taker) -> Tensor:
         """The rows of a leaf, which ``take`` takes where they are of frames."""
-        taken, rows = take(self.after), bits(self.ends.rows[key])
-        bits(taken).index_copy_(0, self.kept, rows.flatten(0, len(self.sizes) - 1).index_select(0, self.row))
+        taken, rows = take(self.after), bits(self.kept_rows[key])
+        bits(taken).index_copy_(0, self.kept, rows.flatten(0, rows.ndim - taken.ndim).index_select(0, self.row))
         return taken

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from multistep_triton.eager_ends import Following, stand_in
+from multistep_triton.eager_ends import Counted, Following
 from multistep_triton.ends import Ends
 from multistep_triton.samples import Samples, sampled_where_frames_are
 from multistep_triton.task import AFTER_END, Leaves, Results, Task, find, return_dtype, summed_dtype
@@ -23,22 +23,24 @@ from multistep_triton.windows import Taker, find_boundaries, find_windows, power
 @sampled_where_frames_are
 def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     """Computes :func:`multistep_triton.engine.n_step_sample` of frames that are all there."""
-    samples = stand_in(samples)
     keys, live, sizes = task.keys, samples.live, next(iter(data.values())).shape[: len(samples.indices)]
     if task.n_steps > live:
         task = task._replace(n_steps=live)
     envs, n_steps, gamma = math.prod(sizes[1:]), task.n_steps, task.gamma
-    own, take = _rows_of(samples, sizes), takers(data, sizes)
-    alike = samples.n_steps is None and samples.ends is None
+    own, take = samples.rows_in(sizes), takers(data, sizes)
+    counted = None if samples.ends is None else Counted(samples.ends, samples.newest, live, envs, own)
+    lost = counted if counted is not None and counted.has_lost else None
+    own = own if counted is None else counted.rows
+    alike = samples.n_steps is None and lost is None
     # Windows of the whole ring are joined of each other; so they cost less than as many of a part of it.
     compute = _windows_of_ring if alike and 2 * live * envs <= 3 * n_steps * len(own) else _windows_of_frames
-    length, returns, nonterminal, first = compute(task, samples, data, own, take, envs)
+    length, returns, nonterminal, first = compute(task, samples, data, own, take, envs, lost)
     end, steps = torch.add(own, length, alpha=envs) % (live * envs), length + 1
     leaves = {}
     following: Following | None = None
     for out, key, at in keys.outputs:
         if at == AFTER_END:
-            following = following or Following(samples, steps, sizes)
+            following = following or Following(end, counted)
             leaves[out] = following.take(key, take[key])
         elif key in first and not at:
             leaves[out] = first[key]
@@ -55,30 +57,29 @@ _Windows: TypeAlias = tuple[Tensor, dict[Any, Tensor], Tensor, dict[Any, Tensor]
 
 
 def _windows_of_frames(
-    task: Task, samples: Samples, data: Leaves, own: Tensor, take: Mapping[Any, Taker], envs: int
+    task: Task, samples: Samples, data: Leaves, own: Tensor, take: Mapping[Any, Taker], envs: int, lost: Counted | None
 ) -> _Windows:
     """The windows of rows, whose frames are read."""
-    keys, n_steps, live, ends = task.keys, task.n_steps, samples.live, samples.ends
-    # One frame ahead tells where a trajectory goes on: after the first and, for what comes after it, after the last.
-    count = min(max(n_steps, 2) + (ends is not None), live)
+    keys, n_steps, live = task.keys, task.n_steps, samples.live
+    # One frame more tells whether the trajectory goes on after the first and, where ends may be gone, after the last.
+    count = min(max(n_steps, 2) + (lost is not None), live)
     ahead: Tensor = find(data, ("ahead", count), lambda: torch.arange(count, device=own.device).unsqueeze(1))
     # First all first frames, then the next ones, and so on.
     walk = torch.add(own, ahead, alpha=envs) % (live * envs)
     rows = walk.view(-1)
-    read = {key: take[key](rows) for key in dict.fromkeys((*keys.flags, *keys.rewards))}
-    flags = {key: read[key].view(walk.shape) for key in keys.flags}
+    marks = [key for key in (*keys.done, keys.mask, keys.traj) if key is not None]
+    read = {key: take[key](rows) for key in dict.fromkeys((*marks, *keys.rewards))}
+    flags = {key: read[key].view(walk.shape) for key in marks}
     # Without flags, its n and the newest frame end a window.
     dones = [flags[key] for key in keys.done] or [torch.zeros_like(walk, dtype=torch.bool)]
     done = functools.reduce(torch.bitwise_or, dones)
     boundary = find_boundaries(done, flags.get(keys.mask), flags.get(keys.traj), 0)
-    is_newest = ahead >= (samples.newest - samples.indices[0]) % live
+    is_newest = ahead >= (samples.newest - own // envs) % live
     last = boundary | is_newest
     nonterminal = ~last[0]
-    if ends is not None and keys.count is not None:
-        # A window ends before an end whose rows are gone.
-        newest = data[keys.count].reshape(-1, envs)[samples.newest]
-        gone = newest[own % envs] - flags[keys.count] > ends.slots
-        last[:-1] |= (boundary & ~is_newest & gone)[1:]
+    if lost is not None:
+        # A window ends before its end if that is gone.
+        last[:-1] |= (boundary & ~is_newest & lost.is_gone(lost.count(walk)))[1:]
     last |= ahead >= (n_steps if samples.n_steps is None else samples.n_steps) - 1
     length = last.max(0).indices
     beyond, returns = ahead > length, {}
@@ -91,7 +92,7 @@ def _windows_of_frames(
 
 
 def _windows_of_ring(
-    task: Task, samples: Samples, data: Leaves, own: Tensor, take: Mapping[Any, Taker], envs: int
+    task: Task, samples: Samples, data: Leaves, own: Tensor, take: Mapping[Any, Taker], envs: int, lost: Counted | None
 ) -> _Windows:
     """The same, of which those of all frames are found, from the oldest one on."""
     keys, live, dims = task.keys, samples.live, len(samples.indices)
@@ -163,13 +164,3 @@ def write_runs(leaf: Tensor, frames: Tensor, runs: list[tuple[int, int]], time_d
     parts = (frames,) if len(runs) == 1 else frames.split_with_sizes([count for _, count in runs], time_dim)
     for (slot, count), part in zip(runs, parts, strict=True):
         leaf[(*[slice(None)] * time_dim, slice(slot, slot + count))].copy_(part)
-
-
-def _rows_of(samples: Samples, sizes: torch.Size) -> Tensor:
-    """The rows that samples lie in, counted over ``sizes``."""
-    row, *others = samples.indices
-    if samples.rows is not None:
-        row, others = samples.rows, []
-    for size, each in zip(sizes[1:], others, strict=False):
-        row = torch.add(each, row, alpha=size)
-    return row

@@ -15,7 +15,7 @@ from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
 from multistep_triton.base import MultiStepBase
-from multistep_triton.eager_ends import stand_in
+from multistep_triton.eager_ends import Counted
 from multistep_triton.ends import Ends
 from multistep_triton.frames import Frames
 from multistep_triton.groups import Group, n_step_sample_groups, steps_at
@@ -162,9 +162,13 @@ class StoredLayout(NamedTuple):
         if asked is not None:
             entries = {path: value for path, value in entries.items() if asked[path]}
             objects = {path: value for path, value in objects.items() if asked[path]}
+        where = (samples if index is None else samples._replace(indices=index.unbind(1))).read() if objects else samples
+        if objects and ends is not None:
+            sizes = frames.batch_size
+            counted = Counted(ends, where.newest, where.live, sizes[1:].numel(), where.rows_in(sizes))
+            where = where._replace(indices=torch.unravel_index(counted.rows, sizes))
         for path, value in objects.items():
-            where = samples if index is None else samples._replace(indices=index.unbind(1))
-            time, *others = stand_in(where.read()).indices
+            time, *others = where.indices
             ahead = steps_at(path, groups, windows) - 1 if roles.is_gathered(path) else 0
-            entries[path] = value[((time + ahead) % samples.live, *others)]
+            entries[path] = value[((time + ahead) % where.live, *others)]
         return frames.structure.build(entries, results.steps.shape[:1]), index

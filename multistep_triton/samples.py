@@ -54,6 +54,15 @@ class Samples(NamedTuple):
             slot = slot // size
         return self._replace(indices=[slot, *reversed(others)], sizes=None, rows=row)
 
+    def rows_in(self, sizes: Sequence[int]) -> Tensor:
+        """Their rows, int64 ``[N]``, counted over ``sizes``."""
+        if self.rows is not None:
+            return self.rows
+        row, *others = self.indices
+        for size, each in zip(sizes[1:], others, strict=True):
+            row = torch.add(each, row, alpha=size)
+        return row
+
     def read(self) -> Samples:
         """These, with what the host did not know, for which it waits."""
         if self.written is None:
