@@ -28,9 +28,10 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
         task = task._replace(n_steps=live)
     envs, n_steps, gamma = math.prod(sizes[1:]), task.n_steps, task.gamma
     own, take = samples.rows_in(sizes), takers(data, sizes)
-    counted = None if samples.ends is None else Counted(samples.ends, samples.newest, live, envs, own)
-    lost = counted if counted is not None and counted.has_lost else None
-    own = own if counted is None else counted.rows
+    counted = lost = None
+    if samples.ends is not None:
+        counted = Counted(samples.ends, samples.newest, live, envs, own)
+        own, lost = counted.rows, counted if counted.has_lost else None
     alike = samples.n_steps is None and lost is None
     # Windows of the whole ring are joined of each other; so they cost less than as many of a part of it.
     compute = _windows_of_ring if alike and 2 * live * envs <= 3 * n_steps * len(own) else _windows_of_frames
@@ -40,6 +41,7 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     following: Following | None = None
     for out, key, at in keys.outputs:
         if at == AFTER_END:
+            assert counted is not None
             following = following or Following(end, counted)
             leaves[out] = following.take(key, take[key])
         elif key in first and not at:
