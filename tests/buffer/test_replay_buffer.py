@@ -393,3 +393,16 @@ def test_the_reward_as_it_came_is_one_tensor_of_two_names():
 def test_a_pair_of_equals_is_the_number():
     sample, ring = sample_at_random(16, (2,), [16, 7], 200, n_steps=(4, 4))
     assert_sampled(sample, ring, 4)
+
+
+@pytest.mark.parametrize("count", [3, 8], ids=["a few", "all"])
+def test_a_window_of_one_frame_knows_whether_its_trajectory_goes_on(count):
+    """Which the frame after it tells, be it of another trajectory or invalid."""
+    data = frames([0.0] * 8, [False] * 8)
+    data[TRAJ_KEY] = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    data["mask"] = torch.tensor([True] * 5 + [False, True, True])
+    sampler = SamplerWithoutReplacement(shuffle=False)
+    buffer = make_buffer(8, n_steps=1, sampler=sampler, traj_key=TRAJ_KEY)
+    buffer.extend(data)
+    nonterminal = [True, True, False, True, False, False, True, False]
+    assert buffer.sample(count)["nonterminal"].tolist() == nonterminal[:count]
