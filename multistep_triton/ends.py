@@ -86,16 +86,18 @@ class Ends:
         # Of more ends than there are rows, the newest stay.
         found: Any = torch.nonzero(ended & (count[-1] - count < ends), as_tuple=True)
         time, *others = found
-        row, first = (count[found] - 1) % ends, time == 0
-        of_newest, of_data = [(row[chosen], *(each[chosen] for each in others)) for chosen in (first, ~first)]
+        if len(time):
+            row, first = (count[found] - 1) % ends, time == 0
+            of_newest, of_data = [(row[chosen], *(each[chosen] for each in others)) for chosen in (first, ~first)]
         at = torch.arange(slot, slot + frames, device=count.device) % slots
 
         def write() -> None:
             self.count[at] = count
             for key, rows in self.rows.items():
                 kept, leaf = bits(rows), bits(data[key].to(rows.dtype))
-                kept[of_newest] = kept[(ends, *of_newest[1:])].clone()
-                kept[of_data] = leaf[(time[~first] - 1, *of_data[1:])]
+                if len(time):
+                    kept[of_newest] = kept[(ends, *of_newest[1:])].clone()
+                    kept[of_data] = leaf[(time[~first] - 1, *of_data[1:])]
                 kept[ends] = leaf[-1]
 
         return write
