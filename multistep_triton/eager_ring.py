@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +32,12 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     if samples.ends is not None:
         counted = Counted(samples.ends, samples.newest, live, envs, own)
         own, lost = counted.rows, counted if counted.has_lost else None
-    alike = samples.n_steps is None and lost is None
-    # Windows of the whole ring are joined of each other; so they cost less than as many of a part of it.
-    compute = _windows_of_ring if alike and 2 * live * envs <= 3 * n_steps * len(own) else _windows_of_frames
-    length, returns, nonterminal, first = compute(task, samples, data, own, take, envs, lost)
+    first: dict[Any, Tensor] = {}
+    if samples.n_steps is None and lost is None and 2 * live * envs <= 3 * n_steps * len(own):
+        # They are joined of each other, and cost less than as many that are found one by one.
+        length, returns, nonterminal = _windows_of_ring(task, samples, data, own, envs)
+    else:
+        length, returns, nonterminal, first = _windows_of_frames(task, samples, data, own, take, envs, lost)
     end, steps = torch.add(own, length, alpha=envs) % (live * envs), length + 1
     leaves = {}
     following: Following | None = None
@@ -54,14 +56,13 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     return Results(leaves, returns, steps, powers.index_select(0, steps), nonterminal)
 
 
-_Windows: TypeAlias = tuple[Tensor, dict[Any, Tensor], Tensor, dict[Any, Tensor]]
-"""How many frames there are after the first of windows, returns, nonterminal, and of some keys first frames."""
-
-
 def _windows_of_frames(
     task: Task, samples: Samples, data: Leaves, own: Tensor, take: Mapping[Any, Taker], envs: int, lost: Counted | None
-) -> _Windows:
-    """The windows of rows, whose frames are read."""
+) -> tuple[Tensor, dict[Any, Tensor], Tensor, dict[Any, Tensor]]:
+    """Of windows of rows, how many frames come after the first, returns, nonterminal, and first frames of some keys.
+
+    They end before ends that are ``lost``.
+    """
     keys, n_steps, live = task.keys, task.n_steps, samples.live
     # One frame more tells whether the trajectory goes on after the first and, where ends may be gone, after the last.
     count = min(max(n_steps, 2) + (lost is not None), live)
@@ -94,9 +95,9 @@ def _windows_of_frames(
 
 
 def _windows_of_ring(
-    task: Task, samples: Samples, data: Leaves, own: Tensor, take: Mapping[Any, Taker], envs: int, lost: Counted | None
-) -> _Windows:
-    """The same, of which those of all frames are found, from the oldest one on."""
+    task: Task, samples: Samples, data: Leaves, own: Tensor, envs: int
+) -> tuple[Tensor, dict[Any, Tensor], Tensor]:
+    """The same but first frames, of the windows of all frames of the ring, from the oldest one on."""
     keys, live, dims = task.keys, samples.live, len(samples.indices)
     oldest, sizes = (samples.newest + 1) % live, (live, *next(iter(data.values())).shape[1:dims])
 
@@ -108,7 +109,7 @@ def _windows_of_ring(
     rows = (own - oldest * envs) % (live * envs)
     length, nonterminal, *sums = (take_rows(each.flatten(0, dims - 1), rows) for each in (lengths, goes_on, *totals))
     returns = {key: each.to(return_dtype(data[key])) for key, each in zip(keys.rewards, sums, strict=True)}
-    return length.to(torch.int64) - 1, returns, nonterminal, {}
+    return length.to(torch.int64) - 1, returns, nonterminal
 
 
 def _discounted_sum(rewards: Sequence[Tensor], gamma: float) -> Tensor:
