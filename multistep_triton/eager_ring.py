@@ -47,7 +47,7 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
             following = following or Following(end, counted)
             leaves[out] = following.take(key, take[key])
         elif key in first and not at:
-            leaves[out] = first[key]
+            leaves[out] = first[key].clone()
         else:
             leaves[out] = take[key](end if at else own)
         if key in keys.wide:
@@ -89,7 +89,8 @@ def _windows_of_frames(
     for key in keys.rewards:
         reward = read[key].view(*walk.shape, *read[key].shape[1:]).to(summed_dtype(data[key]))
         # A boundary selects, it never multiplies, so that a NaN or Inf after it does not reach the frames before it.
-        known = reward.masked_fill(beyond.view(*walk.shape, *[1] * (reward.ndim - 2)), 0)
+        # What is selected away adds nothing, not even to -0.0.
+        known = reward.masked_fill(beyond.view(*walk.shape, *[1] * (reward.ndim - 2)), -0.0)
         returns[key] = _discounted_sum(known.unbind()[:n_steps], task.gamma).to(return_dtype(data[key]))
     return length, returns, nonterminal, {key: each[: len(own)] for key, each in read.items()}
 

@@ -406,3 +406,15 @@ def test_a_window_of_one_frame_knows_whether_its_trajectory_goes_on(count):
     buffer.extend(data)
     nonterminal = [True, True, False, True, False, False, True, False]
     assert buffer.sample(count)["nonterminal"].tolist() == nonterminal[:count]
+
+
+def test_what_is_sampled_is_the_same_to_the_bit_however_much_is():
+    """And holds no memory but its own; the index is the sampler's."""
+    data = frames([-0.0] * 8, [True] * 8)
+    for count in (1, 8):
+        buffer = make_buffer(8, n_steps=3)
+        buffer.extend(data)
+        sample = buffer.sample(count)
+        assert torch.signbit(sample["next", "reward"]).all()
+        for key in {*sample.keys(True, True)} - {"index"}:
+            assert sample[key].untyped_storage().nbytes() == sample[key].nbytes, key
