@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from multistep_triton.ends import Ends
-from multistep_triton.windows import Taker, bits
+from multistep_triton.windows import Taker, bits, move_rows
 
 
 class Counted:
@@ -24,21 +24,18 @@ class Counted:
         The one before stands for it. If that is an end, too, or there is none of its trajectory, it is the newest frame
         of the environment.
         """
-        self.ends, self.newest, self.live, self.envs, self.rows = ends, newest, live, envs, rows
+        self.ends, self.live, self.envs, self.rows = ends, live, envs, rows
         self.agents, self.env = envs // max(ends.count[0].numel(), 1), rows % envs
-        self.total = self.count(self.env + newest * envs)
+        # The rows of the newest frames there.
+        self.newest = self.env + newest * envs
         self.has_lost = bool((ends.count[newest] - ends.count[(newest + 1) % live] > ends.slots).any())
         if self.has_lost:
-            around = self.move(rows, torch.arange(-1, 2, device=rows.device).unsqueeze(1))
-            (before, own, after), newest_row = self.count(around), self.env + newest * envs
-            lost = (own != after) & (rows != newest_row) & self.is_gone(own)
+            around = move_rows(rows, torch.arange(-1, 2, device=rows.device).unsqueeze(1), live, envs)
+            before, own, after = self.count(around)
+            lost = (own != after) & (rows != self.newest) & self.is_gone(own)
             # What is older than an end that is gone is gone, too.
-            is_end = (before != own) & (around[0] != newest_row)
-            self.rows = torch.where(lost, torch.where(is_end, newest_row, around[0]), rows)
-
-    def move(self, rows: Tensor, slots: int | Tensor) -> Tensor:
-        """The rows of so many slots further on."""
-        return torch.add(rows, slots, alpha=self.envs) % (self.live * self.envs)
+            is_end = (before != own) & (around[0] != self.newest)
+            self.rows = torch.where(lost, torch.where(is_end, self.newest, around[0]), rows)
 
     def count(self, rows: Tensor) -> Tensor:
         """How many ends were passed on before frames came; agents share it."""
@@ -47,7 +44,7 @@ class Counted:
 
     def is_gone(self, number: Tensor) -> Tensor:
         """Whether there is no row left of what comes after ends of these numbers."""
-        return self.total - number > self.ends.slots
+        return self.count(self.newest) - number > self.ends.slots
 
 
 class Following:
@@ -55,8 +52,8 @@ class Following:
 
     def __init__(self, rows: Tensor, counted: Counted) -> None:
         """Where it lies."""
-        self.after, ends = counted.move(rows, 1), counted.ends
-        number, is_newest = counted.count(rows), rows == counted.env + counted.newest * counted.envs
+        self.after, ends = move_rows(rows, 1, counted.live, counted.envs), counted.ends
+        number, is_newest = counted.count(rows), rows == counted.newest
         is_end = number != counted.count(self.after)
         if counted.has_lost:
             is_end &= ~counted.is_gone(number)

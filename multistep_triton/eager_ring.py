@@ -1,6 +1,6 @@
 """The fast path in eager PyTorch where frames lie in a ring: stored there, and sampled.
 
-Keys are opaque. May import torch, ``task``, ``samples`` and ``windows``.
+Keys are opaque. May import torch, ``task``, ``samples``, ``ends``, ``eager_ends`` and ``windows``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from multistep_triton.eager_ends import Counted, Following
 from multistep_triton.ends import Ends
 from multistep_triton.samples import Samples, sampled_where_frames_are
 from multistep_triton.task import AFTER_END, Leaves, Results, Task, find, return_dtype, summed_dtype
-from multistep_triton.windows import Taker, find_boundaries, find_windows, powers_of, take_rows, takers
+from multistep_triton.windows import Taker, find_boundaries, find_windows, move_rows, powers_of, take_rows, takers
 
 
 @sampled_where_frames_are
@@ -38,7 +38,7 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
         length, returns, nonterminal = _windows_of_ring(task, samples, data, own, envs)
     else:
         length, returns, nonterminal, first = _windows_of_frames(task, samples, data, own, take, envs, lost)
-    end, steps = torch.add(own, length, alpha=envs) % (live * envs), length + 1
+    end, steps = move_rows(own, length, live, envs), length + 1
     leaves = {}
     following: Following | None = None
     for out, key, at in keys.outputs:
@@ -68,7 +68,7 @@ def _windows_of_frames(
     count = min(max(n_steps, 2) + (lost is not None), live)
     ahead: Tensor = find(data, ("ahead", count), lambda: torch.arange(count, device=own.device).unsqueeze(1))
     # First all first frames, then the next ones, and so on.
-    walk = torch.add(own, ahead, alpha=envs) % (live * envs)
+    walk = move_rows(own, ahead, live, envs)
     rows = walk.view(-1)
     marks = [key for key in (*keys.done, keys.mask, keys.traj) if key is not None]
     read = {key: take[key](rows) for key in dict.fromkeys((*marks, *keys.rewards))}
@@ -107,7 +107,7 @@ def _windows_of_ring(
         return functools.reduce(torch.bitwise_or, views)
 
     goes_on, lengths, totals = find_windows(in_order, task._replace(hold=False), sizes, 0)
-    rows = (own - oldest * envs) % (live * envs)
+    rows = move_rows(own, -oldest, live, envs)
     length, nonterminal, *sums = (take_rows(each.flatten(0, dims - 1), rows) for each in (lengths, goes_on, *totals))
     returns = {key: each.to(return_dtype(data[key])) for key, each in zip(keys.rewards, sums, strict=True)}
     return length.to(torch.int64) - 1, returns, nonterminal

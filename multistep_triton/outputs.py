@@ -162,13 +162,14 @@ class StoredLayout(NamedTuple):
         if asked is not None:
             entries = {path: value for path, value in entries.items() if asked[path]}
             objects = {path: value for path, value in objects.items() if asked[path]}
-        where = (samples if index is None else samples._replace(indices=index.unbind(1))).read() if objects else samples
-        if objects and ends is not None:
-            sizes = frames.batch_size
-            counted = Counted(ends, where.newest, where.live, sizes[1:].numel(), where.rows_in(sizes))
-            where = where._replace(indices=torch.unravel_index(counted.rows, sizes))
-        for path, value in objects.items():
+        if objects:
+            where = (samples if index is None else samples._replace(indices=index.unbind(1))).read()
             time, *others = where.indices
-            ahead = steps_at(path, groups, windows) - 1 if roles.is_gathered(path) else 0
-            entries[path] = value[((time + ahead) % where.live, *others)]
+            if ends is not None:
+                sizes = frames.batch_size
+                counted = Counted(ends, where.newest, where.live, sizes[1:].numel(), where.rows_in(sizes))
+                time, *others = torch.unravel_index(counted.rows, sizes)
+            for path, value in objects.items():
+                ahead = steps_at(path, groups, windows) - 1 if roles.is_gathered(path) else 0
+                entries[path] = value[((time + ahead) % where.live, *others)]
         return frames.structure.build(entries, results.steps.shape[:1]), index

@@ -120,6 +120,11 @@ def index_dtype(largest: int) -> torch.dtype:
     return torch.int32 if largest < 2**31 else torch.int64
 
 
+def move_rows(rows: Tensor, slots: int | Tensor, live: int, envs: int) -> Tensor:
+    """The rows of so many slots further on in a ring of ``live`` slots, each of ``envs`` rows."""
+    return torch.add(rows, slots, alpha=envs) % (live * envs)
+
+
 def take_rows(value: Tensor, rows: Tensor) -> Tensor:
     """Rows of ``value`` ``[N, *F]``, bit for bit, in new memory."""
     return _taker(value, value.shape[:1])(rows)
