@@ -32,18 +32,25 @@ def read_total(count_ptr, env, begin, live, known, slots, agents, data, DATA: tl
 
 
 @triton.jit
-def find_lost(env, begin, live, known, counted, agents, data, DATA: tl.constexpr):
-    """Which frames are ends that have lost what comes after them, and the frames that stand for those."""
+def is_lost(env, frame, mask, known, counted, agents, data, DATA: tl.constexpr):
+    """Which frames are ends, of whatever group, that have lost what comes after them; and the counts of frames."""
     count_ptr, total, slots = counted
-    followed, before = live & (begin + 1 < known), begin - 1
-    own_row = row_of_slot(env, begin, data, DATA[0], DATA[1])
-    after_row = row_of_slot(env, begin + 1, data, DATA[0], DATA[1])
-    before_row = row_of_slot(env, before, data, DATA[0], DATA[1])
+    own_row = row_of_slot(env, frame, data, DATA[0], DATA[1])
+    after_row = row_of_slot(env, frame + 1, data, DATA[0], DATA[1])
+    followed = mask & (frame + 1 < known)
     own = count_at(count_ptr, own_row, followed, agents, DATA)
-    lost = followed & (count_at(count_ptr, after_row, followed, agents, DATA) != own) & (total - own > slots)
+    gone = followed & (total - own > slots)
+    return gone & (count_at(count_ptr, after_row, gone, agents, DATA) != own), own
+
+
+@triton.jit
+def find_lost(env, begin, live, known, counted, agents, data, DATA: tl.constexpr):
+    """Which frames are lost so, and the frames that stand for those."""
+    lost, own = is_lost(env, begin, live, known, counted, agents, data, DATA)
     # What is older than an end that is gone is gone, too.
-    other = count_at(count_ptr, before_row, lost & (begin > 0), agents, DATA)
-    return lost, tl.where((begin == 0) | (other != own), known - 1, before)
+    before_row = row_of_slot(env, begin - 1, data, DATA[0], DATA[1])
+    other = count_at(counted[0], before_row, lost & (begin > 0), agents, DATA)
+    return lost, tl.where((begin == 0) | (other != own), known - 1, begin - 1)
 
 
 @triton.jit

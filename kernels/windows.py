@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multistep_triton.kernels.ends import any_of, count_at, find_following, find_lost, read_total
+from multistep_triton.kernels.ends import any_of, find_following, find_lost, is_lost, read_total
 from multistep_triton.kernels.picked import find_live, find_picked, row_of_slot, store_index
 from multistep_triton.kernels.rows import either_pointer
 
@@ -74,14 +74,6 @@ def ahead(value, lane, by):
 
 
 @triton.jit
-def is_lost(frame, row, boundary, live, counted, flags, stream, DATA: tl.constexpr):
-    """Whether frames are boundaries that have lost what comes after them."""
-    count_ptr, total, slots = counted
-    followed = live & boundary & (frame + 1 < stream[1])
-    return followed & (total - count_at(count_ptr, row, followed, flags[3], DATA) > slots)
-
-
-@triton.jit
 def find_ends(
     env, frame, step, live, limit, flags, stream, counted,
     LEVELS: tl.constexpr, LONG: tl.constexpr, DATA: tl.constexpr,
@@ -94,13 +86,11 @@ def find_ends(
     ends = (boundary | (step + 1 >= limit)) if DATA[1] else boundary
     if len(counted) > 0:
         # A window ends before what is lost.
-        ends |= ahead(is_lost(frame, row, boundary, live, counted, flags, stream, DATA).to(tl.int32), lane, 1) != 0
+        lost, _ = is_lost(env, frame, live, stream[1], counted, flags[3], stream[4], DATA)
+        ends |= ahead(lost.to(tl.int32), lane, 1) != 0
         if LONG:
             further = tl.max(frame, 1)[:, None] + 1
-            there = live & (further < stream[1])
-            further_row = row_of_frame(env, further, stream, DATA)
-            beyond = is_boundary(env, further, further_row, there, flags, stream, DATA)
-            lost = is_lost(further, further_row, beyond, there, counted, flags, stream, DATA)
+            lost, _ = is_lost(env, further, live, stream[1], counted, flags[3], stream[4], DATA)
             ends |= (lane == (1 << LEVELS) - 1) & lost
     end = tl.where(ends, lane, 1 << LEVELS)
     for level in tl.static_range(LEVELS):

@@ -31,8 +31,8 @@ class Counted:
         self.has_lost = bool((ends.count[newest] - ends.count[(newest + 1) % live] > ends.slots).any())
         if self.has_lost:
             around = move_rows(rows, torch.arange(-1, 2, device=rows.device).unsqueeze(1), live, envs)
-            before, own, after = self.count(around)
-            lost = (own != after) & (rows != self.newest) & self.is_gone(own)
+            before, own, _ = numbers = self.count(around)
+            lost = self.are_lost(around[1:], numbers[1:])[0]
             # What is older than an end that is gone is gone, too.
             is_end = (before != own) & (around[0] != self.newest)
             self.rows = torch.where(lost, torch.where(is_end, self.newest, around[0]), rows)
@@ -41,6 +41,10 @@ class Counted:
         """How many ends were passed on before frames came; agents share it."""
         rows = rows if self.agents == 1 else rows // self.agents
         return self.ends.count.view(-1).index_select(0, rows.view(-1)).view(rows.shape)
+
+    def are_lost(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """Whether frames ``[K - 1, N]`` are ends that are gone, of rows of ``K`` one after the other and their counts."""
+        return (numbers[:-1] != numbers[1:]) & (rows[:-1] != self.newest) & self.is_gone(numbers[:-1])
 
     def is_gone(self, number: Tensor) -> Tensor:
         """Whether there is no row left of what comes after ends of these numbers."""

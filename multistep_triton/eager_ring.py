@@ -81,8 +81,8 @@ def _windows_of_frames(
     last = boundary | is_newest
     nonterminal = ~last[0]
     if lost is not None:
-        # A window ends before its end if that is gone.
-        last[:-1] |= (boundary & ~is_newest & lost.is_gone(lost.count(walk)))[1:]
+        # A window ends before an end that is gone, of whatever group.
+        last[:-2] |= lost.are_lost(walk[1:], lost.count(walk[1:]))
     last |= ahead >= (n_steps if samples.n_steps is None else samples.n_steps) - 1
     length = last.max(0).indices
     beyond, returns = ahead > length, {}

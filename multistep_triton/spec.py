@@ -82,7 +82,7 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     row = {key: data[key][slots] for key in (*keys.flags, *keys.rewards)}
     boundary = find_boundaries(ahead >= after[:, None], row, keys)
     nonterminal = ~boundary[:, 0]
-    boundary = boundary | (boundary & gone[slots]).roll(-1, -1)
+    boundary = boundary | gone[slots].roll(-1, -1)
     if samples.n_steps is not None:
         boundary = boundary | (ahead + 1 >= samples.n_steps[:, None])
     steps = count_steps(boundary, task.n_steps)[:, 0]

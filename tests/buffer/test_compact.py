@@ -337,6 +337,33 @@ def test_groups_that_have_lost_ends(arguments):
     assert buffer.ends_lost()
 
 
+@EITHER
+@pytest.mark.parametrize(
+    ("end_slots", "agent", "steps", "after"),
+    [
+        (8, 0, [2, 2, 2, 2, 2, 2, 1], [1000, 30, 3000, 50, 5000, 70, 70]),
+        (8, 1, [2, 1, 2, 1, 2, 1, 1], [1000, 1000, 3000, 3000, 5000, 5000, 70]),
+        (1, 0, [1, 1, 1, 1, 2, 2, 1], [10, 10, 30, 30, 5000, 70, 70]),
+        (1, 1, [1, 1, 1, 1, 2, 1, 1], [10, 10, 30, 30, 5000, 5000, 70]),
+    ],
+)
+def test_windows_end_before_what_any_agent_has_lost(where, end_slots, agent, steps, after):
+    """By hand: n cuts windows of agent 0 at ends of agent 1; frame t holds 10 t, and what comes after ends 1000 t."""
+    with where():
+        ends, now = torch.tensor([1, 3, 5]), torch.arange(7.0).mul(10).view(7, 1, 1).repeat(1, 2, 1)
+        then, done = now + 10, torch.zeros(7, 2, 1, dtype=torch.bool)
+        then[ends], done[ends, 1] = 1000.0 * ends.view(3, 1, 1), True
+        moved = {"obs": then, "done": done, "reward": torch.ones(7, 2, 1)}
+        key = ("agents", "done")
+        arguments = {"reward_keys": [("agents", "reward")], "done_key": key, "done_keys": [key]}
+        buffer, _ = make_pair(n_steps=2, end_slots=end_slots, **arguments)
+        buffer.extend(TensorDict({"agents": {"obs": now}, "next": {"agents": moved}}, [7]))
+        sample = buffer.sample(7)
+        assert sample["steps_to_next_obs"][:, agent].flatten().tolist() == steps
+        assert sample["next", "agents", "obs"][:, agent].flatten().tolist() == after
+        assert buffer.ends_lost() == (2 if end_slots == 1 else 0)
+
+
 def test_objects_and_an_entry_that_a_writer_writes():
     stream, buffers = stream_of(), make_pair()
     stream["index"], stream["next", "index"] = torch.arange(60) + 7, torch.arange(60) + 8
