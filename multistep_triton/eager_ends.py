@@ -43,7 +43,7 @@ class Counted:
         return self.ends.count.view(-1).index_select(0, rows.view(-1)).view(rows.shape)
 
     def are_lost(self, rows: Tensor, numbers: Tensor) -> Tensor:
-        """Whether frames ``[K - 1, N]`` are ends that are gone, of rows of ``K`` one after the other and their counts."""
+        """Whether frames ``[K, N]``, one after the other, but the last, are ends that are gone, by their counts."""
         return (numbers[:-1] != numbers[1:]) & (rows[:-1] != self.newest) & self.is_gone(numbers[:-1])
 
     def is_gone(self, number: Tensor) -> Tensor:
