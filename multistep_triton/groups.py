@@ -121,12 +121,16 @@ def _with_written(
 def _check_entries(frames: Frames, roles: Roles) -> None:
     lead, leaves, objects = frames.batch_size, frames.leaves, frames.structure.objects
     for path in roles.needed:
-        if path not in leaves or path in objects:
+        if path not in leaves:
             raise KeyError(f"data must hold a tensor at {path}, got the entries {list(leaves)}")
+    named = dict.fromkeys(roles.rewards, "reward_keys") | dict.fromkeys(roles.dones, "done_keys")
+    named |= {roles.mask: "mask_key"} | ({} if roles.traj is None else {roles.traj: "traj_key"})
     for path in objects:
-        if path == roles.mask or path in roles.dones:
-            named = "mask_key" if path == roles.mask else "done_keys"
-            raise TypeError(f"{path}, named by {named}, must be a tensor, got a non-tensor")
+        if path in named:
+            raise TypeError(f"{path}, named by {named[path]}, must be a tensor, got a non-tensor")
+    for path, leaf in leaves.items():
+        if leaf.layout != torch.strided:
+            raise TypeError(f"entry {path} must be a dense tensor, got one of {leaf.layout}")
     for path in roles.rewards:
         check_reward(f"reward {path}", leaves[path], lead)
     if roles.mask in leaves:

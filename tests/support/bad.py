@@ -78,6 +78,16 @@ BAD_DATA = {
         TypeError,
         r"\('mask',\), named by mask_key, must be a tensor, got a non-tensor",
     ),
+    "a reward that is no tensor": (
+        lambda data: data.clone().set(("next", "reward"), "much"),
+        TypeError,
+        r"\('next', 'reward'\), named by reward_keys, must be a tensor, got a non-tensor",
+    ),
+    "a sparse entry": (
+        lambda data: data.clone().set("action", torch.ones(*data.shape, 3).to_sparse()),
+        TypeError,
+        r"entry \('action',\) must be a dense tensor, got one of torch.sparse_coo",
+    ),
     "a lazy stack with a key in some elements": (
         lambda data: lazy_stack([data[0].clone().set("extra", torch.ones(10)), data[1]]),
         ValueError,
