@@ -101,9 +101,4 @@ class MultiStepBase(Arguments):
 
 def _expand(window: Tensor, shape: torch.Size) -> Tensor:
     """What there is for every window, repeated for every reward of the window."""
-    if shape[: window.ndim] != window.shape:
-        raise ValueError(
-            f"match_reward_shape must be False where done is per agent and the first reward key is not, got rewards "
-            f"{list(shape)} and windows {list(window.shape)}"
-        )
     return window[(..., *[None] * (len(shape) - window.ndim))].expand(shape).contiguous()

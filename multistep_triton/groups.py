@@ -85,23 +85,26 @@ def find_groups(frames: Frames, roles: Roles, match_reward_shape: bool = False) 
         (own if of_agent or parent not in shared else shared)[parent].paths.append(path)
     groups = [group for parent in own for group in (own[parent], shared.get(parent)) if group and group.paths]
     groups = [_with_keys(group, leaves, len(lead), roles) for group in groups]
-    return _with_written(groups, leaves, roles, match_reward_shape)
+    return _with_written(groups, frames, roles, match_reward_shape)
 
 
-def _with_written(
-    groups: list[Group], leaves: Mapping[KeyPath, Tensor], roles: Roles, match_reward_shape: bool
-) -> list[Group]:
+def _with_written(groups: list[Group], frames: Frames, roles: Roles, match_reward_shape: bool) -> list[Group]:
     """Groups, with where their windows are written.
 
     Those of the done key's group are at the root; those of another, ``("next", *name)``, under its name if it has flags
     of its own and rewards, of agents or, if there are none, those that agents share. If they are to be in the shape of
     the first reward, its are at the root.
     """
-    first, root = groups[0], 0
+    first, root, leaves = groups[0], 0, frames.leaves
     if match_reward_shape:
-        # What agents share with the done key at theirs is of another shape than its windows, which is told.
-        of_first = next(at for at, group in enumerate(groups) if roles.rewards[0] in group.paths)
+        reward = roles.rewards[0]
+        of_first = next(at for at, group in enumerate(groups) if reward in group.paths)
         root = 0 if groups[of_first].flags == first.flags else of_first
+        if groups[of_first].shared and root != of_first:
+            raise ValueError(
+                f"match_reward_shape must be False where done is per agent and the first reward key is not, got "
+                f"rewards {list(leaves[reward].shape)} and windows {[*frames.batch_size, *first.agents]}"
+            )
     names: list[KeyPath] = []
     for at, group in enumerate(groups):
         name, own = group.flags[0][1:-1], [path for path in roles.rewards if path in group.paths]

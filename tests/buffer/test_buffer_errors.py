@@ -6,6 +6,7 @@ import pytest
 import torch
 from rings import TRAJ_KEY, Ring, assert_every_frame, everything, make_buffer, make_stream, wrapped
 from rollouts import make_rollout
+from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, ListStorage, TensorDictMaxValueWriter
 from torchrl.data.replay_buffers.samplers import ConsumingSampler
 from torchrl.envs.transforms import Compose, DoubleToFloat, NextStateReconstructor
@@ -87,7 +88,18 @@ def test_a_done_of_another_shape():
     stream["next", "done"] = torch.zeros(2, 8, 5, dtype=torch.bool)
     buffer = make_buffer(8, (2,))
     with pytest.raises(ValueError, match=r"done \('next', 'done'\) must have shape"):
-        buffer.extend(stream), buffer.sample(4)
+        buffer.extend(stream)
+    assert not len(buffer)
+
+
+def test_a_reward_that_agents_share_whose_shape_is_not_that_of_windows():
+    stream, done = make_stream((2,), 8), torch.zeros(2, 8, 5, dtype=torch.bool)
+    stream["next", "agents"] = TensorDict({"done": done, "reward": done.float(), "of_all": torch.ones(2, 8)}, [2, 8])
+    keys = {"done_key": ("agents", "done"), "reward_keys": [("agents", "of_all"), ("agents", "reward")]}
+    buffer = make_buffer(8, (2,), match_reward_shape=True, **keys)
+    with pytest.raises(ValueError, match=r"match_reward_shape must be False .* \[2, 8\] and windows \[2, 8, 5\]"):
+        buffer.extend(stream)
+    assert not len(buffer)
 
 
 def test_storages_that_are_not_rings_of_frames():
