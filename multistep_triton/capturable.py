@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -136,8 +136,16 @@ class CapturableReplayBuffer(SampledReplayBuffer):
         if not 0 < frames <= seen.most:
             return None
         self._check_alone(seen.storage)
-        index = self._store_at(seen, leaves, written)
-        written.add_(frames)
+        try:
+            index = self._store_at(seen, leaves, written)
+            written.add_(frames)
+        except BaseException:
+            # A graph that captures has stored nothing; of others nobody knows.
+            with suppress(RuntimeError):
+                self._pull()
+                self._tear(self._order.position(), frames)
+                self._order.kept_writes = -1
+            raise
         return index
 
     def _write(self, *arguments: Any) -> Any:
@@ -146,7 +154,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
 
     def _find_whole(self) -> Position | None:
         on_device = self._written is not None and self._draws() and self._on_device([self._written])
-        if not (on_device and self._read_last):
+        if not (on_device and self._read_last) or self._order.torn[1]:
             self._pull()
         if on_device:
             self._check_alone(self._storage)

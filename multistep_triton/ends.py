@@ -63,7 +63,8 @@ class Ends:
             before = data[key][:1] if newest is None else ring[key][newest : newest + 1]
             return torch.cat((before, data[key])).reshape(frames + 1, *lead, -1)
 
-        done = functools.reduce(torch.bitwise_or, [flag(key).any(-1) for key in self.done])
+        flags = [flag(key) for key in self.done]
+        done = functools.reduce(torch.bitwise_or, [of.any(-1) if of.shape[-1] > 1 else of[..., 0] for of in flags])
         mask, traj = (None if key is None else flag(key)[..., 0] for key in (self.mask, self.traj))
         ended = find_boundaries(done, mask, traj, 0)[:-1]
         if newest is None:
@@ -89,10 +90,12 @@ class Ends:
         if len(time):
             row, first = (count[found] - 1) % ends, time == 0
             of_newest, of_data = [(row[chosen], *(each[chosen] for each in others)) for chosen in (first, ~first)]
-        at = torch.arange(slot, slot + frames, device=count.device) % slots
+        before_seam = slots - slot
 
         def write() -> None:
-            self.count[at] = count
+            self.count[slot : slot + frames] = count[:before_seam]
+            if frames > before_seam:
+                self.count[: frames - before_seam] = count[before_seam:]
             for key, rows in self.rows.items():
                 kept, leaf = bits(rows), bits(data[key].to(rows.dtype))
                 if len(time):

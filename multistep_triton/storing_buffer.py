@@ -114,7 +114,8 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         if position is None or not 0 < frames <= seen.most:
             return None
 
-        stored, rows = seen.ring.values(), storage.max_size // position.slots
+        kept, rows = [] if order.ends is None else order.ends.rows.values(), storage.max_size // position.slots
+        stored = [*seen.ring.values(), *kept]
         # The last that changes is the write count.
         before, index = (position.live * rows, position.newest, order.writes, None, versions_of(stored)), None
         try:
@@ -122,7 +123,11 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             order.advance(position, frames, writer)
         except BaseException:
             # What kernels have written torch does not count.
-            self._undo(before, position, stored, frames, index is not None)
+            wrote = index is not None
+            if wrote or before[-1][len(seen.ring) :] != versions_of(kept):
+                # What comes after the newest frame is that of one which is not there.
+                order.kept_writes = -1
+            self._undo(before, position, stored, frames, wrote)
             raise
         for entity in storage._attached_entities:
             if entity is not order:

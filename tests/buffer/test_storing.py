@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import EITHER, kernels
-from rings import Ring, assert_every_frame, make_buffer, make_stream
+from rings import Ring, assert_every_frame, assert_sampled, kept_once, make_buffer, make_stream
 from tensordict import LazyStackedTensorDict, TensorDict
 from torchrl.data import (
     LazyMemmapStorage,
@@ -212,6 +212,35 @@ def test_frames_that_were_overwritten_and_not_counted_are_not_sampled(where, mon
         buffer.extend(newest)
         assert buffer.write_count == 10
         assert_every_frame(buffer, ring)
+
+
+@EITHER
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("compact", [False, True])
+def test_what_comes_after_the_newest_frame_is_not_that_of_one_which_was_not_counted(
+    where, compact, capturable, monkeypatch
+):
+    with where():
+        ring = Ring(kept_once(make_stream((2,), 30)), 8)
+        buffer = make_buffer(8, (2,), sampler=RandomSampler(), compact=compact, capturable=capturable)
+        for frames in (2, 1, 2) if compact else (4, 4, 1):
+            buffer.extend(ring.take(frames))
+        buffer.sample(4)
+
+        def interrupted(*of):
+            raise KeyboardInterrupt
+
+        on_device = buffer.capturable and buffer._on_device([buffer._written])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(*(buffer._written, "add_") if on_device else (buffer._order, "advance"), interrupted)
+            buffer.extend(ring.stream[:, 20:22])
+        with pytest.raises(RuntimeError, match="of a write that failed.*: empty" if compact else "2 slots from 1 on"):
+            buffer.sample(4)
+        if compact:
+            buffer.empty(), ring.empty()
+        for frames in (2, 1):
+            buffer.extend(ring.take(frames))
+            assert_sampled(buffer.sample(16), ring)
 
 
 def test_arguments_of_a_buffer_that_could_not_be_made():
