@@ -62,7 +62,9 @@ class Structure:
             # The constructor would check every entry once more, and with a device look for one of Apple's.
             each: Any = TensorDict._new_unsafe(held, shape, None, names, nested=False)
             each._device = node.device
-            built.append(each if node.kind is None else cast(Any, node.kind).from_tensordict(each))
+            # A tensorclass has no room for what is written besides.
+            kind: Any = node.kind if node.kind and held.keys() <= node.kind.__dataclass_fields__.keys() else None
+            built.append(each if kind is None else kind.from_tensordict(each))
         return cast(TensorDict, built[-1])
 
     def _stack_objects(self, path: KeyPath, indices: Tensor) -> NonTensorData | NonTensorStack:
@@ -194,5 +196,7 @@ def _describe(kind: tuple[Any, ...] | None) -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether one object can stand for the other; equality is asked only of what cannot change."""
-    return one is other or (type(one) is type(other) and isinstance(one, str | bytes | int | float) and one == other)
+    """Whether one object can stand for the other, which is asked only of what cannot change; 0.0 is not -0.0."""
+    return one is other or (
+        type(one) is type(other) and isinstance(one, str | bytes | int | float) and repr(one) == repr(other)
+    )

@@ -142,7 +142,7 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: Backend = "auto") ->
     if torch._C._are_functorch_transforms_active():
         # What is in a tensor cannot be asked there. Windows are cut, as the kernels cut them.
         steps = steps.clamp(min=1).minimum(_room(steps))
-    elif steps.is_cpu or resolve_backend(backend, (value, steps)) != "triton":
+    elif not steps.is_meta and (steps.is_cpu or resolve_backend(backend, (value, steps)) != "triton"):
         _check_steps(steps)
     return engine.gather_future(value, steps, backend)
 

@@ -72,7 +72,8 @@ class Order:
         if not storage.initialized and len(storage):
             # Another process made the entries; torchrl looks for them when a frame is read.
             storage.get(0)
-        entries: TensorDictBase | None = storage._storage
+        # One that has loaded what an empty one saved has a tensordict of nothing.
+        entries: TensorDictBase | None = storage._storage if storage.initialized else None
         return entries
 
     def stored(self) -> TensorDictBase | None:

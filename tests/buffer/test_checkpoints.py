@@ -5,9 +5,18 @@ import copy
 import pytest
 import torch
 from paths import no_collection
-from rings import Ring, assert_every_frame, assert_same_bytes, assert_sampled, make_buffer, make_stream, wrapped
+from rings import (
+    Ring,
+    assert_every_frame,
+    assert_same_bytes,
+    assert_sampled,
+    kept_once,
+    make_buffer,
+    make_stream,
+    wrapped,
+)
 from saving import EVERY_WAY, WAYS, loading_is_told
-from torchrl.data import SamplerWithoutReplacement
+from torchrl.data import RandomSampler, SamplerWithoutReplacement
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +49,26 @@ def test_a_buffer_that_is_resumed_goes_on_as_the_unbroken_one(way, storage, batc
         assert_sampled(other, ring, (2, 5))
         for key in one.keys(True, True):
             assert_same_bytes(one[key], other[key], key)
+
+
+@loading_is_told
+@pytest.mark.parametrize(("way", "storage"), [each for each in EVERY_WAY if each[0] != "dumps"])
+@pytest.mark.parametrize("arguments", [{}, {"compact": True}, {"capturable": True}], ids=str)
+@pytest.mark.usefixtures("not_collected")
+def test_a_buffer_in_which_nothing_was_stored(way, storage, arguments):
+    """torchrl makes a tensordict of nothing of its state."""
+
+    def make():
+        return make_buffer(8, (2,), storage=storage, sampler=RandomSampler(), batch_size=16, **arguments)
+
+    ring, resumed = Ring(kept_once(make_stream((2,), 40)), 8), WAYS[way](make(), make)
+    assert not len(resumed)
+    with pytest.raises(RuntimeError, match="Cannot sample from an empty storage"):
+        resumed.sample()
+    resumed.n_steps = 2
+    for frames in (3, 1, 7):
+        resumed.extend(ring.take(frames))
+        assert_sampled(resumed.sample(), ring, 2)
 
 
 @loading_is_told

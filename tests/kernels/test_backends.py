@@ -310,4 +310,6 @@ def test_where_values_cannot_be_compared_the_reference_runs():
     expected = windows(reward, done).reward
     verified = partial(windows, backend="verify")
     assert torch.equal(torch.func.vmap(lambda *row: verified(*row).reward)(reward, done), expected)
-    assert verified(reward.to("meta"), done.to("meta")).reward.shape == (3, 5)
+    on_meta = verified(reward.to("meta"), done.to("meta"))
+    assert on_meta.reward.shape == (3, 5)
+    assert gather_future(torch.ones(3, 5, 2, device="meta"), on_meta.steps, backend="verify").shape == (3, 5, 2)

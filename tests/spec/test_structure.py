@@ -5,9 +5,10 @@ import pytest
 import torch
 from rollouts import extend, make_rollout, window_ends
 from tensordict import NonTensorData, NonTensorStack, TensorDict, lazy_stack, tensorclass
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
 
-from multistep_triton import MultiStep, MultiStepTransform
+from multistep_triton import MultiStep, MultiStepTransform, NStepReplayBuffer
 from multistep_triton.frames import Frames
 
 pytestmark = pytest.mark.usefixtures("path")
@@ -107,6 +108,25 @@ def test_tensorclasses_stay_tensorclasses():
     assert torch.equal(out["next", "pose"].position, at_window_ends(rollout, pose.position))
 
 
+def test_a_tensorclass_without_room_for_what_is_written():
+    @tensorclass
+    class Next:
+        reward: torch.Tensor
+        done: torch.Tensor
+
+    rollout = make_rollout((2,), FRAMES).select("observation", ("next", "reward"), ("next", "done"))
+    expected = transformed(rollout)
+    rollout["next"] = Next(**rollout["next"].to_dict(), batch_size=[2, FRAMES])
+    out = transformed(rollout)
+    assert type(out["next"]) is TensorDict
+    assert (out == expected).all()
+    storage = LazyTensorStorage(2 * FRAMES, ndim=2)
+    buffer = NStepReplayBuffer(n_steps=N_STEPS, gamma=0.9, storage=storage, sampler=SamplerWithoutReplacement())
+    buffer.extend(rollout)
+    sample = buffer.sample(2 * FRAMES)
+    assert type(sample["next"]) is TensorDict and {"reward_orig", "done_orig"} <= {*sample["next"].keys()}
+
+
 def test_one_non_tensor_for_all_frames():
     rollout = make_rollout((2,), FRAMES)
     rollout["task"] = rollout["next", "task"] = "walk to the " + "door"
@@ -116,6 +136,15 @@ def test_one_non_tensor_for_all_frames():
         assert out[key] == theirs[key] == "walk to the door"
         assert isinstance(out.get(key), NonTensorData)
         assert out.get(key).batch_size == (2, FRAMES - N_STEPS)
+
+
+def test_a_non_tensor_that_is_equal_and_not_the_same():
+    transform, rollout, out = MultiStepTransform(1, 0.9), make_rollout((), 6), []
+    for t, value in enumerate((0.0, -0.0, 0.0, 0, False, 0)):
+        frame = rollout[t : t + 1]
+        frame["value"] = NonTensorData(value)
+        out.append(transform.inv(frame))
+    assert [repr(each[0]["value"]) for each in out[1:]] == ["0.0", "-0.0", "0.0", "0", "False"]
 
 
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)

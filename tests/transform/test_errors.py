@@ -290,6 +290,16 @@ DONE = torch.zeros(2, 5, dtype=torch.bool)
             "reward and done must be on one device, got reward on meta, done on cpu",
         ),
         (
+            lambda: n_step_return(torch.ones(2, 5).to_sparse(), DONE, gamma=0.9, n_steps=2),
+            TypeError,
+            "reward must be a dense tensor, got a sparse one",
+        ),
+        (
+            lambda: gather_future(torch.nested.nested_tensor([torch.ones(5)], layout=torch.jagged), DONE),
+            TypeError,
+            "value must be a dense tensor, got a nested one",
+        ),
+        (
             lambda: gather_future(torch.ones(2, 5), torch.ones(2, 5)),
             TypeError,
             "steps must be int64, got torch.float32",
