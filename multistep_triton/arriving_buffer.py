@@ -145,12 +145,13 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
                         f"for {dtype}"
                     )
                 wide[path] = leaf.dtype
-                data.set(path, leaf.to(dtype))
+                # Of a lazy stack the leaf is an element's.
+                data.set(path, data.get(path).to(dtype))
         if odd := [path for path in wide if path[0] == "next" and wide.get(path[1:], wide[path]) != wide[path]]:
             raise ValueError(f"data must hold {odd} of the dtypes at the root, to be stored alike, got {wide}")
         if order.stored() is None:
             order.wide = wide
-        elif wide != order.wide:
+        elif wide != {path: dtype for path, dtype in order.wide.items() if path in leaves}:
             raise ValueError(
                 f"store_as must be that of what is stored, whose entries came as {dict(order.wide)} and others as they "
                 f"lie there, got store_as={self.store_as} and data of {wide}"

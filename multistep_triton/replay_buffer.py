@@ -229,7 +229,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         roles = self._roles_in({**stored, **new})
         check_entries(roles, new, stored, is_filled)
         if self._checked != self._changes or not is_filled:
-            frames = Frames.read(data, roles.written)
+            frames = Frames.read(data.unsqueeze(-1) if time_dim is None else data, roles.written)
             self._groups_in(frames, roles)
             self._checked = self._changes
         self._check_room(data.numel() // (1 if time_dim is None else data.shape[time_dim]))

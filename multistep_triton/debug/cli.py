@@ -125,11 +125,13 @@ def _add_doctor(commands: Any) -> None:
         description="Prints versions, devices, and which backend runs where and why. Then runs random streams: the "
         "kernels beside the reference, compiled on every GPU and interpreted on the CPU, and the reference beside "
         "torchrl's transform, where that is right. Exits with 1 if any differ. Of a FILE it says instead which "
-        "observations an NStepReplayBuffer can keep once, with compact=True, and exits with 1 if any cannot be.",
+        "observations an NStepReplayBuffer can keep once, with compact=True, and exits with 1 if any cannot be. Keys "
+        "are the buffer's, nested names joined by dots.",
     )
     parser.set_defaults(run=_doctor, parser=parser)
     text = "a rollout of 1-step transitions [*B, T], saved with torch.save"
     parser.add_argument("file", nargs="?", metavar="FILE", type=Path, help=text)
+    _add_keys(parser)
     _add_positive_int(parser, "streams", 200, "random streams in each comparison")
     _add_seed(parser, "seed of the first stream")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -140,7 +142,7 @@ def _doctor(parser: _Parser, options: argparse.Namespace) -> int:
         from multistep_triton.debug import kept_once
 
         try:
-            return kept_once.run(options.file)
+            return kept_once.run(options.file, _keys_in(options))
         except (KeyError, TypeError, ValueError) as error:
             parser.error(str(error.args[0]))
     from multistep_triton.debug import doctor
@@ -163,13 +165,7 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("--t", metavar="T", type=int, required=True, help="the frame, from 0 on")
     parser.add_argument("--agent", metavar="I", type=int, help="which one, where each has a done flag")
     _add_n_steps_and_gamma(parser)
-    key = partial(parser.add_argument, metavar="KEY", type=_key)
-    keys = partial(parser.add_argument, metavar="KEY,..", type=_keys)
-    keys("--reward-keys", default="reward", help=f'rewards, under "next"{DEFAULT}')
-    key("--done-key", default="done", help=f'the flag under "next" that ends trajectories{DEFAULT}')
-    keys("--done-keys", help='flags under "next" (default: done,truncated,terminated)')
-    key("--mask-key", default="mask", help=f"the entry that is False where a frame is padding{DEFAULT}")
-    key("--traj-key", default="auto", help=f"the entry of trajectory ids, or none{DEFAULT}")
+    _add_keys(parser)
     parser.add_argument("--plot", metavar="PNG", type=Path, help="draw the windows around it, and the first reward")
 
 
@@ -185,11 +181,7 @@ def _explain(parser: _Parser, options: argparse.Namespace) -> int:
         multistep = MultiStep(
             options.gamma,
             options.n_steps,
-            reward_keys=options.reward_keys,
-            done_key=options.done_key,
-            done_keys=options.done_keys,
-            mask_key=options.mask_key,
-            traj_key=None if options.traj_key == "none" else options.traj_key,
+            **_keys_in(options),
             backend="reference",
         )
         windows = Windows(load_rollout(options.file), options.env, options.agent, multistep)
@@ -204,6 +196,23 @@ def _explain(parser: _Parser, options: argparse.Namespace) -> int:
         parser.error(f"{options.file} cannot be explained: {type(error).__name__}: {_one_line(error)}")
     print(f"{title}\n{text}")
     return 0
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    key = partial(parser.add_argument, metavar="KEY", type=_key)
+    keys = partial(parser.add_argument, metavar="KEY,..", type=_keys)
+    keys("--reward-keys", default="reward", help=f'rewards, under "next"{DEFAULT}')
+    key("--done-key", default="done", help=f'the flag under "next" that ends trajectories{DEFAULT}')
+    keys("--done-keys", help='flags under "next" (default: done,truncated,terminated)')
+    key("--mask-key", default="mask", help=f"the entry that is False where a frame is padding{DEFAULT}")
+    key("--traj-key", default="auto", help=f"the entry of trajectory ids, or none{DEFAULT}")
+
+
+def _keys_in(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that :func:`_add_keys` has added."""
+    names = ("reward_keys", "done_key", "done_keys", "mask_key")
+    traj_key = None if options.traj_key == "none" else options.traj_key
+    return {**{name: getattr(options, name) for name in names}, "traj_key": traj_key}
 
 
 def _one_line(message: object) -> str:

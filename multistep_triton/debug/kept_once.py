@@ -5,7 +5,9 @@ May import ``twins``, ``postproc`` and what they may, ``explain`` and ``verify``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +21,12 @@ from multistep_triton.stored import leaves_of
 from multistep_triton.twins import find_twins, marks_of
 
 
-def run(path: Path) -> int:
+def run(path: Path, keys: Mapping[str, Any]) -> int:
     """Prints of every entry under "next" that is at the root, too, whether it can be kept once, and why not.
+
+    Args:
+        path: of the rollout.
+        keys: arguments that name its entries, as of :class:`multistep_triton.MultiStep`.
 
     Returns:
         0 if all can; else 1.
@@ -35,7 +41,7 @@ def run(path: Path) -> int:
         raise ValueError(f"FILE must hold frames [*B, T], got {[*data.batch_size]}")
     dims, every = data.ndim, leaves_of(data, data.ndim)
     leaves = {key: leaf.movedim(dims - 1, 0) for key, leaf in every.items() if isinstance(leaf, torch.Tensor)}
-    multistep = MultiStep(1.0, 1)
+    multistep = MultiStep(1.0, 1, **keys)
     roles = multistep._roles_in(leaves)
     multistep._groups_in(Frames.read(data), roles)  # which looks at flags
     twins, marks = find_twins(roles, leaves), marks_of(roles, leaves)

@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 from paths import EITHER
-from rings import Drawn, kept_once, make_buffer, make_stream
+from rings import Drawn, assert_same_bytes, kept_once, make_buffer, make_stream
+from tensordict import lazy_stack
 from torchrl.data import LazyMemmapStorage
 
 from multistep_triton import NStepReplayBuffer
@@ -68,6 +69,28 @@ def test_what_is_sampled_is_what_came_rounded_once(where, wide, narrow, compact,
         if not compact:
             assert stored["next", "observation"].dtype == narrow
         assert buffer.store_as == store_as
+
+
+@EITHER
+@pytest.mark.parametrize("capturable", [False, True])
+def test_calls_alike_are_verified(where, capturable):
+    with where():
+        stream = make_wide_stream((3,), 15, torch.float32)
+        buffer = make_buffer(
+            6, (3,), store_as={"observation": torch.bfloat16}, backend="verify", capturable=capturable, sampler=None
+        )
+        for part in stream.split(1, -1):
+            buffer.extend(part)
+        assert buffer.write_count == 15 and buffer.sample(4)["observation"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_lazy_stacks(dim):
+    stream, store_as = make_wide_stream((3,), 6, torch.float32), {"observation": torch.bfloat16}
+    buffer, usual = (make_buffer(6, (3,), store_as=store_as) for _ in range(2))
+    buffer.extend(lazy_stack([*stream.unbind(dim)], dim)), usual.extend(stream)
+    for key, leaf in everything(usual).items(True, True):
+        assert_same_bytes(everything(buffer)[key], leaf, key)
 
 
 @pytest.mark.parametrize("way", ["state", "dumps", "copy", "pickle", "memmap"])
@@ -144,6 +167,8 @@ def test_data_of_another_dtype_than_came_before():
     before = everything(buffer)
     with pytest.raises(ValueError, match="must be that of what is stored, whose entries came as"):
         buffer.extend(make_wide_stream((3,), 4, torch.float32))
+    with pytest.raises(KeyError, match=r"data must hold \('next', 'observation'\), got the entries"):
+        buffer.extend(make_wide_stream((3,), 4, torch.float64).exclude(("next", "observation")))
     assert torch.equal(everything(buffer)["number"], before["number"])
     other = NStepReplayBuffer(n_steps=1, gamma=1.0, storage=buffer.storage)
     assert other.sample(3)["observation"].dtype == torch.float64

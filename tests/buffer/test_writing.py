@@ -15,7 +15,7 @@ from rings import (
     wrapped,
 )
 from rollouts import frames, make_rollout
-from tensordict import NonTensorStack
+from tensordict import NonTensorStack, TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer, TensorDictRoundRobinWriter
 from torchrl.envs.transforms import Transform
 
@@ -51,6 +51,18 @@ def test_add():
     buffer.extend(ring.take(5))
     buffer.add(ring.take(1)[0])
     assert_every_frame(buffer, ring)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("key", ["mask", ("collector", "traj_ids")])
+def test_add_as_the_first_of_frames_whose_agents_share_marks(key, shape):
+    agents = TensorDict({"done": torch.zeros(2, 1, dtype=torch.bool), "reward": torch.ones(2, 1)})
+    frame = TensorDict({"next": {"agents": agents}})
+    frame[key] = torch.ones(shape, dtype=torch.bool if key == "mask" else torch.int64)
+    buffer = make_buffer(8, done_key=("agents", "done"), reward_keys=[("agents", "reward")], gamma=1.0)
+    for _ in range(3):
+        buffer.add(frame)
+    assert everything(buffer)["next", "agents", "reward"][..., 0].tolist() == [[3.0, 3.0], [2.0, 2.0], [1.0, 1.0]]
 
 
 @pytest.mark.parametrize("batch", [(2,), (2, 2), (2, 3), (2, 2, 2)], ids=str)

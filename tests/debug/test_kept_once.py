@@ -18,6 +18,16 @@ def test_a_rollout_that_can_be_kept_once(batch, tmp_path, capsys):
     assert capsys.readouterr().out.count("can be kept once") == 2
 
 
+def test_a_rollout_of_other_keys(tmp_path, capsys):
+    stream = kept_once(make_stream((3,), 20, p_done=0.3)).exclude(("next", "truncated"), ("next", "terminated"))
+    stream["next", "agents"] = {"dead": stream["next", "done"]}
+    command = saved(tmp_path, stream.exclude(("next", "done")))
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "('next', 'done')" in capsys.readouterr().err
+    assert main([*command, "--done-key", "agents.dead", "--done-keys", "agents.dead"]) == 0
+
+
 def test_the_first_frame_that_was_altered_is_named(tmp_path, capsys):
     stream = kept_once(make_stream((3,), 20, p_done=0.0))
     stream["observation"][1, 7] += 1
