@@ -34,6 +34,7 @@ FIRST = (
 CORE = (
     "tests/buffer/test_storing.py",
     "tests/buffer/test_capturable.py",
+    "tests/buffer/test_checkpoints.py",
     "tests/buffer/test_outputs.py",
     "tests/buffer/test_writing.py",
     "tests/buffer/test_prefetching.py",
@@ -332,7 +333,7 @@ MUTATIONS = (
              "to = own % end_slots"),
     Mutation("ends: none before", "multistep_triton/ends", "ended[0] = False", "pass"),
     Mutation("ends: counts behind the last slot", "multistep_triton/ends", "if frames > before_seam:", "if False:"),
-    Mutation("ends: interrupted", "multistep_triton/storing_buffer",
+    Mutation("buffer: interrupted, kept once", "multistep_triton/storing_buffer",
              "if wrote or before[-1][len(seen.ring) :] != versions_of(kept):", "if False:"),
     Mutation("ends: lost", "multistep_triton/ends", "- self.slots).clamp", "- self.slots - 1).clamp"),
     Mutation("ends: stands in", "multistep_triton/eager_ends", "torch.where(is_end, self.newest, around[0])",
