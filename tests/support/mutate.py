@@ -348,7 +348,7 @@ MUTATIONS = (
              "False or"),
     Mutation("ends: of what arguments", "multistep_triton/compact_buffer", "order.kept_by != (by := self._kept_by())",
              "(by := self._kept_by()) != by"),
-    Mutation("narrow: of what came", "multistep_triton/arriving_buffer", "elif wide != order.wide:", "elif False:"),
+    Mutation("narrow: of what came", "multistep_triton/arriving_buffer", "elif wide != {path:", "elif False and {path:"),
     Mutation("narrow: rewards", "multistep_triton/arriving_buffer", "roles.is_role(path, leaf) or not is_wide",
              "not is_wide"),
 )  # fmt: skip
