@@ -55,7 +55,8 @@ class Ends:
     def find_ended(self, data: Leaves, ring: Leaves, newest: int | None) -> Tensor:
         """Whether the frame before each was an end, bool ``[T, *R]``; arguments as for :meth:`find_writes`.
 
-        Leaves of the storage, ``ring``, are those before any frame is stored.
+        Leaves of the storage, ``ring``, are those before any frame is stored. What is said of the first frame, if there
+        is none before it, may pass on a row that no frame asks for.
         """
         lead, frames = self.count.shape[1:], next(iter(data.values())).shape[0]
 
@@ -66,10 +67,7 @@ class Ends:
         flags = [flag(key) for key in self.done]
         done = functools.reduce(torch.bitwise_or, [of.any(-1) if of.shape[-1] > 1 else of[..., 0] for of in flags])
         mask, traj = (None if key is None else flag(key)[..., 0] for key in (self.mask, self.traj))
-        ended = find_boundaries(done, mask, traj, 0)[:-1]
-        if newest is None:
-            ended[0] = False
-        return ended
+        return find_boundaries(done, mask, traj, 0)[:-1]
 
     def find_writes(self, data: Leaves, ended: Tensor, newest: int | None, slot: int) -> Callable[[], None]:
         """What remains to be done when frames ``[T, *R, ...]`` have been stored, at most ``C`` of them.

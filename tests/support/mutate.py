@@ -331,7 +331,6 @@ MUTATIONS = (
     Mutation("keep: counted on", "keep", "count += tl.sum(ended, 1)[:, None]", "pass"),
     Mutation("keep: the newest", "keep", "to = tl.where(is_newest, end_slots, own % end_slots)",
              "to = own % end_slots"),
-    Mutation("ends: none before", "multistep_triton/ends", "ended[0] = False", "pass"),
     Mutation("ends: counts behind the last slot", "multistep_triton/ends", "if frames > before_seam:", "if False:"),
     Mutation("buffer: interrupted, kept once", "multistep_triton/storing_buffer",
              "if wrote or before[-1][len(seen.ring) :] != versions_of(kept):", "if False:"),
@@ -348,7 +347,8 @@ MUTATIONS = (
              "False or"),
     Mutation("ends: of what arguments", "multistep_triton/compact_buffer", "order.kept_by != (by := self._kept_by())",
              "(by := self._kept_by()) != by"),
-    Mutation("narrow: of what came", "multistep_triton/arriving_buffer", "elif wide != {path:", "elif False and {path:"),
+    Mutation("narrow: of what came", "multistep_triton/arriving_buffer", "elif wide != {path:",
+             "elif False and {path:"),
     Mutation("narrow: rewards", "multistep_triton/arriving_buffer", "roles.is_role(path, leaf) or not is_wide",
              "not is_wide"),
 )  # fmt: skip
