@@ -17,9 +17,8 @@ from torch import Tensor
 from multistep_triton.carry import Carry, Slots, find_slots
 from multistep_triton.eager_ring import n_step_sample as n_step_sample
 from multistep_triton.eager_ring import store_frames as store_frames
-from multistep_triton.eager_ring import write_runs
 from multistep_triton.task import Leaves, Results, Task, return_dtype
-from multistep_triton.windows import discounts, find_windows, index_dtype, take_rows
+from multistep_triton.windows import discounts, find_windows, index_dtype, take_rows, write_runs
 
 # Up to this many bytes, joining carry and data costs less than the calls it takes to read them where they lie.
 JOIN_BYTES = 1 << 16

@@ -17,7 +17,17 @@ from multistep_triton.eager_ends import Counted, Following
 from multistep_triton.ends import Ends
 from multistep_triton.samples import Samples, sampled_where_frames_are
 from multistep_triton.task import AFTER_END, Leaves, Results, Task, find, return_dtype, summed_dtype
-from multistep_triton.windows import Taker, find_boundaries, find_windows, move_rows, powers_of, take_rows, takers
+from multistep_triton.windows import (
+    Taker,
+    find_boundaries,
+    find_windows,
+    move_rows,
+    powers_of,
+    runs_of,
+    take_rows,
+    takers,
+    write_runs,
+)
 
 
 @sampled_where_frames_are
@@ -137,10 +147,8 @@ def store_frames(
     slot, frames = int(slot) % slots, next(iter(data.values())).shape[time_dim]
     index = _frames_in_order(frames, *lead, device=kept.device).clone()
     index.select(1, 0).add_(slot)
-    if slot + frames <= slots:
-        runs = [(slot, frames)]
-    else:
-        runs = [(slot, slots - slot), (0, slot + frames - slots)]
+    runs = runs_of(slot, frames, slots)
+    if len(runs) > 1:
         index.select(1, 0).remainder_(slots)
     if time_dim:
         data = {key: leaf.transpose(0, time_dim) for key, leaf in data.items()}
@@ -161,10 +169,3 @@ def store_frames(
 def _frames_in_order(*sizes: int, device: torch.device) -> Tensor:
     """The index of every frame of ``sizes``, time first."""
     return torch.cartesian_prod(*[torch.arange(size, device=device) for size in sizes]).view(-1, len(sizes))
-
-
-def write_runs(leaf: Tensor, frames: Tensor, runs: list[tuple[int, int]], time_dim: int) -> None:
-    """Writes frames into runs of slots."""
-    parts = (frames,) if len(runs) == 1 else frames.split_with_sizes([count for _, count in runs], time_dim)
-    for (slot, count), part in zip(runs, parts, strict=True):
-        leaf[(*[slice(None)] * time_dim, slice(slot, slot + count))].copy_(part)

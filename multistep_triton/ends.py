@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from multistep_triton.task import Leaves
-from multistep_triton.windows import bits, find_boundaries
+from multistep_triton.windows import bits, find_boundaries, runs_of, write_runs
 
 
 @dataclass(slots=True, eq=False)
@@ -88,12 +88,9 @@ class Ends:
         if len(time):
             row, first = (count[found] - 1) % ends, time == 0
             of_newest, of_data = [(row[chosen], *(each[chosen] for each in others)) for chosen in (first, ~first)]
-        before_seam = slots - slot
 
         def write() -> None:
-            self.count[slot : slot + frames] = count[:before_seam]
-            if frames > before_seam:
-                self.count[: frames - before_seam] = count[before_seam:]
+            write_runs(self.count, count, runs_of(slot, frames, slots), 0)
             for key, rows in self.rows.items():
                 kept, leaf = bits(rows), bits(data[key].to(rows.dtype))
                 if len(time):

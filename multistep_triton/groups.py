@@ -126,8 +126,9 @@ def _check_entries(frames: Frames, roles: Roles) -> None:
     for path in roles.needed:
         if path not in leaves:
             raise KeyError(f"data must hold a tensor at {path}, got the entries {list(leaves)}")
-    named = dict.fromkeys(roles.rewards, "reward_keys") | dict.fromkeys(roles.dones, "done_keys")
-    named |= {roles.mask: "mask_key"} | ({} if roles.traj is None else {roles.traj: "traj_key"})
+    named: dict[KeyPath | None, str] = {roles.mask: "mask_key", roles.traj: "traj_key"}
+    named.update({path: "reward_keys" for path in roles.rewards})
+    named.update({path: "done_keys" for path in roles.dones})
     for path in objects:
         if path in named:
             raise TypeError(f"{path}, named by {named[path]}, must be a tensor, got a non-tensor")

@@ -125,6 +125,19 @@ def move_rows(rows: Tensor, slots: int | Tensor, live: int, envs: int) -> Tensor
     return torch.add(rows, slots, alpha=envs) % (live * envs)
 
 
+def runs_of(slot: int, frames: int, slots: int) -> list[tuple[int, int]]:
+    """First slot and length of the runs of slots that frames go to, from a slot on; after the last comes the first."""
+    near = min(frames, slots - slot)
+    return [(slot, near)] if near == frames else [(slot, near), (0, frames - near)]
+
+
+def write_runs(leaf: Tensor, frames: Tensor, runs: list[tuple[int, int]], time_dim: int) -> None:
+    """Writes frames into runs of slots."""
+    parts = (frames,) if len(runs) == 1 else frames.split_with_sizes([count for _, count in runs], time_dim)
+    for (slot, count), part in zip(runs, parts, strict=True):
+        leaf[(*[slice(None)] * time_dim, slice(slot, slot + count))].copy_(part)
+
+
 def take_rows(value: Tensor, rows: Tensor) -> Tensor:
     """Rows of ``value`` ``[N, *F]``, bit for bit, in new memory."""
     return _taker(value, value.shape[:1])(rows)

@@ -178,12 +178,7 @@ def _explain(parser: _Parser, options: argparse.Namespace) -> int:
             parser.error(f"argument --plot: must end in .png or another picture's suffix, got {options.plot}")
         from multistep_triton.debug.plot import draw_windows
     try:
-        multistep = MultiStep(
-            options.gamma,
-            options.n_steps,
-            **_keys_in(options),
-            backend="reference",
-        )
+        multistep = MultiStep(options.gamma, options.n_steps, **_keys_in(options), backend="reference")
         windows = Windows(load_rollout(options.file), options.env, options.agent, multistep)
         title = f"{options.file.name}{windows.where}: n_steps = {options.n_steps}, gamma = {options.gamma:g}"
         text = windows.explain(options.t)

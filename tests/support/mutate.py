@@ -230,8 +230,7 @@ MUTATIONS = (
     Mutation("layout: slots that are free", "multistep_triton/carry", "known <= carry.capacity <=",
              "known <= carry.capacity + 1 <="),
     # the fast path, the carry, and the buffer
-    Mutation("fast: stored after the last slot", "multistep_triton/eager_ring", "(0, slot + frames - slots)",
-             "(0, slot + frames)"),
+    Mutation("fast: stored after the last slot", "multistep_triton/windows", "near), (0, frames", "near), (1, frames"),
     Mutation("fast: index after the last slot", "multistep_triton/eager_ring", ".remainder_(slots)",
              ".remainder_(slots + 1)"),
     Mutation("drawn: in eager mode", "multistep_triton/samples", "others.append(slot % size)", "others.append(slot)"),
@@ -331,7 +330,6 @@ MUTATIONS = (
     Mutation("keep: counted on", "keep", "count += tl.sum(ended, 1)[:, None]", "pass"),
     Mutation("keep: the newest", "keep", "to = tl.where(is_newest, end_slots, own % end_slots)",
              "to = own % end_slots"),
-    Mutation("ends: counts behind the last slot", "multistep_triton/ends", "if frames > before_seam:", "if False:"),
     Mutation("buffer: interrupted, kept once", "multistep_triton/storing_buffer",
              "if wrote or before[-1][len(seen.ring) :] != versions_of(kept):", "if False:"),
     Mutation("ends: lost", "multistep_triton/ends", "- self.slots).clamp", "- self.slots - 1).clamp"),
