@@ -50,11 +50,11 @@ def getter(keys: Sequence[Hashable]) -> Callable[[Leaves], tuple[Tensor, ...]]:
 
 def dtype_of(keys: Keys, key: Hashable, dtype: torch.dtype) -> torch.dtype:
     """That in which a leaf comes out of the kernels; the interpreter does not convert as GPUs do."""
-    return dtype if windows.INTERPRETED else keys.wide.get(key, dtype)
+    return dtype if windows.INTERPRETED else keys.wide_dtypes.get(key, dtype)
 
 
 def _units(keys: Keys, key: Hashable, dtype: torch.dtype, count: int, address: int) -> tuple[Any, ...]:
-    wide = keys.wide.get(key)
+    wide = keys.wide_dtypes.get(key)
     if wide is None or windows.INTERPRETED:
         return rows.units_of(count * dtype.itemsize, address)
     return rows.units_as(count, (address, 0), dtype, wide)
@@ -63,7 +63,7 @@ def _units(keys: Keys, key: Hashable, dtype: torch.dtype, count: int, address: i
 def find_plan(keys: Keys, addresses: tuple[int, ...], every: bool = True) -> Plan:
     """The plan for leaves at such addresses; ``every`` output is copied, or those gathered."""
     default_dtype = torch.get_default_dtype()
-    plan: Plan = keys.find(
+    plan: Plan = keys.compute_once(
         ("plan", addresses, every, default_dtype), lambda: _make_plan(keys, addresses, every, default_dtype)
     )
     return plan

@@ -1,6 +1,6 @@
 """Sampling: the windows of frames that were picked from a ring, in two launches.
 
-Whoever samples the same leaves again and again hands them over as :class:`multistep_triton.task.KnownLeaves`; what a
+Whoever samples the same leaves again and again hands them over as :class:`multistep_triton.task.CachedLeaves`; what a
 launch is given of them, and of a batch of a size, is found out once.
 """
 
@@ -18,10 +18,10 @@ from multistep_triton.kernels.layout import lie_alike, lie_in_order
 from multistep_triton.kernels.plan import Plan, copy_rows, find_plan, powers, roles_of, tile_of, widened
 from multistep_triton.kernels.run import ALIGNMENT, aligned, check_fits, on, run
 from multistep_triton.samples import Samples
-from multistep_triton.task import AFTER_END, Leaves, Results, Task, find
+from multistep_triton.task import AFTER_END, Leaves, Results, Task, compute_once
 
 
-class _Ready(NamedTuple):
+class _Prepared(NamedTuple):
     """What launches are given of leaves, n and the number of samples, and not of which samples."""
 
     plan: Plan
@@ -51,11 +51,12 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     count, drawn, dims, longest = indices[0].shape[0], sizes is not None, len(sizes or indices), min(task.n_steps, live)
     # What lies otherwise is copied for every call.
     as_it_lies = (
-        find(data, "in order", lambda: lie_in_order(data.values(), task.keys.has_complex)) and not windows.INTERPRETED
+        compute_once(data, "in order", lambda: lie_in_order(data.values(), task.keys.has_complex))
+        and not windows.INTERPRETED
     )
     known, of = data if as_it_lies else {}, (dims, count, longest, drawn)
     kept = task.keys, torch.get_default_dtype(), of
-    ready = find(known, ("sample", *kept), lambda: _make_ready(task, data, ends, *of))
+    ready = compute_once(known, ("sample", *kept), lambda: _prepare(task, data, ends, *of))
     plan, roles, sources, of_ends, count_leaf, out_likes, likes, rest, (envs, agents), others, *launch = ready
     (*flags, rewards), (kind, programs, tile, inner) = roles, launch
     end_slots = 0 if ends is None else ends.slots
@@ -90,14 +91,16 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     if windows.INTERPRETED:
         returns.update({key: each.to(returns[key].dtype) for key, each in summed.items()})
         leaves.update(
-            (out, leaves[out].to(task.keys.wide[key])) for out, key, _ in task.keys.outputs if key in task.keys.wide
+            (out, leaves[out].to(task.keys.wide_dtypes[key]))
+            for out, key, _ in task.keys.outputs
+            if key in task.keys.wide_dtypes
         )
     return results
 
 
-def _make_ready(
+def _prepare(
     task: Task, data: Leaves, ends: Ends | None, dims: int, count: int, longest: int, drawn: bool
-) -> _Ready:
+) -> _Prepared:
     keys = task.keys
     data, inner, agents = lie_alike(data, dims, 0, keys)
     first = next(iter(data.values()))
@@ -113,7 +116,7 @@ def _make_ready(
     def like(features: tuple[int, ...], dtype: torch.dtype, rows: int = count) -> Tensor:
         return torch.empty(1, dtype=dtype, device=device).expand(rows, *features)
 
-    return _Ready(
+    return _Prepared(
         plan,
         roles_of(keys, data, data),
         plan.take_rows(data),

@@ -20,7 +20,7 @@ from multistep_triton.kernels.plan import getter
 from multistep_triton.kernels.rows import copy_tile
 from multistep_triton.kernels.run import ALIGNMENT, as_real, check_fits, is_amd, on, run
 from multistep_triton.kernels.windows import INTERPRETED
-from multistep_triton.task import Leaves, find
+from multistep_triton.task import Leaves, compute_once
 
 # Where what comes after frames is kept, so that five programs share a multiprocessor, for fewer units each.
 MOST_REGISTERS, KEPT_TILE = 96, rows.TILE // 2
@@ -110,7 +110,7 @@ class _Plan(NamedTuple):
         return sum(tiles) - (-count // rows.TILE)
 
 
-class _Ready(NamedTuple):
+class _Prepared(NamedTuple):
     """What launches are given of a ring, and not of frames."""
 
     sizes: torch.Size
@@ -139,7 +139,7 @@ def store_frames(
     ends: Ends | None = None,
 ) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`."""
-    ready = find(ring, ("store", dims, ends), lambda: _make_ready(data, ring, dims, ends))
+    ready = compute_once(ring, ("store", dims, ends), lambda: _prepare(data, ring, dims, ends))
     (slots, *lead), stored, kept, take, flags, flag_widths, has_complex, plans = ready
     first = next(iter(data.values()))
     frames, envs, device = first.shape[time_dim], math.prod(lead), first.device
@@ -185,7 +185,7 @@ def store_frames(
     return index
 
 
-def _make_ready(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Ready:
+def _prepare(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Prepared:
     stored = {key: ring[key] for key in data if key in ring}
     kept = {} if ends is None else ends.rows
     marks: tuple[tuple[tuple[Any, Tensor], ...], ...] = (), (), ()
@@ -195,7 +195,7 @@ def _make_ready(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Re
         marks = tuple([tuple([(key, ring[key]) for key in keys]) for keys in of_kind])
     widths = tuple([leaf.numel() // max(sizes.numel(), 1) for _, leaf in marks[0]])
     has_complex = any([leaf.is_complex() for leaf in (*stored.values(), *kept.values())])
-    return _Ready(sizes, stored, kept, getter([*stored, *kept]), marks, widths, has_complex, {})
+    return _Prepared(sizes, stored, kept, getter([*stored, *kept]), marks, widths, has_complex, {})
 
 
 def _find_job(data: Leaves, to: Mapping[Any, Tensor], dims: int) -> tuple[Any, Any, Any]:

@@ -78,7 +78,7 @@ class MultiStepBase(Arguments):
     def _groups_in(self, frames: Frames, roles: Roles) -> list[Group]:
         """The groups of the entries."""
         layout, match = frames.structure.layout, self._match_reward_shape
-        groups: list[Group] = layout.find((roles, match), lambda: find_groups(frames, roles, match))
+        groups: list[Group] = layout.compute_once((roles, match), lambda: find_groups(frames, roles, match))
         return groups
 
     def _output_leaves(

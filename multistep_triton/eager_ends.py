@@ -15,7 +15,7 @@ from multistep_triton.ends import Ends
 from multistep_triton.windows import Taker, bits, move_rows
 
 
-class Counted:
+class EndCounts:
     """Frames ``[N]`` of a storage of ``live`` slots, each of ``envs`` rows, and the ends of their environments."""
 
     def __init__(self, ends: Ends, newest: int, live: int, envs: int, rows: Tensor) -> None:
@@ -51,10 +51,10 @@ class Counted:
         return self.count(self.newest) - number > self.ends.slots
 
 
-class Following:
+class NextRows:
     """What comes after frames: what the next ones hold, but after ends that are not gone, and after the newest."""
 
-    def __init__(self, rows: Tensor, counted: Counted) -> None:
+    def __init__(self, rows: Tensor, counted: EndCounts) -> None:
         """Where it lies."""
         self.after, ends = move_rows(rows, 1, counted.live, counted.envs), counted.ends
         number, is_newest = counted.count(rows), rows == counted.newest

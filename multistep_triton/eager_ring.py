@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multistep_triton.eager_ends import Counted, Following
+from multistep_triton.eager_ends import EndCounts, NextRows
 from multistep_triton.ends import Ends
 from multistep_triton.samples import Samples, sampled_where_frames_are
-from multistep_triton.task import AFTER_END, Leaves, Results, Task, find, return_dtype, summed_dtype
+from multistep_triton.task import AFTER_END, Leaves, Results, Task, compute_once, return_dtype, summed_dtype
 from multistep_triton.windows import (
     Taker,
     find_boundaries,
@@ -40,7 +40,7 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     own, take = samples.rows_in(sizes), takers(data, sizes)
     counted = lost = None
     if samples.ends is not None:
-        counted = Counted(samples.ends, samples.newest, live, envs, own)
+        counted = EndCounts(samples.ends, samples.newest, live, envs, own)
         own, lost = counted.rows, counted if counted.has_lost else None
     first: dict[Any, Tensor] = {}
     if samples.n_steps is None and lost is None and 2 * live * envs <= 3 * n_steps * len(own):
@@ -50,24 +50,30 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
         length, returns, nonterminal, first = _windows_of_frames(task, samples, data, own, take, envs, lost)
     end, steps = move_rows(own, length, live, envs), length + 1
     leaves = {}
-    following: Following | None = None
+    following: NextRows | None = None
     for out, key, at in keys.outputs:
         if at == AFTER_END:
             assert counted is not None
-            following = following or Following(end, counted)
+            following = following or NextRows(end, counted)
             leaves[out] = following.take(key, take[key])
         elif key in first and not at:
             leaves[out] = first[key].clone()
         else:
             leaves[out] = take[key](end if at else own)
-        if key in keys.wide:
-            leaves[out] = leaves[out].to(keys.wide[key])
-    powers = find(data, ("powers", gamma, n_steps), lambda: powers_of(gamma, n_steps, own.device))
+        if key in keys.wide_dtypes:
+            leaves[out] = leaves[out].to(keys.wide_dtypes[key])
+    powers = compute_once(data, ("powers", gamma, n_steps), lambda: powers_of(gamma, n_steps, own.device))
     return Results(leaves, returns, steps, powers.index_select(0, steps), nonterminal)
 
 
 def _windows_of_frames(
-    task: Task, samples: Samples, data: Leaves, own: Tensor, take: Mapping[Any, Taker], envs: int, lost: Counted | None
+    task: Task,
+    samples: Samples,
+    data: Leaves,
+    own: Tensor,
+    take: Mapping[Any, Taker],
+    envs: int,
+    lost: EndCounts | None,
 ) -> tuple[Tensor, dict[Any, Tensor], Tensor, dict[Any, Tensor]]:
     """Of windows of rows, how many frames come after the first, returns, nonterminal, and first frames of some keys.
 
@@ -76,7 +82,7 @@ def _windows_of_frames(
     keys, n_steps, live = task.keys, task.n_steps, samples.live
     # One frame more tells whether the trajectory goes on after the first and, where ends may be gone, after the last.
     count = min(max(n_steps, 2) + (lost is not None), live)
-    ahead: Tensor = find(data, ("ahead", count), lambda: torch.arange(count, device=own.device).unsqueeze(1))
+    ahead: Tensor = compute_once(data, ("ahead", count), lambda: torch.arange(count, device=own.device).unsqueeze(1))
     # First all first frames, then the next ones, and so on.
     walk = move_rows(own, ahead, live, envs)
     rows = walk.view(-1)

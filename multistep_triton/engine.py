@@ -19,7 +19,7 @@ from multistep_triton.backends import circumstances, resolve_backend
 from multistep_triton.carry import Carry
 from multistep_triton.ends import Ends
 from multistep_triton.samples import Samples
-from multistep_triton.task import Leaves, Results, Task, find
+from multistep_triton.task import Leaves, Results, Task, compute_once
 
 
 def n_step_extend(task: Task, carry: Carry | None, data: Leaves, backend: str = "auto") -> Results:
@@ -37,7 +37,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves, backend: str = 
             is the data's own. Neither the frames of ``carry`` nor ``data`` are modified.
     """
     keys, graph = task.keys, torch.is_grad_enabled() and any([leaf.requires_grad for leaf in data.values()])
-    chosen: str = keys.find(
+    chosen: str = keys.compute_once(
         ("backend", graph, *circumstances(backend)),
         lambda: resolve_backend(backend, data.values(), [data[key] for key in keys.rewards]),
     )
@@ -127,7 +127,7 @@ def gather_future(value: Tensor, steps: Tensor, backend: str = "auto") -> Tensor
 
 def _resolve(backend: str, data: Leaves, others: Iterable[Tensor], rewards: Sequence[Hashable] = ()) -> str:
     """The backend that runs on leaves and others on their device; looked for once of leaves that are known."""
-    chosen: str = find(
+    chosen: str = compute_once(
         data,
         ("backend", *circumstances(backend)),
         lambda: resolve_backend(backend, [*data.values(), *others], [data[key] for key in rewards]),

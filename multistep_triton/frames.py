@@ -55,7 +55,7 @@ class Structure:
         if self.objects:
             built = [self._stack_objects(*each) if each[0] in self.objects else each[1] for each in leaves.items()]
         paths = tuple(leaves)
-        for node, entries in self.layout.find(paths, lambda: self.layout.arrange(paths)):
+        for node, entries in self.layout.compute_once(paths, lambda: self.layout.arrange(paths)):
             shape = torch.Size((*batch_size, *node.tail)) if node.tail else batch_size
             names = node.names and [*node.names]
             held = {name: built[at] for name, at in entries}
@@ -117,7 +117,7 @@ class Frames:
         sizes = data.batch_size
         layout, values = read_layout(data, ndim)
         leaves = dict(zip(layout.kinds, values, strict=True))
-        layout, dropped, left_out = layout.find(("without", without), lambda: layout.without(without))
+        layout, dropped, left_out = layout.compute_once(("without", without), lambda: layout.without(without))
         for path in dropped:
             del leaves[path]
         return cls(sizes[:ndim], leaves, Structure(sizes[: ndim - 1], layout), left_out)

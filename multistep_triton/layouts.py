@@ -20,7 +20,7 @@ from tensordict import (
 )
 from torch import Tensor
 
-from multistep_triton.task import Known
+from multistep_triton.task import Cache
 
 KeyPath = tuple[str, ...]
 Kind = tuple[Any, ...]
@@ -38,7 +38,7 @@ class Node(NamedTuple):
     device: torch.device | None
 
 
-class Layout(Known):
+class Layout(Cache):
     """What tensordicts have but their frames. Those of equal kinds can be joined; equal ones are mostly one object."""
 
     def __init__(self, kinds: tuple[tuple[KeyPath, Kind], ...], nodes: tuple[tuple[KeyPath, Node], ...]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer
 
+from multistep_triton.buffer.stored import check_time_dim
 from multistep_triton.carrying import CarryingTransform
 from multistep_triton.neighbours import (
     check_around,
@@ -22,7 +23,6 @@ from multistep_triton.neighbours import (
     facts_of,
 )
 from multistep_triton.roles import TRAJ_PATH
-from multistep_triton.stored import check_time_dim
 from multistep_triton.torchrl_internals import Calls, sample_unit_of, taking_buffer, transforms_in, using_buffer
 
 if TYPE_CHECKING:

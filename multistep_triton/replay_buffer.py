@@ -1,7 +1,7 @@
 """NStepReplayBuffer: single steps are stored, n-step transitions are sampled.
 
 Owns what is sampled of frames, and which data may be stored. May import ``base`` and what it may,
-``samples``, ``neighbours``, ``stored``, ``sampled_buffer`` and ``torchrl_internals``.
+``samples``, ``neighbours``, ``stored``, ``sampled`` and ``torchrl_internals``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing_extensions import Unpack
 from multistep_triton.arguments import ARGUMENTS, Argument, DoneAt, TorchRLArguments
 from multistep_triton.backends import Backend
 from multistep_triton.base import MultiStepBase
-from multistep_triton.capturable import CapturableReplayBuffer
+from multistep_triton.buffer.capturable import CapturableReplayBuffer
+from multistep_triton.buffer.outputs import Selection, StoredLayout
+from multistep_triton.buffer.repeated import INDEX
+from multistep_triton.buffer.stored import Leaves, Position, check_index, check_slots
 from multistep_triton.checks import check_bool, check_not_captured, check_steps
 from multistep_triton.frames import Frames
 from multistep_triton.neighbours import check_mixing, check_transforms
-from multistep_triton.outputs import Asked, StoredLayout
 from multistep_triton.roles import as_key, check_entries, check_single_steps
 from multistep_triton.samples import Samples
-from multistep_triton.stored import Leaves, Position, check_index, check_slots
-from multistep_triton.storing import INDEX
 from multistep_triton.torchrl_internals import calls, refuse_other_ways
 
 Steps = int | tuple[int, int]
@@ -127,7 +127,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
     """
 
     _layout_before: StoredLayout | None = None
-    _asked: Asked | None = None
+    _selection: Selection | None = None
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         if kwargs.get("storage") is None:
             raise TypeError("storage must be a TensorStorage, such as LazyTensorStorage(max_size), got None")
         self._changes, self._checked = 0, -1  # as of which change of the arguments data was checked
-        self._asked = None if outputs is None else Asked(outputs)
+        self._selection = None if outputs is None else Selection(outputs)
         self._set_compact(compact, end_slots)
         self._set_store_as(store_as)
         self._capturable = check_bool("capturable", capturable)
@@ -169,7 +169,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
     @property
     def outputs(self) -> list[NestedKey] | None:
         """The entries that a sample has, and groups all of whose entries it has; None if all."""
-        return None if self._asked is None else [as_key(path) for path in self._asked.by]
+        return None if self._selection is None else [as_key(path) for path in self._selection.by]
 
     @Argument
     def n_steps(self, value: Steps) -> Steps:  # type: ignore[override]
@@ -183,7 +183,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         super().__setattr__(name, value)
         if name in _COUNTED:
             self._changes += 1  # batches that were prefetched, and what was checked, are of the arguments before
-            self.__dict__["_seen"] = None
+            self.__dict__["_repeated"] = None
 
     def sample(self, *args: Any, n_steps: Steps | None = None, **kwargs: Any) -> Any:
         """Samples frames and computes their n-step transitions.
@@ -210,7 +210,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
                     sampled = super().sample(*args, **kwargs)
             finally:
                 _steps_of_call.reset(token)
-        if self._asked is not None and not self._asked[INDEX]:
+        if self._selection is not None and not self._selection[INDEX]:
             # torchrl sets it in the sample.
             (sampled[0] if isinstance(sampled, tuple) else sampled).pop(INDEX, None)
         return sampled
@@ -246,22 +246,22 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         indices = check_index(index, self._storage.ndim, layout.frames.leaves[layout.roles.done].device)
         shape = indices[0].shape
         samples, high = self._samples([dim.reshape(-1) for dim in indices], position)
-        built, _ = layout.sample(samples, high, self, self._asked, False)
+        built, _ = layout.sample(samples, high, self, self._selection, False)
         return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])
 
     def _n_step_drawn(self, rows: Tensor, position: Position, with_index: bool) -> tuple[TensorDict, Any]:
         layout = self._layout()
         samples, high = self._samples([rows], position, layout.frames.batch_size)
-        return layout.sample(samples, high, self, self._asked, with_index)
+        return layout.sample(samples, high, self, self._selection, with_index)
 
     def _layout(self) -> StoredLayout:
         """What is known of the storage's entries, which are read anew where they may be others."""
         order, before = self._order, self._layout_before
         indexed = isinstance(self._writer, TensorDictRoundRobinWriter)
-        of = order.entries(), order.changes(), self._changes, indexed, self._ends(), order.wide
+        of = order.entries(), order.changes(), self._changes, indexed, self._ends(), order.wide_dtypes
         if before is not None and of[0] is before.of[0] and of[1:] == before.of[1:]:
             return before
-        self._layout_before = StoredLayout.read(of, self._storage.ndim, indexed, self, self._asked, *of[-2:])
+        self._layout_before = StoredLayout.read(of, self._storage.ndim, indexed, self, self._selection, *of[-2:])
         return self._layout_before
 
     def _samples(self, indices: Sequence[Tensor], position: Position, sizes: Any = None) -> tuple[Samples, int]:

@@ -88,6 +88,6 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     steps = count_steps(boundary, task.n_steps)[:, 0]
     end = (time + steps - 1) % live
     leaves = {out: data[key][(end if at else time, *others)] for out, key, at in keys.outputs}
-    leaves = {out: leaves[out].to(keys.wide.get(key, data[key].dtype)) for out, key, _ in keys.outputs}
+    leaves = {out: leaves[out].to(keys.wide_dtypes.get(key, data[key].dtype)) for out, key, _ in keys.outputs}
     returns = {key: sum_rewards(row[key], boundary, task)[:, 0].clone() for key in keys.rewards}
     return Results(leaves, returns, steps.clone(), (task.gamma ** steps.double()).float(), nonterminal)

@@ -23,23 +23,23 @@ OWN, AT_END, AFTER_END = range(3)
 _MOST_FOUND = 256
 
 
-class Known:
+class Cache:
     """What is the same call after call, of which is kept what was found out."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, Any] = {}
 
-    def find(self, key: Hashable, find_out: Callable[[], Any]) -> Any:
+    def compute_once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What is found out under a key, once, unless that is None, or much else was found out since."""
         if (found := self._found.get(key)) is None:
-            found = find_out()
+            found = compute()
             if len(self._found) >= _MOST_FOUND:
                 self._found.clear()
             self._found[key] = found
         return found
 
 
-class KnownLeaves(Known, dict[Any, Tensor]):
+class CachedLeaves(Cache, dict[Any, Tensor]):
     """Leaves that are the same tensors call after call."""
 
     def __init__(self, leaves: Leaves) -> None:
@@ -47,13 +47,13 @@ class KnownLeaves(Known, dict[Any, Tensor]):
         super().__init__()
 
 
-def find(leaves: Leaves, key: Hashable, find_out: Callable[[], Any]) -> Any:
+def compute_once(leaves: Leaves, key: Hashable, compute: Callable[[], Any]) -> Any:
     """What is found out about leaves: of those that are known, once."""
-    return leaves.find(key, find_out) if isinstance(leaves, KnownLeaves) else find_out()
+    return leaves.compute_once(key, compute) if isinstance(leaves, CachedLeaves) else compute()
 
 
 @dataclass(frozen=True, eq=False)
-class Keys(Known):
+class Keys(Cache):
     """Which of the leaves of a call is what.
 
     Keys are of leaves of one layout, on the same devices, and the same object call after call.
@@ -76,7 +76,7 @@ class Keys(Known):
     """The leaf, shaped as a flag, of integers that tell trajectories apart."""
     count: Hashable | None = None
     """The leaf, shaped as a flag, that is ``Ends.count``, if observations are kept once."""
-    wide: Mapping[Hashable, torch.dtype] = field(default_factory=dict)
+    wide_dtypes: Mapping[Hashable, torch.dtype] = field(default_factory=dict)
     """The floating dtypes that leaves come out as, of those that are stored as others."""
     held: tuple[Hashable, ...] = field(init=False)
     """Leaves that come out, each once."""

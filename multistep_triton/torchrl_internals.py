@@ -1,8 +1,7 @@
 """torchrl from inside: who is calling, and what a buffer, a transform or a sampler does not tell by a public name.
 
-This file, ``storage_order``, ``ordered_buffer``, ``storing_buffer``, ``checkpoints``, ``sampled_buffer``,
-``capturable`` and ``replay_buffer`` alone reach into private attributes of torchrl; ``tests/test_torchrl_internals.py``
-names every one, and where it is used. May import torchrl.
+This file, ``replay_buffer`` and the subpackage ``buffer`` alone reach into private attributes of torchrl;
+``tests/test_torchrl_internals.py`` names every one, and where it is used. May import torchrl.
 """
 
 from __future__ import annotations

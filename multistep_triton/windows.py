@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from multistep_triton.task import Leaves, Task, find, summed_dtype
+from multistep_triton.task import Leaves, Task, compute_once, summed_dtype
 
 Taker: TypeAlias = Callable[[Tensor], Tensor]
 """Takes rows ``[N]`` of a leaf, bit for bit: ``[N, *F]`` in new memory; no other row is read."""
@@ -148,7 +148,7 @@ def takers(data: Leaves, sizes: torch.Size) -> Mapping[Any, Taker]:
     # Of what requires grad, the graph is not kept.
     known: Leaves = {} if any([leaf.requires_grad for leaf in data.values()]) else data
     found: Mapping[Any, Taker]
-    found = find(known, ("takers", sizes), lambda: {key: _taker(leaf, sizes) for key, leaf in data.items()})
+    found = compute_once(known, ("takers", sizes), lambda: {key: _taker(leaf, sizes) for key, leaf in data.items()})
     return found
 
 

@@ -69,7 +69,8 @@ def test_a_module_imports_what_it_may(module):
 
 
 def test_the_core_imports_the_kernels_and_the_tools_where_they_run_alone():
-    for path in (ROOT / "multistep_triton").glob("*.py"):
+    core = ROOT / "multistep_triton"
+    for path in [*core.glob("*.py"), *(core / "buffer").glob("*.py")]:
         at_once, later = imported(path)
         assert not at_once & {"kernels", "debug"} or path.stem == "__main__", path
         allowed = {"engine": {"kernels", "debug"}, "backends": {"kernels"}, "__main__": {"debug"}}.get(path.stem, set())

@@ -30,7 +30,7 @@ NAMES = {
         # what a sampler finds episodes by, and transforms that were inverted
         "_fetch_traj", "_InvertTransform",
     },
-    "storage_order.py": {
+    "buffer/storage_order.py": {
         # where the newest frame is
         "_last_cursor", "_last_cursor_index", "_set_last_cursor", "_mutation_revision", "_storage",
         # what a write leaves there
@@ -38,28 +38,28 @@ NAMES = {
         # which writers there are, and how far each has come
         "_attached_entities", "_cursor", "_write_count", "_replay_lock",
     },
-    "ordered_buffer.py": {
+    "buffer/ordered.py": {
         # a buffer's parts, and how it is put together
         "_init", "_initialized", "_get_collate_fn", "_collate_fn", "_storage", "_sampler", "_writer", "_rng", "_empty",
         "_attached_entities", "_dim_extend", "_transform",
         # its locks, and what it prefetches
         "_replay_lock", "_futures_lock", "_clear_prefetch_queue_locked",
     },
-    "storing_buffer.py": {
+    "buffer/storing.py": {
         # a buffer's parts and locks
         "_storage", "_sampler", "_writer", "_replay_lock", "_write_lock", "_attached_entities",
         # how it stores, and what is put back where that fails
         "_extend", "_add", "_len", "_last_cursor_index", "_write_count", "_generation",
     },
-    "capturable.py": {
+    "buffer/capturable.py": {
         # a buffer's parts and locks
         "_rng", "_storage", "_writer", "_replay_lock", "_write_lock", "_attached_entities", "_sample_unit", "_prefetch",
     },
-    "compact_buffer.py": {
+    "buffer/compact.py": {
         # where frames lie
         "_storage",
     },
-    "arriving_buffer.py": {
+    "buffer/arriving.py": {
         # a buffer's parts, and how it stores
         "_storage", "_extend", "_add",
     },
@@ -67,13 +67,13 @@ NAMES = {
         # a buffer's parts, and whether samples are prefetched
         "_storage", "_writer", "_prefetch",
     },
-    "checkpoints.py": {
+    "buffer/checkpointed.py": {
         # what must stand still meanwhile
         "_futures_lock", "_synchronize_futures_locked", "_replay_lock",
         # where a buffer was
         "_storage", "_writer", "_cursor", "_mutation_revision",
     },
-    "sampled_buffer.py": {
+    "buffer/sampled.py": {
         # how a buffer samples
         "_sample", "_set_index_in_td", "_storage", "_sampler", "_writer", "_transform", "_sample_unit", "_collate_fn",
         "_pin_memory", "_batch_size", "_sample_dependency", "_service_shutdown",
@@ -123,8 +123,10 @@ def test_every_name_is_one_of_torchrls(private):
 
 
 def test_these_files_alone_use_them(private):
-    files = [*PACKAGE.glob("*.py"), *(PACKAGE.parent / "kernels").glob("*.py")]
-    assert NAMES.keys() <= {file.name for file in files}
-    for file in files:
+    files = [each for each in PACKAGE.rglob("*.py") if "debug" not in each.parts]
+    files += (PACKAGE.parent / "kernels").glob("*.py")
+    names = {file: str(file.relative_to(PACKAGE.parent)).removeprefix("multistep_triton/") for file in files}
+    assert NAMES.keys() <= {*names.values()}
+    for file, name in names.items():
         # with which torchrl's transforms are extended
-        assert used_in(file) & private - {"_inv_call"} == NAMES.get(file.name, set()), file.name
+        assert used_in(file) & private - {"_inv_call"} == NAMES.get(name, set()), name

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from multistep_triton.backends import EquivalenceError
+from multistep_triton.buffer.stored import leaves_of
+from multistep_triton.buffer.twins import find_twins, marks_of
 from multistep_triton.debug.explain import load_rollout
 from multistep_triton.debug.verify import check_kept_once
 from multistep_triton.ends import Ends
 from multistep_triton.frames import Frames
 from multistep_triton.postproc import MultiStep
-from multistep_triton.stored import leaves_of
-from multistep_triton.twins import find_twins, marks_of
 
 
 def run(path: Path, keys: Mapping[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """CompactReplayBuffer: one that keeps observations once, as what comes after a frame is what the next one holds.
 
 Owns which entries are kept once, and when rows of what comes after an end are written. Reaches into private attributes
-of torchrl's buffers. May import torchrl, ``ends``, ``engine``, ``arriving_buffer`` and what it may.
+of torchrl's buffers. May import torchrl, ``ends``, ``engine``, ``arriving`` and what it may.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from multistep_triton.arriving_buffer import ArrivingReplayBuffer
 from multistep_triton.backends import resolve_backend
+from multistep_triton.buffer.arriving import ArrivingReplayBuffer
+from multistep_triton.buffer.repeated import RepeatedCall
+from multistep_triton.buffer.stored import Leaves, leaves_of
+from multistep_triton.buffer.twins import find_twins, marks_of, tensors_of
 from multistep_triton.checks import check_positive_int
 from multistep_triton.ends import Ends
 from multistep_triton.engine import check_kept_once
 from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import COUNT_PATH, Roles, as_key, as_path, key_list
-from multistep_triton.stored import Leaves, leaves_of
-from multistep_triton.storing import Seen
-from multistep_triton.twins import find_twins, marks_of, tensors_of
 
 SLOTS_PER_END = 16
 """Slots for which there is one row of what comes after an end, unless told."""
@@ -32,7 +32,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
     """One that may be ``compact``; if it is not, all entries are stored as they come."""
 
     _end_slots: int | None = None
-    _kept_by_before: tuple[int, tuple[Any, ...]] = -1, ()
+    _ends_keys_before: tuple[int, tuple[Any, ...]] = -1, ()
     """The arguments that tell ends, and as of which change."""
 
     def _set_compact(self, compact: bool | Iterable[NestedKey], end_slots: int | None) -> None:
@@ -88,25 +88,25 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
             )
         if not self._compact:
             raise ValueError("compact must be True for a storage that keeps observations once, got False")
-        if order.kept_by != (by := self._kept_by()):
+        if order.ends_keys != (by := self._ends_keys()):
             raise ValueError(
                 f"done_key, done_keys, traj_key, mask_key and reward_keys must stay as they are while a storage keeps "
-                f"observations once, whose ends they tell: {order.kept_by}, got {by}; empty the buffer first"
+                f"observations once, whose ends they tell: {order.ends_keys}, got {by}; empty the buffer first"
             )
         position = order.position()
-        if order.kept_writes != order.writes or (position is not None and position.newest != order.newest):
+        if order.ends_writes != order.writes or (position is not None and position.newest != order.newest):
             raise RuntimeError(
                 "storage must be written by buffers with compact alone, got frames of another writer, or of a write "
                 "that failed, of which nobody kept what comes after them: empty the buffer"
             )
         return ends
 
-    def _kept_by(self) -> tuple[Any, ...]:
+    def _ends_keys(self) -> tuple[Any, ...]:
         """The arguments that tell which frames are ends."""
-        if self._kept_by_before[0] != self._changes:
+        if self._ends_keys_before[0] != self._changes:
             names = ("done_key", "done_keys", "traj_key", "mask_key", "reward_keys")
-            self._kept_by_before = self._changes, tuple([repr(getattr(self, f"_{name}")) for name in names])
-        return self._kept_by_before[1]
+            self._ends_keys_before = self._changes, tuple([repr(getattr(self, f"_{name}")) for name in names])
+        return self._ends_keys_before[1]
 
     def _twins(self, roles: Roles, leaves: Leaves) -> list[KeyPath]:
         """The entries under "next" that are kept once."""
@@ -190,9 +190,9 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         keep = ends.find_writes(leaves, ended, newest, slot)
         index = write(data.exclude(*ends.rows))
         # Where that fails, nobody knows what was overwritten.
-        order.kept_writes = -1
+        order.ends_writes = -1
         keep()
-        order.ends, order.kept_by, order.kept_writes = ends, self._kept_by(), order.writes
+        order.ends, order.ends_keys, order.ends_writes = ends, self._ends_keys(), order.writes
         return index
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -204,9 +204,9 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
             )
         super().__setitem__(index, value)
 
-    def _find_seen(self, data: TensorDictBase, time_dim: int) -> Seen | None:
+    def _find_repeated(self, data: TensorDictBase, time_dim: int) -> RepeatedCall | None:
         # What is promised of observations is verified where frames are stored call by call.
-        return None if self._compact and self._is_verified(data) else super()._find_seen(data, time_dim)
+        return None if self._compact and self._is_verified(data) else super()._find_repeated(data, time_dim)
 
     def _is_verified(self, data: TensorDictBase) -> bool:
         tensors = [leaf for leaf in data.values(True, True) if isinstance(leaf, Tensor)]

@@ -1,6 +1,6 @@
 """What a sample holds: which entries of a storage, and which of those that windows give.
 
-May import ``base`` and what it may, ``ends``, ``eager_ends`` and ``storing``.
+May import ``base`` and what it may, ``ends``, ``eager_ends`` and ``repeated``.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
 from multistep_triton.base import MultiStepBase
-from multistep_triton.eager_ends import Counted
+from multistep_triton.buffer.repeated import INDEX
+from multistep_triton.eager_ends import EndCounts
 from multistep_triton.ends import Ends
 from multistep_triton.frames import Frames
 from multistep_triton.groups import Group, n_step_sample_groups, steps_at
 from multistep_triton.layouts import KeyPath, Layout
 from multistep_triton.roles import COUNT_PATH, ORIGINAL_REWARD_PATH, Roles, as_path, check_single_steps, key_list
 from multistep_triton.samples import Samples
-from multistep_triton.storing import INDEX
-from multistep_triton.task import AFTER_END, Keys, KnownLeaves, Task
+from multistep_triton.task import AFTER_END, CachedLeaves, Keys, Task
 
 
-class Asked(dict[KeyPath, bool]):
+class Selection(dict[KeyPath, bool]):
     """Whether entries are among those that keys name, or in a group that is."""
 
     def __init__(self, keys: Iterable[NestedKey]) -> None:
@@ -37,8 +37,8 @@ class Asked(dict[KeyPath, bool]):
 
     def __missing__(self, path: KeyPath) -> bool:
         """Finds it out."""
-        self[path] = asked = any(path[: len(key)] == key for key in self.by)
-        return asked
+        self[path] = selected = any(path[: len(key)] == key for key in self.by)
+        return selected
 
     def may_hold(self, path: KeyPath) -> bool:
         """Whether a group has entries that come out."""
@@ -54,19 +54,18 @@ class Asked(dict[KeyPath, bool]):
             raise KeyError(f"outputs must name entries of a sample, got {none}, which are none of {sorted(there)}")
 
 
-def asked_of(group: Group, roles: Roles, is_asked: Callable[[KeyPath], bool], match_reward_shape: bool) -> Group:
+def select_outputs(group: Group, roles: Roles, is_selected: Callable[[Any], bool], match_reward_shape: bool) -> Group:
     """A group of which nothing is computed that nobody asks for; its windows are."""
     needed = set[KeyPath]()
-    if is_asked(ORIGINAL_REWARD_PATH) and len(roles.rewards) == 1:
+    if is_selected(ORIGINAL_REWARD_PATH) and len(roles.rewards) == 1:
         needed.add(roles.originals[roles.rewards[0]])
     if group.written and group.agents:
         # Windows are written in its shape.
         needed.add(group.flags[0])
 
     def selected(keys: Keys) -> Keys:
-        asked: Callable[[Any], bool] = is_asked
-        outputs = tuple([each for each in keys.outputs if asked(each[0]) or each[0] in needed])
-        rewards = tuple([path for path in keys.rewards if match_reward_shape or asked(path)])
+        outputs = tuple([each for each in keys.outputs if is_selected(each[0]) or each[0] in needed])
+        rewards = tuple([path for path in keys.rewards if match_reward_shape or is_selected(path)])
         return replace(keys, outputs=outputs, rewards=rewards)
 
     return group._replace(keys=selected(group.keys), sampled=selected(group.sampled))
@@ -78,7 +77,7 @@ def stored_otherwise(group: Group, twins: Container[KeyPath], wide: Mapping[KeyP
     def otherwise(keys: Keys) -> Keys:
         outputs = [(out, key, AFTER_END if key in twins else at) for out, key, at in keys.outputs]
         held: list[Any] = [key for key in keys.held if key in wide]
-        return replace(keys, outputs=tuple(outputs), wide={key: wide[key] for key in held})
+        return replace(keys, outputs=tuple(outputs), wide_dtypes={key: wide[key] for key in held})
 
     return group._replace(keys=otherwise(group.keys), sampled=otherwise(group.sampled))
 
@@ -108,7 +107,7 @@ class StoredLayout(NamedTuple):
         ndim: int,
         indexed: bool,
         buffer: MultiStepBase,
-        asked: Asked | None,
+        selection: Selection | None,
         ends: Ends | None = None,
         wide: Mapping[KeyPath, torch.dtype] = MappingProxyType({}),
     ) -> StoredLayout:
@@ -129,20 +128,23 @@ class StoredLayout(NamedTuple):
         stored = roles, match, twins, tuple(wide.items())
         if twins or wide:
             usual = groups
-            groups = structure.layout.find(stored, lambda: [stored_otherwise(each, twins, wide) for each in usual])
-        if asked is not None:
-            asked.check({*frames.leaves, *objects} - {COUNT_PATH}, roles, groups)
-            all_of_them, is_asked = groups, asked.__getitem__
-            groups = structure.layout.find(
-                (*stored, asked.by), lambda: [asked_of(each, roles, is_asked, match) for each in all_of_them]
+            groups = structure.layout.compute_once(
+                stored, lambda: [stored_otherwise(each, twins, wide) for each in usual]
             )
-            nodes = {path: node for path, node in structure.layout.nodes.items() if asked.may_hold(path)}
+        if selection is not None:
+            selection.check({*frames.leaves, *objects} - {COUNT_PATH}, roles, groups)
+            all_of_them, is_selected = groups, selection.__getitem__
+            groups = structure.layout.compute_once(
+                (*stored, selection.by),
+                lambda: [select_outputs(each, roles, is_selected, match) for each in all_of_them],
+            )
+            nodes = {path: node for path, node in structure.layout.nodes.items() if selection.may_hold(path)}
             structure.layout = Layout.of(structure.layout.kinds, nodes)
-        frames.leaves = KnownLeaves(frames.leaves)
+        frames.leaves = CachedLeaves(frames.leaves)
         return cls(of, frames, objects, roles, groups, indexed, ends)
 
     def sample(
-        self, samples: Samples, high: int, buffer: MultiStepBase, asked: Asked | None, with_index: bool
+        self, samples: Samples, high: int, buffer: MultiStepBase, selection: Selection | None, with_index: bool
     ) -> tuple[TensorDict, Tensor | None]:
         """The n-step transitions of samples, of ``high`` steps at most, and where these lie, if they were drawn.
 
@@ -159,15 +161,15 @@ class StoredLayout(NamedTuple):
             entries[INDEX] = index
         elif with_index or indexed:
             entries[INDEX] = samples.indices[0] if index is None else index.select(1, 0)
-        if asked is not None:
-            entries = {path: value for path, value in entries.items() if asked[path]}
-            objects = {path: value for path, value in objects.items() if asked[path]}
+        if selection is not None:
+            entries = {path: value for path, value in entries.items() if selection[path]}
+            objects = {path: value for path, value in objects.items() if selection[path]}
         if objects:
             where = (samples if index is None else samples._replace(indices=index.unbind(1))).read()
             time, *others = where.indices
             if ends is not None:
                 sizes = frames.batch_size
-                counted = Counted(ends, where.newest, where.live, sizes[1:].numel(), where.rows_in(sizes))
+                counted = EndCounts(ends, where.newest, where.live, sizes[1:].numel(), where.rows_in(sizes))
                 time, *others = torch.unravel_index(counted.rows, sizes)
             for path, value in objects.items():
                 ahead = steps_at(path, groups, windows) - 1 if roles.is_gathered(path) else 0

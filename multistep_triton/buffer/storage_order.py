@@ -15,8 +15,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer, RoundRobinWriter, Storage
 
+from multistep_triton.buffer.stored import Position, check_layout, mended
 from multistep_triton.ends import Ends
-from multistep_triton.stored import Position, check_layout, mended
 
 
 class Order:
@@ -31,36 +31,40 @@ class Order:
     """The first and the number of slots in which a write that failed has left parts of two frames."""
     newest = -1
     """The newest slot when the storage was last seen to be written to, by this process."""
-    begun = 0
+    restarts = 0
     """How often frames began anew."""
-    others = 0
+    other_writes = 0
     """How often anything was written otherwise than by :meth:`advance`, as of :meth:`changes`."""
     writes = 0
     """How often a writer has written."""
     ends: Ends | None = None
     """What comes after frames, if the storage keeps observations once."""
-    wide: Mapping[tuple[str, ...], torch.dtype] = MappingProxyType({})
+    wide_dtypes: Mapping[tuple[str, ...], torch.dtype] = MappingProxyType({})
     """The dtypes that entries came as, of those that are stored as others."""
-    waiting: TensorDictBase | None = None
+    pending: TensorDictBase | None = None
     """The newest frame, ``[*B, 1]``, where frames come without what comes after them."""
-    kept_by: tuple[Any, ...] = ()
+    ends_keys: tuple[Any, ...] = ()
     """The arguments that told which frames are ends."""
-    kept_writes = 0
+    ends_writes = 0
     """How often a writer had written when those were written last."""
-    laid_out: TensorDictBase | None = None
+    checked_entries: TensorDictBase | None = None
     """The storage's entries, once they were checked."""
-    known: tuple[Position, int, int] | None = None
+    known_position: tuple[Position, int, int] | None = None
     """The position, after how many changes of the storage and of how many frames it was found."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage, self.cursor, self.revision = storage, storage._last_cursor, storage._mutation_revision
-        self.noticed = self.revision
+        self.noticed_revision = self.revision
         self.lock = threading.RLock()
         """That of all buffers on the storage, which take turns."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the lock, and what was checked in this process."""
-        return {name: value for name, value in vars(self).items() if name not in ("lock", "laid_out", "known")}
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("lock", "checked_entries", "known_position")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What :meth:`__getstate__` returned, and a new lock."""
@@ -104,12 +108,12 @@ class Order:
         """
         storage = self.storage
         alone = not self.broken and len(storage._attached_entities) == 2
-        if self.known is not None and alone and storage._last_cursor is self.cursor:
-            known, *seen = self.known
+        if self.known_position is not None and alone and storage._last_cursor is self.cursor:
+            known, *seen = self.known_position
             if seen == [storage._mutation_revision, storage._len]:
                 return known
         if (position := self._find_position()) is not None:
-            self.known = position, storage._mutation_revision, storage._len
+            self.known_position = position, storage._mutation_revision, storage._len
         return position
 
     def _find_position(self) -> Position | None:
@@ -118,9 +122,9 @@ class Order:
             return None
         slots, last, broken = int(entries.shape[0]), storage._last_cursor_index, self.broken
         live = -(-len(storage) // max(entries.shape[1 : storage.ndim].numel(), 1))
-        if self.laid_out is not entries:
+        if self.checked_entries is not entries:
             check_layout(storage, entries)
-            self.laid_out = entries
+            self.checked_entries = entries
         newest = live - 1 if live < slots else last
         if live < slots and last not in (None, newest):
             broken = f"of {live} slots that hold frames slot {last} was the last one written"
@@ -153,14 +157,14 @@ class Order:
 
     def forget(self) -> None:
         """Frames begin anew: what was known of those before is."""
-        self.broken, self.torn, self.known = None, (0, 0), None
-        self.begun += 1
+        self.broken, self.torn, self.known_position = None, (0, 0), None
+        self.restarts += 1
 
     def changes(self) -> int:
         """How often anything was written otherwise than by :meth:`advance`: entries may have come or gone."""
-        if (revision := self.storage._mutation_revision) != self.noticed:
-            self.noticed, self.others = revision, self.others + 1
-        return self.others
+        if (revision := self.storage._mutation_revision) != self.noticed_revision:
+            self.noticed_revision, self.other_writes = revision, self.other_writes + 1
+        return self.other_writes
 
     def advance(self, position: Position, frames: int, writer: RoundRobinWriter) -> None:
         """Frames were written after those of the position, by a buffer in the place of its writer.
@@ -181,7 +185,10 @@ class Order:
         else:
             writer._cursor = (newest + 1) % slots
             self.newest, self.cursor, self.revision = newest, storage._last_cursor, storage._mutation_revision
-        self.known, self.noticed = (Position(newest, live, slots), self.revision, live * rows), self.revision
+        self.known_position, self.noticed_revision = (
+            (Position(newest, live, slots), self.revision, live * rows),
+            self.revision,
+        )
 
     def go_on(self, newest: int, slots: int) -> None:
         """Makes every writer of the storage go on after the newest frame, whoever wrote it."""

@@ -1,6 +1,6 @@
 """Twins: entries under "next" that are at the root, too, so that the next frame holds what comes after one.
 
-May import ``frames``, ``layouts``, ``roles`` and ``storing``.
+May import ``frames``, ``layouts``, ``roles`` and ``repeated``.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from multistep_triton.buffer.repeated import INDEX
+from multistep_triton.buffer.stored import Leaves
 from multistep_triton.frames import Frames
 from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import Roles
-from multistep_triton.stored import Leaves
-from multistep_triton.storing import INDEX
 
 
 def find_twins(roles: Roles, leaves: Leaves) -> list[KeyPath]:

@@ -1,6 +1,6 @@
 """ArrivingReplayBuffer: frames that come otherwise than they are stored: as wider floats, or without what follows them.
 
-Reaches into private attributes of torchrl's buffers. May import torchrl, ``storing_buffer`` and what it may, ``roles``
+Reaches into private attributes of torchrl's buffers. May import torchrl, ``storing`` and what it may, ``roles``
 and ``twins``.
 """
 
@@ -14,12 +14,12 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from multistep_triton.buffer.stored import check_continues, check_dims, leaves_of
+from multistep_triton.buffer.storing import StoringReplayBuffer
+from multistep_triton.buffer.twins import marks_of, tensors_of
 from multistep_triton.ends import Ends
 from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import Roles, as_key, as_path, check_key
-from multistep_triton.stored import check_continues, check_dims, leaves_of
-from multistep_triton.storing_buffer import StoringReplayBuffer
-from multistep_triton.twins import marks_of, tensors_of
 
 NARROW = torch.float16, torch.bfloat16, torch.float32
 """What entries can be stored as."""
@@ -50,14 +50,14 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         return {as_key(path): dtype for path, dtype in self._store_as.items()}
 
     def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
-        data, waiting = self._completed(data)
+        data, pending = self._completed(data)
         index = super()._extend(data, update_priority=update_priority)
-        if waiting is not None:
-            self._order.waiting = waiting
+        if pending is not None:
+            self._order.pending = pending
         return index
 
     def _add(self, data: TensorDictBase) -> Any:
-        waits = self._order.waiting is not None or data.get("final", None) is not None
+        waits = self._order.pending is not None or data.get("final", None) is not None
         if self._compact and waits and data.ndim == self._storage.ndim - 1:
             return self._extend(data.unsqueeze(self.dim_extend))
         return super()._add(data)
@@ -67,14 +67,14 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
 
         What comes after ends is then the entries of the group "final".
         """
-        dim, waiting, group = self.dim_extend, self._order.waiting, data.get("final", None)
-        if not self._compact or (group is None and waiting is None) or not data.numel():
+        dim, pending, group = self.dim_extend, self._order.pending, data.get("final", None)
+        if not self._compact or (group is None and pending is None) or not data.numel():
             return data, None
         check_dims(data, self._storage.ndim, self._storage.ndim)
         self._check_final(data)
-        if waiting is not None:
+        if pending is not None:
             device = next(iter(data["final"].values(True, True))).device
-            data = torch.cat([waiting.apply(lambda leaf: leaf.to(device)), data], dim)
+            data = torch.cat([pending.apply(lambda leaf: leaf.to(device)), data], dim)
         leaves = {path: leaf.transpose(0, dim) for path, leaf in tensors_of(data).items()}
         marks, finals = marks_of(self._roles_in(leaves), leaves), [path for path in leaves if path[0] == "final"]
         ended = Ends(torch.empty(1, *leaves[finals[0]].shape[1 : data.ndim]), {}, *marks).find_ended(leaves, {}, None)
@@ -87,7 +87,7 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
 
     def _check_final(self, data: TensorDictBase) -> None:
         """Checks frames that come without what comes after them, and go on from the one that waits."""
-        every, waiting = leaves_of(data, data.batch_dims), self._order.waiting
+        every, pending = leaves_of(data, data.batch_dims), self._order.pending
         finals = [path for path in every if path[0] == "final" and len(path) > 1]
         if not finals:
             raise KeyError(
@@ -109,21 +109,21 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
                 raise ValueError(
                     f"data must not hold both {path} and {('next', *path[1:])}, which comes after every frame"
                 )
-        if waiting is None:
+        if pending is None:
             return
-        before = leaves_of(waiting, waiting.batch_dims)
-        sizes = [[size for d, size in enumerate(each.shape) if d != self.dim_extend] for each in (data, waiting)]
+        before = leaves_of(pending, pending.batch_dims)
+        sizes = [[size for d, size in enumerate(each.shape) if d != self.dim_extend] for each in (data, pending)]
         if odd := sorted(every.keys() ^ before.keys()):
             raise KeyError(
                 f"data must hold the entries of the frame before, which waits for it, got {odd} in one alone"
             )
         if sizes[0] != sizes[1]:
             raise ValueError(f"data must be of {sizes[1]} rows, as the frame before, got {sizes[0]}")
-        check_continues(every, before, data.batch_dims, waiting.batch_dims, "as in the frame before")
+        check_continues(every, before, data.batch_dims, pending.batch_dims, "as in the frame before")
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Empties the buffer, as in torchrl."""
-        self._order.waiting = None
+        self._order.pending = None
         super().empty(empty_write_count)
 
     def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
@@ -150,10 +150,10 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         if odd := [path for path in wide if path[0] == "next" and wide.get(path[1:], wide[path]) != wide[path]]:
             raise ValueError(f"data must hold {odd} of the dtypes at the root, to be stored alike, got {wide}")
         if order.stored() is None:
-            order.wide = wide
-        elif wide != {path: dtype for path, dtype in order.wide.items() if path in leaves}:
+            order.wide_dtypes = wide
+        elif wide != {path: dtype for path, dtype in order.wide_dtypes.items() if path in leaves}:
             raise ValueError(
-                f"store_as must be that of what is stored, whose entries came as {dict(order.wide)} and others as they "
-                f"lie there, got store_as={self.store_as} and data of {wide}"
+                f"store_as must be that of what is stored, whose entries came as {dict(order.wide_dtypes)} and others "
+                f"as they lie there, got store_as={self.store_as} and data of {wide}"
             )
         return data

@@ -1,7 +1,7 @@
 """SampledReplayBuffer: how a buffer is sampled of which something else than the frames themselves is.
 
 Owns what is read under the buffer's locks, and what of that is prefetched. Reaches into private attributes of torchrl's
-buffers. May import torchrl, ``stored`` and ``checkpoints``.
+buffers. May import torchrl, ``stored`` and ``checkpointed``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_n
 from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 
-from multistep_triton.checkpoints import CheckpointedReplayBuffer
-from multistep_triton.stored import Position, draws_alike
+from multistep_triton.buffer.checkpointed import CheckpointedReplayBuffer
+from multistep_triton.buffer.stored import Position, draws_alike
 
 
 class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
@@ -34,8 +34,8 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
 
     def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
         """As in torchrl, which copies the tensordict for transforms that it may not have."""
-        if self._seen is not None and not len(self._transform) and self._order.waiting is None:
-            index = self._extend_alike(tensordicts)
+        if self._repeated is not None and not len(self._transform) and self._order.pending is None:
+            index = self._extend_repeated(tensordicts)
             if index is not None:
                 return index
         stored: Tensor = super().extend(tensordicts, update_priority=update_priority)
@@ -60,7 +60,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         return (data, self._info_of(index)) if return_info else data
 
     def _set_index_in_td(self, tensordict: TensorDictBase, index: Tensor | int | None) -> None:
-        if self._order.waiting is not None:
+        if self._order.pending is not None:
             # That of a call whose newest frame waits is of other frames.
             return
         # torchrl's takes the indices, which are those of frames with time first, for some with time last.
@@ -162,8 +162,8 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
             yield
             return
         with self._futures_lock:
-            queue, begun = self._prefetch_queue, self._order.begun
-            if any(getattr(future, "begun", begun) != begun for future in queue):
+            queue, restarts = self._prefetch_queue, self._order.restarts
+            if any(getattr(future, "restarts", restarts) != restarts for future in queue):
                 self._clear_prefetch_queue_locked()
             # What was loaded may be of any arguments.
             of_before = [future for future in queue if getattr(future, "changes", None) != changes]
@@ -180,6 +180,6 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
                 break
             yield
             for future in queue:
-                future.begun = begun
+                future.restarts = restarts
                 if future not in of_before:
                     future.changes = changes

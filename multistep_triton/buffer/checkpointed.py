@@ -1,7 +1,7 @@
 """CheckpointedReplayBuffer: what a buffer whose frames lie in order saves of that, and how it is loaded.
 
 Reaches into private attributes of torchrl's buffers, storages and writers. May import torchrl, ``ends``, ``stored`` and
-``compact_buffer`` and what it may.
+``compact`` and what it may.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import RoundRobinWriter
 
-from multistep_triton.compact_buffer import CompactReplayBuffer
+from multistep_triton.buffer.compact import CompactReplayBuffer
+from multistep_triton.buffer.stored import leaves_of, versions_of
 from multistep_triton.ends import Ends
-from multistep_triton.stored import leaves_of, versions_of
 
 _RING_FILE, _KEPT_FILE = "n_step_ring.json", "n_step_kept.pt"
 
@@ -63,15 +63,15 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         order, ends, kept = self._order, self._order.ends, None
         if ends is not None:
             names = ("count", "rows", "done", "mask", "traj")
-            kept = {**{name: getattr(ends, name) for name in names}, "by": tuple(order.kept_by)}
+            kept = {**{name: getattr(ends, name) for name in names}, "by": tuple(order.ends_keys)}
         if lost := self.ends_lost():
             warnings.warn(
                 f"{lost} ends of trajectories have lost what comes after them, so that windows end a frame earlier "
                 f"there: {'' if ends is None else ends.slots} rows of an environment, end_slots, are too few",
                 stacklevel=3,
             )
-        waiting = order.waiting if order.waiting is None else [[*order.waiting.shape], order.waiting.to_dict()]
-        return {"compact": bool(self._compact), "ends": kept, "wide": dict(order.wide), "waiting": waiting}
+        pending = order.pending if order.pending is None else [[*order.pending.shape], order.pending.to_dict()]
+        return {"compact": bool(self._compact), "ends": kept, "wide": dict(order.wide_dtypes), "waiting": pending}
 
     def _check_kept(self, state: dict[str, Any] | None) -> None:
         """Checks that what was saved is of a buffer that is compact, or of one that is not, as this one."""
@@ -88,14 +88,14 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
 
     def _load_kept(self, state: dict[str, Any] | None) -> None:
         order, entries = self._order, self._order.entries()
-        order.ends, order.wide, ends = None, {} if state is None else state["wide"], state and state["ends"]
-        waiting = state and state["waiting"]
-        order.waiting = TensorDict(waiting[1], waiting[0]) if waiting else None
+        order.ends, order.wide_dtypes, ends = None, {} if state is None else state["wide"], state and state["ends"]
+        pending = state and state["waiting"]
+        order.pending = TensorDict(pending[1], pending[0]) if pending else None
         if ends is not None and entries is not None:
             device = next(iter(entries.values(True, True))).device
             rows = {path: leaf.to(device, copy=True) for path, leaf in ends["rows"].items()}
             order.ends = Ends(ends["count"].to(device, copy=True), rows, ends["done"], ends["mask"], ends["traj"])
-            order.kept_by, order.kept_writes = ends["by"], order.writes
+            order.ends_keys, order.ends_writes = ends["by"], order.writes
 
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:

@@ -13,16 +13,16 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import RoundRobinWriter, Storage, TensorDictRoundRobinWriter, TensorStorage, Writer
 
+from multistep_triton.buffer.storage_order import Order
 from multistep_triton.layouts import KeyPath, Layout, is_plain, read_layout
-from multistep_triton.storage_order import Order
-from multistep_triton.task import KnownLeaves
+from multistep_triton.task import CachedLeaves
 
 INDEX = ("index",)
 """Where a writer of tensordicts stores every frame's slot."""
 
 
 @dataclass(slots=True)
-class Seen:
+class RepeatedCall:
     """What calls have in common with one that was checked and stored."""
 
     storage: Storage
@@ -33,11 +33,11 @@ class Seen:
     rows: tuple[int, ...]
     """The number of batch dimensions, and ``*B``."""
     time_dim: int
-    ring: KnownLeaves
+    ring: CachedLeaves
     """The storage's leaves of the data's paths."""
     numbers: Tensor | None
     """The one that holds every frame's slot."""
-    others: int
+    other_writes: int
     """How often anything else was written by then."""
     most: int
     """Of how many frames such a call may be: one less than there are slots where that of the newest is read."""
@@ -58,7 +58,9 @@ class Seen:
         return dict(zip(layout.kinds, values, strict=True))
 
 
-def find_seen(data: TensorDictBase, order: Order, writer: Writer, time_dim: int, priority_key: str) -> Seen | None:
+def repeated_call(
+    data: TensorDictBase, order: Order, writer: Writer, time_dim: int, priority_key: str
+) -> RepeatedCall | None:
     """What is to be remembered of a call that was stored; None if others like it are for torchrl to store."""
     storage, entries = order.storage, order.entries()
     # Theirs and no other's, in whose place this would be.
@@ -74,7 +76,7 @@ def find_seen(data: TensorDictBase, order: Order, writer: Writer, time_dim: int,
     stored: list[Any] = [*ring.values()] if numbers is None else [*ring.values(), numbers]
     if not all(isinstance(leaf, Tensor) and leaf.is_contiguous() for leaf in stored):
         return None
-    wide = order.wide
+    wide = order.wide_dtypes
     of_paths = {path: kept_once[path] if path in kept_once else ring[path] for path in layout.kinds}
     kinds = {path: (wide.get(path, leaf.dtype), leaf.shape[ndim:], leaf.device) for path, leaf in of_paths.items()}
     count = len([*entries.keys(True, True)])
@@ -83,9 +85,9 @@ def find_seen(data: TensorDictBase, order: Order, writer: Writer, time_dim: int,
     if numbers is not None and numbers.dtype != torch.int64:
         return None
     most = len(entries) - bool(kept_once)
-    return Seen(
+    return RepeatedCall(
         *(storage, writer, entries, layout, _rows_of(data, time_dim), time_dim),
-        *(KnownLeaves(ring), numbers, order.changes(), most),
+        *(CachedLeaves(ring), numbers, order.changes(), most),
     )
 
 

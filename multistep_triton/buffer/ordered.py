@@ -14,9 +14,9 @@ from torchrl.data import ReplayBuffer, ReplayBufferEnsemble, Storage, Writer
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.envs.transforms import Transform
 
+from multistep_triton.buffer.storage_order import Order, order_of
+from multistep_triton.buffer.stored import check_parts
 from multistep_triton.neighbours import facts_of
-from multistep_triton.storage_order import Order, order_of
-from multistep_triton.stored import check_parts
 from multistep_triton.torchrl_internals import calls, transforms_in
 
 

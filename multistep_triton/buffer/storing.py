@@ -1,8 +1,8 @@
 """StoringReplayBuffer: one whose frames are stored in order, and whole calls or none.
 
 Owns what is stored, by torchrl's writer or, of calls like one before, at once; knows no windows. Reaches into private
-attributes of torchrl's buffers, storages and writers. May import torchrl, ``ordered_buffer``, ``layouts``, ``stored``,
-``storing`` and ``engine``.
+attributes of torchrl's buffers, storages and writers. May import torchrl, ``ordered``, ``layouts``, ``stored``,
+``repeated`` and ``engine``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from multistep_triton.backends import Backend
+from multistep_triton.buffer.ordered import OrderedReplayBuffer
+from multistep_triton.buffer.repeated import RepeatedCall, repeated_call
+from multistep_triton.buffer.stored import Leaves, Position, check_continues, check_dims, leaves_of, versions_of
 from multistep_triton.ends import Ends
 from multistep_triton.engine import store_frames
 from multistep_triton.layouts import KeyPath
-from multistep_triton.ordered_buffer import OrderedReplayBuffer
-from multistep_triton.stored import Leaves, Position, check_continues, check_dims, leaves_of, versions_of
-from multistep_triton.storing import Seen, find_seen
 
 
 class StoringReplayBuffer(OrderedReplayBuffer):
@@ -29,7 +29,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
     A base beside ``TensorDictReplayBuffer``, which calls ``_extend`` and ``_add`` when its transforms are through.
     """
 
-    _seen: Seen | None = None
+    _repeated: RepeatedCall | None = None
     """A call that was stored, whose like are stored at once."""
     _backend: Backend
 
@@ -44,9 +44,9 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         raise NotImplementedError
 
     def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
-        if self._seen is not None:
+        if self._repeated is not None:
             self._check_neighbours()
-            if (index := self._extend_alike(data)) is not None:
+            if (index := self._extend_repeated(data)) is not None:
                 return index
         ndim, time_dim, given = self._storage.ndim, self.dim_extend, data
         check_dims(data, ndim, ndim)
@@ -74,7 +74,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
 
         stored: Tensor = self._write(write, data, time_dim, frames)
         with self._replay_lock:
-            self._seen = self._find_seen(given, time_dim)
+            self._repeated = self._find_repeated(given, time_dim)
         return stored
 
     def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
@@ -89,44 +89,44 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         """Writes frames ``[T, *R]``, or a single one ``[*R]``, where the writer goes on."""
         return write(data)
 
-    def _find_seen(self, data: TensorDictBase, time_dim: int) -> Seen | None:
+    def _find_repeated(self, data: TensorDictBase, time_dim: int) -> RepeatedCall | None:
         """What is to be remembered of a call that was stored."""
-        return find_seen(data, self._order, self._writer, time_dim, getattr(self, "priority_key", ""))
+        return repeated_call(data, self._order, self._writer, time_dim, getattr(self, "priority_key", ""))
 
-    def _extend_alike(self, data: TensorDictBase) -> Tensor | None:
+    def _extend_repeated(self, data: TensorDictBase) -> Tensor | None:
         """Stores what is like a call before it at once; None if it is for torchrl to store, after all checks."""
-        seen = self._seen
-        if seen is None or (leaves := seen.read(data)) is None:
+        call = self._repeated
+        if call is None or (leaves := call.read(data)) is None:
             return None
         with self._replay_lock, self._write_lock:
             order, storage, writer = self._order, self._storage, self._writer
             # Whoever else wrote may have added entries; who is told of what is written may ask anything.
-            known = seen.storage is storage and seen.writer is writer and seen.entries is order.entries()
-            if not known or seen.others != order.changes() or writer._generation is not None:
+            known = call.storage is storage and call.writer is writer and call.entries is order.entries()
+            if not known or call.other_writes != order.changes() or writer._generation is not None:
                 return None
             self._check_call()
-            return self._store(seen, leaves, data.batch_size[seen.time_dim])
+            return self._store(call, leaves, data.batch_size[call.time_dim])
 
-    def _store(self, seen: Seen, leaves: dict[KeyPath, Tensor], frames: int) -> Tensor | None:
-        """Stores frames that are like those seen; None if there are none, or more than slots."""
+    def _store(self, call: RepeatedCall, leaves: dict[KeyPath, Tensor], frames: int) -> Tensor | None:
+        """Stores frames that are like those of ``call``; None if there are none, or more than slots."""
         order, storage, writer = self._order, self._storage, self._writer
         position = order.position()
-        if position is None or not 0 < frames <= seen.most:
+        if position is None or not 0 < frames <= call.most:
             return None
 
         kept, rows = [] if order.ends is None else order.ends.rows.values(), storage.max_size // position.slots
-        stored = [*seen.ring.values(), *kept]
+        stored = [*call.ring.values(), *kept]
         # The last that changes is the write count.
         before, index = (position.live * rows, position.newest, order.writes, None, versions_of(stored)), None
         try:
-            index = self._store_at(seen, leaves, (position.newest + 1) % position.slots)
+            index = self._store_at(call, leaves, (position.newest + 1) % position.slots)
             order.advance(position, frames, writer)
         except BaseException:
             # What kernels have written torch does not count.
             wrote = index is not None
-            if wrote or before[-1][len(seen.ring) :] != versions_of(kept):
+            if wrote or before[-1][len(call.ring) :] != versions_of(kept):
                 # What comes after the newest frame is that of one which is not there.
-                order.kept_writes = -1
+                order.ends_writes = -1
             self._undo(before, position, stored, frames, wrote)
             raise
         for entity in storage._attached_entities:
@@ -135,11 +135,11 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         self._sampler.extend(index)
         return index
 
-    def _store_at(self, seen: Seen, leaves: dict[KeyPath, Tensor], slot: int | Tensor) -> Tensor:
+    def _store_at(self, call: RepeatedCall, leaves: dict[KeyPath, Tensor], slot: int | Tensor) -> Tensor:
         """The index of frames that are stored from a slot on, as a writer returns it."""
         ndim = self._storage.ndim
         ends: Ends | None = self._order.ends
-        index = store_frames(leaves, seen.ring, seen.numbers, ndim, seen.time_dim, slot, self._backend, ends)
+        index = store_frames(leaves, call.ring, call.numbers, ndim, call.time_dim, slot, self._backend, ends)
         return index if ndim > 1 else index.squeeze(1)
 
     def _add(self, data: TensorDictBase) -> Any:

@@ -1,7 +1,7 @@
 """CapturableReplayBuffer: one whose calls can be captured into a CUDA graph, as how far it has come the device knows.
 
 Owns that number, and when the host reads it. Reaches into private attributes of torchrl's buffers. May import torchrl,
-``sampled_buffer`` and what it may, ``backends`` and ``checks``.
+``sampled`` and what it may, ``backends`` and ``checks``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torchrl.data import ReplayBuffer, Storage, Writer
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from multistep_triton.backends import resolve_backend
+from multistep_triton.buffer.repeated import RepeatedCall
+from multistep_triton.buffer.sampled import SampledReplayBuffer
+from multistep_triton.buffer.stored import Position, draws_alike
 from multistep_triton.checks import check_not_captured
 from multistep_triton.layouts import KeyPath
-from multistep_triton.sampled_buffer import SampledReplayBuffer
-from multistep_triton.stored import Position, draws_alike
-from multistep_triton.storing import Seen
 
 
 class CapturableReplayBuffer(SampledReplayBuffer):
@@ -128,23 +128,23 @@ class CapturableReplayBuffer(SampledReplayBuffer):
 
     # Storing and sampling
 
-    def _store(self, seen: Seen, leaves: dict[KeyPath, Tensor], frames: int) -> Tensor | None:
+    def _store(self, call: RepeatedCall, leaves: dict[KeyPath, Tensor], frames: int) -> Tensor | None:
         written = self._written
         if written is None or not self._on_device(leaves.values()):
             with self._by_host():
-                return super()._store(seen, leaves, frames)
-        if not 0 < frames <= seen.most:
+                return super()._store(call, leaves, frames)
+        if not 0 < frames <= call.most:
             return None
-        self._check_alone(seen.storage)
+        self._check_alone(call.storage)
         try:
-            index = self._store_at(seen, leaves, written)
+            index = self._store_at(call, leaves, written)
             written.add_(frames)
         except BaseException:
             # A graph that captures has stored nothing; of others nobody knows.
             with suppress(RuntimeError):
                 self._pull()
                 self._tear(self._order.position(), frames)
-                self._order.kept_writes = -1
+                self._order.ends_writes = -1
             raise
         return index
 
