@@ -25,11 +25,12 @@ class EndCounts:
         of the environment.
         """
         self.ends, self.live, self.envs, self.rows = ends, live, envs, rows
-        self.agents, self.env = envs // max(ends.count[0].numel(), 1), rows % envs
-        # The rows of the newest frames there.
-        self.newest = self.env + newest * envs
-        self.has_lost = bool((ends.count[newest] - ends.count[(newest + 1) % live] > ends.slots).any())
+        self.agents, self.oldest = envs // max(ends.count[0].numel(), 1), (newest + 1) % live
+        self.has_lost = bool((ends.count[newest] - ends.count[self.oldest] > ends.slots).any())
         if self.has_lost:
+            # The rows of the newest frames there, and how many ends there were.
+            self.newest = rows % envs + newest * envs
+            self.total = self.count(self.newest)
             around = move_rows(rows, torch.arange(-1, 2, device=rows.device).unsqueeze(1), live, envs)
             before, own, _ = numbers = self.count(around)
             lost = self.are_lost(around[1:], numbers[1:])[0]
@@ -48,7 +49,7 @@ class EndCounts:
 
     def is_gone(self, number: Tensor) -> Tensor:
         """Whether there is no row left of what comes after ends of these numbers."""
-        return self.count(self.newest) - number > self.ends.slots
+        return self.total - number > self.ends.slots
 
 
 class NextRows:
@@ -56,18 +57,22 @@ class NextRows:
 
     def __init__(self, rows: Tensor, counted: EndCounts) -> None:
         """Where it lies."""
-        self.after, ends = move_rows(rows, 1, counted.live, counted.envs), counted.ends
-        number, is_newest = counted.count(rows), rows == counted.newest
+        ends, envs = counted.ends, counted.envs
+        self.after, oldest = move_rows(rows, 1, counted.live, envs), counted.oldest * envs
+        number, is_newest = counted.count(rows), (self.after >= oldest) & (self.after < oldest + envs)
         is_end = number != counted.count(self.after)
         if counted.has_lost:
             is_end &= ~counted.is_gone(number)
         self.kept = (is_end | is_newest).nonzero().view(-1)
+        row, number, is_newest = (each.index_select(0, self.kept) for each in (rows, number, is_newest))
         slot = torch.where(is_newest, ends.slots, number % ends.slots)
-        self.row = torch.add(counted.env, slot, alpha=counted.envs).index_select(0, self.kept)
-        self.kept_rows = ends.rows
+        self.row, self.kept_rows = torch.add(row % envs, slot, alpha=envs), ends.rows
 
     def take(self, key: Hashable, take: Taker) -> Tensor:
         """The rows of a leaf, which ``take`` takes where they are of frames."""
-        taken, rows = take(self.after), bits(self.kept_rows[key])
-        bits(taken).index_copy_(0, self.kept, rows.flatten(0, rows.ndim - taken.ndim).index_select(0, self.row))
+        taken = take(self.after)
+        if len(self.kept):
+            rows = bits(self.kept_rows[key])
+            rows = rows.flatten(0, rows.ndim - taken.ndim).index_select(0, self.row)
+            bits(taken).index_copy_(0, self.kept, rows)
         return taken

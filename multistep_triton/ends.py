@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from multistep_triton.task import Leaves
-from multistep_triton.windows import bits, find_boundaries, runs_of, write_runs
+from multistep_triton.windows import bits, runs_of, write_runs
 
 
 @dataclass(slots=True, eq=False)
@@ -55,19 +55,26 @@ class Ends:
     def find_ended(self, data: Leaves, ring: Leaves, newest: int | None) -> Tensor:
         """Whether the frame before each was an end, bool ``[T, *R]``; arguments as for :meth:`find_writes`.
 
-        Leaves of the storage, ``ring``, are those before any frame is stored. What is said of the first frame, if there
-        is none before it, may pass on a row that no frame asks for.
+        ``ring`` holds the storage's leaves as they are before any of these frames is stored; the result may be a view
+        of them. If no frame came before the first one, what this says of it only passes on a row that no frame asks
+        for.
         """
         lead, frames = self.count.shape[1:], next(iter(data.values())).shape[0]
 
-        def flag(key: Hashable) -> Tensor:
-            before = data[key][:1] if newest is None else ring[key][newest : newest + 1]
-            return torch.cat((before, data[key])).reshape(frames + 1, *lead, -1)
+        def before(key: Hashable) -> Tensor:
+            first = data[key][:1] if newest is None else ring[key][newest : newest + 1]
+            return first if frames == 1 else torch.cat((first, data[key][:-1]))
 
-        flags = [flag(key) for key in self.done]
-        done = functools.reduce(torch.bitwise_or, [of.any(-1) if of.shape[-1] > 1 else of[..., 0] for of in flags])
-        mask, traj = (None if key is None else flag(key)[..., 0] for key in (self.mask, self.traj))
-        return find_boundaries(done, mask, traj, 0)[:-1]
+        def of_frames(flag: Tensor) -> Tensor:
+            return flag.reshape(frames, *lead) if flag.numel() == count else flag.reshape(frames, *lead, -1).any(-1)
+
+        count = frames * lead.numel()
+        ended = functools.reduce(torch.bitwise_or, [of_frames(before(key)) for key in self.done])
+        if self.mask is not None:
+            ended = ended | ~of_frames(before(self.mask) & data[self.mask])
+        if self.traj is not None:
+            ended = ended | of_frames(before(self.traj) != data[self.traj])
+        return ended
 
     def find_writes(self, data: Leaves, ended: Tensor, newest: int | None, slot: int) -> Callable[[], None]:
         """What remains to be done when frames ``[T, *R, ...]`` have been stored, at most ``C`` of them.
@@ -83,19 +90,22 @@ class Ends:
         if newest is not None:
             count += self.count[newest]
         # Of more ends than there are rows, the newest stay.
-        found: Any = torch.nonzero(ended & (count[-1] - count < ends), as_tuple=True)
-        time, *others = found
+        found: Any = torch.nonzero(ended if frames <= ends else ended & (count[-1] - count < ends), as_tuple=True)
+        time, *envs = found
+        held = 0
         if len(time):
-            row, first = (count[found] - 1) % ends, time == 0
-            of_newest, of_data = [(row[chosen], *(each[chosen] for each in others)) for chosen in (first, ~first)]
+            # In order of time: that of the frame before these, which is held in the last row, comes first.
+            row, held = (count[found] - 1) % ends, int((time == 0).sum())
+            of_held, of_data = [[each[part] for each in (row, *envs)] for part in (slice(held), slice(held, None))]
 
         def write() -> None:
             write_runs(self.count, count, runs_of(slot, frames, slots), 0)
             for key, rows in self.rows.items():
-                kept, leaf = bits(rows), bits(data[key].to(rows.dtype))
-                if len(time):
-                    kept[of_newest] = kept[(ends, *of_newest[1:])].clone()
-                    kept[of_data] = leaf[(time[~first] - 1, *of_data[1:])]
+                kept, leaf = bits(rows), bits(data[key])
+                if held:
+                    kept[tuple(of_held)] = kept[(ends, *of_held[1:])].clone()
+                if len(time) > held:
+                    kept[tuple(of_data)] = leaf[(time[held:] - 1, *of_data[1:])].to(kept.dtype)
                 kept[ends] = leaf[-1]
 
         return write

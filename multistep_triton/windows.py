@@ -19,15 +19,15 @@ Taker: TypeAlias = Callable[[Tensor], Tensor]
 Windows: TypeAlias = tuple[Tensor, list[Tensor]]
 """Lengths, int32, and discounted sums of the rewards."""
 
-# torch selects no single elements of these; their bits are those of the signed ones.
-SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-# What torch copies wherever it lies, by the bytes of an element.
+# Of others torch selects and overwrites no single rows.
+SELECTED = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+SELECTED |= {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(leaf: Tensor) -> Tensor:
-    """A leaf as integers of the same bits, whose elements torch selects whatever they are."""
-    return leaf.view(BITS.get(leaf.itemsize, leaf.dtype))
+    """A leaf whose rows torch selects and overwrites: if not those of its dtype, integers of the same bits."""
+    return leaf if leaf.dtype in SELECTED else leaf.view(BITS[leaf.itemsize])
 
 
 def find_boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, dim: int) -> Tensor:
@@ -153,9 +153,9 @@ def takers(data: Leaves, sizes: torch.Size) -> Mapping[Any, Taker]:
 
 
 def _taker(leaf: Tensor, sizes: torch.Size) -> Taker:
-    if signed := SIGNED.get(leaf.dtype):
-        take_signed, dtype = _taker(leaf.view(signed), sizes), leaf.dtype
-        return lambda rows: take_signed(rows).view(dtype)
+    if leaf.dtype not in SELECTED:
+        take_bits, dtype = _taker(bits(leaf), sizes), leaf.dtype
+        return lambda rows: take_bits(rows).view(dtype)
     strides, dims = leaf.stride(), [dim for dim, size in enumerate(sizes) if size != 1]
     if any(strides[outer] != strides[inner] * sizes[inner] for outer, inner in itertools.pairwise(dims)):
         return lambda rows: leaf[torch.unravel_index(rows, sizes)]

@@ -159,8 +159,8 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
             frames = data.unsqueeze(0) if time_dim is None else data.transpose(0, time_dim) if time_dim else data
             ends, leaves, ended, newest = self._find_ended(frames)
             if newest is None:
-                # Before the first frame there is none whose trajectory it would go on with.
-                ended[0] = True
+                # No frame came before the first one, whose trajectory that could go on with.
+                ended = torch.cat((torch.ones_like(ended[:1]), ended[1:]))
             check_kept_once(ends, leaves, ended)
 
     def _find_ended(self, frames: TensorDictBase) -> tuple[Ends, dict[KeyPath, Tensor], Tensor, int | None]:
