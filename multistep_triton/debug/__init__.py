@@ -1,1 +1,1 @@
-"""Tools that say what was computed and whether it is right; the core imports none of them."""
+"""Debugging tools that show what a call computed and check it; importing the core imports none of them."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,18 +27,18 @@ REQUIREMENTS = ("gymnasium", "matplotlib", "tqdm")
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser that prints an error as one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what follows ``python -m multistep_triton``, or ``sys.argv``.
+    """Runs the command that ``arguments`` (default: ``sys.argv[1:]``) name, or exits with 2 and a one-line error.
 
     Returns:
-        The exit status: 0, or 1 if the demo or the doctor found a difference. With wrong arguments, or where a command
-        cannot run, it exits with 2 and one line that says why.
+        The exit status: 1 if the demo or the doctor finds a difference, if the doctor finds a device on which ``auto``
+        cannot run, or if the doctor finds an entry of its FILE that cannot be kept once; else 0.
     """
     parser = _Parser(prog="python -m multistep_triton", description="n-step replay for torchrl.")
     parser.add_argument("--version", action="version", version=f"multistep_triton {__version__}")
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(parser, options)
         sys.stdout.flush()
-    except BrokenPipeError:  # as with "| head"; Python would say so once more when it closes stdout
+    except BrokenPipeError:  # as with "| head"; Python would report the error again when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
@@ -141,10 +141,8 @@ def _doctor(parser: _Parser, options: argparse.Namespace) -> int:
     if options.file is not None:
         from multistep_triton.debug import kept_once
 
-        try:
+        with _one_line_errors(parser, options.file):
             return kept_once.run(options.file, _keys_in(options))
-        except (KeyError, TypeError, ValueError) as error:
-            parser.error(str(error.args[0]))
     from multistep_triton.debug import doctor
 
     return doctor.run(streams=options.streams, seed=options.seed, as_json=options.json)
@@ -177,18 +175,13 @@ def _explain(parser: _Parser, options: argparse.Namespace) -> int:
         if not options.plot.suffix:
             parser.error(f"argument --plot: must end in .png or another picture's suffix, got {options.plot}")
         from multistep_triton.debug.plot import draw_windows
-    try:
+    with _one_line_errors(parser, options.file):
         multistep = MultiStep(options.gamma, options.n_steps, **_keys_in(options), backend="reference")
         windows = Windows(load_rollout(options.file), options.env, options.agent, multistep)
         title = f"{options.file.name}{windows.where}: n_steps = {options.n_steps}, gamma = {options.gamma:g}"
         text = windows.explain(options.t)
         if options.plot:
             draw_windows(windows, options.t, title).savefig(options.plot, dpi=120)
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        # str() of a KeyError is the repr of its message.
-        parser.error(_one_line(error.args[0] if isinstance(error, KeyError) else error))
-    except Exception as error:  # a file may hold anything
-        parser.error(f"{options.file} cannot be explained: {type(error).__name__}: {_one_line(error)}")
     print(f"{title}\n{text}")
     return 0
 
@@ -204,14 +197,21 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
 
 
 def _keys_in(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that :func:`_add_keys` has added."""
+    """Returns the keyword arguments of ``MultiStep`` that the options of :func:`_add_keys` give."""
     names = ("reward_keys", "done_key", "done_keys", "mask_key")
     traj_key = None if options.traj_key == "none" else options.traj_key
     return {**{name: getattr(options, name) for name in names}, "traj_key": traj_key}
 
 
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+@contextmanager
+def _one_line_errors(parser: argparse.ArgumentParser, file: Path) -> Iterator[None]:
+    """Exits with 2 and a one-line error for whatever a file of unknown content raises."""
+    try:
+        yield
+    except Exception as error:
+        message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        expected = isinstance(error, KeyError | OSError | TypeError | ValueError)
+        parser.error(message if expected else f"{file} cannot be explained: {type(error).__name__}: {message}")
 
 
 def _add_n_steps_and_gamma(parser: argparse.ArgumentParser) -> None:
@@ -230,10 +230,10 @@ def _add_seed(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _argument(parse: Callable[[str], Any], check: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """An argparse ``type`` whose error is the message of ``check``."""
+    """Returns an argparse ``type`` that parses and checks a text; its error is the message of ``check``."""
 
     def convert(text: str) -> Any:
-        value: Any = text  # what cannot be parsed is what check refuses
+        value: Any = text  # a text that cannot be parsed stays a str, which check refuses
         with suppress(ValueError):
             value = parse(text)
         try:

@@ -1,4 +1,4 @@
-"""The demo: the example of torchrl's MultiStepTransform, stored by ours and by torchrl's, and compared.
+"""The demo: runs the example of torchrl's MultiStepTransform with torchrl's class and this package's, and compares.
 
 Owns the environment, two buffers and a table. May import the package, ``parity``, ``tables``, torchrl, gymnasium, tqdm.
 """
@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import gymnasium  # noqa: F401  # torchrl looks for it only when it makes the environment, which is late to miss it
+import gymnasium  # noqa: F401  # fails here if missing, and not only when torchrl makes the environment
 import torch
 import torchrl
 from tensordict import TensorDictBase
@@ -25,7 +25,7 @@ from multistep_triton.debug.tables import layout, number
 
 ENVIRONMENTS = 2
 ENVIRONMENT = "CartPole-v1"
-FRAMES = 5  # of the table
+FRAMES = 5  # in the printed table
 COLUMNS = {
     "step_count": "step_count",
     "next step_count": ("next", "step_count"),
@@ -47,15 +47,15 @@ def run(
     backend: Backend,
     save: Path | None,
 ) -> int:
-    """Extends both buffers chunk by chunk, and compares what each extend stored.
+    """Extends both buffers chunk by chunk and compares the frames of each extend before the next overwrites them.
 
-    A buffer must hold a chunk, ``ENVIRONMENTS * frames_per_chunk`` frames, as a later extend overwrites what it stored.
-    What is saved is one rollout of 1-step transitions, ``[ENVIRONMENTS, chunks * frames_per_chunk]``.
+    ``capacity`` must be at least one chunk, ``ENVIRONMENTS * frames_per_chunk`` frames. ``save`` names the file for the
+    whole rollout of 1-step transitions, ``[ENVIRONMENTS, chunks * frames_per_chunk]``; None saves nothing.
 
     Returns:
         0 if all stored frames are equal, else 1.
     """
-    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it logs to stdout what each storage allocates
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # torchrl logs the allocation of every storage to stdout
     transforms = MultiStepTransform(n_steps, gamma, backend=backend), TorchRLMultiStepTransform(n_steps, gamma)
     buffers = [ReplayBuffer(storage=LazyTensorStorage(capacity, ndim=2), transform=each) for each in transforms]
     rollouts: Iterable[TensorDictBase] = _rollouts(chunks, frames_per_chunk, seed)
@@ -63,7 +63,7 @@ def run(
         rollouts = list(rollouts)
         torch.save(torch.cat(rollouts, -1), save)
     stored, expected = 0, chunks * frames_per_chunk - n_steps
-    # disable=None: only where stderr is a terminal.
+    # disable=None shows the bar only if stderr is a terminal.
     for rollout in tqdm(rollouts, total=chunks, unit="chunk", leave=False, disable=None):
         frames, difference = _extend(buffers, rollout, n_steps, stored)
         if difference:
@@ -88,7 +88,7 @@ def run(
 
 
 def _table(held: TensorDictBase, stored: int) -> str:
-    """The frames around the first done of a ring ``[slots]``, in which ``stored`` were written; else its newest."""
+    """Tabulates the frames around a ring's first done, else its newest; ``stored`` frames were ever written to it."""
     slots = len(held)
     frames = held.roll(-stored % slots, 0)
     done = frames["next", "done"].flatten().tolist()
@@ -102,7 +102,7 @@ def _table(held: TensorDictBase, stored: int) -> str:
 
 
 def _rollouts(chunks: int, frames: int, seed: int) -> Iterator[TensorDictBase]:
-    """Rollouts ``[ENVIRONMENTS, frames]`` under random actions, each going on where the last one stopped."""
+    """Yields rollouts ``[ENVIRONMENTS, frames]`` of random actions; each continues where the one before stopped."""
     env = TransformedEnv(SerialEnv(ENVIRONMENTS, lambda: GymEnv(ENVIRONMENT)), StepCounter())
     try:
         env.set_seed(seed)
@@ -111,15 +111,15 @@ def _rollouts(chunks: int, frames: int, seed: int) -> Iterator[TensorDictBase]:
         for _ in range(chunks):
             rollout = env.rollout(frames, break_when_any_done=False, auto_reset=False, tensordict=start)
             yield rollout
-            # The reward is no part of a first frame: chunks of one frame would store it at the root, all but the first.
+            # Otherwise every chunk of a single frame but the first would hold the reward at the root, too.
             start = rollout[..., -1]["next"].exclude("reward")
     finally:
         env.close()
 
 
 def _extend(buffers: list[ReplayBuffer], rollout: TensorDictBase, n_steps: int, stored: int) -> tuple[int, str | None]:
-    """Extends ours and torchrl's after ``stored`` frames: how many frames of each environment came, what differs."""
-    # The rows that were written, one per time step, in the order of time.
+    """Extends both buffers; returns the number of frames that each environment stored, and a difference or None."""
+    # The index of an extend names each slot once per environment; this takes each slot once, in order of time.
     ours, theirs = (buffer.extend(rollout.clone())[::ENVIRONMENTS, 0] for buffer in buffers)
     if not torch.equal(ours, theirs):
         return 0, f"extend wrote rows {ours.tolist()}, torchrl's rows {theirs.tolist()}"

@@ -1,6 +1,6 @@
-"""Differences: what is said where a backend computed something else than the specification.
+"""Differences between the outputs of a backend and those of the specification.
 
-May import ``backends`` and ``tables``.
+Owns how two outputs are compared and the message of the error. May import ``backends`` and ``tables``.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ COPIED = "what is copied is equal, bit for bit"
 
 
 class Output(NamedTuple):
-    """One tensor ``[*B, E, *F]`` that both computed."""
+    """One tensor ``[*B, E, *F]`` that the tested backend and the specification computed."""
 
     key: Hashable
     what: str
     got: Tensor
     expected: Tensor
     source: str
-    """Where the tolerance comes from."""
+    """The reason for the tolerance, for the message."""
     tolerance: Tensor | None = None
-    """Of the expected's shape; None where the bits must be equal."""
+    """The largest allowed distance, in the shape of ``expected``; None if the bits must be equal."""
     exact: Tensor | None = None
-    """What both round, in float64; None where nothing is rounded."""
+    """The float64 value that both results approximate; None if nothing is rounded."""
     first: int = 0
-    """Where its first frame lies in the stream of carry and data."""
+    """The position of the output's first frame in the stream, the carry's frames followed by the data's."""
 
 
 def check(
@@ -41,9 +41,9 @@ def check(
     window: Callable[[Output, tuple[int, ...], int], str],
     last: str = "t",
 ) -> None:
-    """Raises the error of the first output that differs; ``dims`` are those of ``[*B, E]``, the last one is named.
+    """Raises an error for the first output of a wrong shape or dtype, else for the first one whose values differ.
 
-    ``names`` are those of what is tested, and of what it is held to.
+    The message calls the tested and the expected side ``names``, and the last of the ``dims`` of ``[*B, E]`` ``last``.
     """
     found, differ = [], f"the {names[0]} and the {names[1]} differ"
     for output in outputs:
@@ -90,34 +90,34 @@ def check(
 
 
 def _different(output: Output, dims: int) -> Tensor:
-    """Which items differ, ``[*B, E, F]``."""
+    """Marks the items that differ by more than the tolerance, bool ``[*B, E, F]``."""
     got, expected = items_of(output.got, dims), items_of(output.expected, dims)
     if output.tolerance is None or output.exact is None:
         return different_bits(got, expected)
     exact, tolerance = (items_of(tensor, dims) for tensor in (output.exact, output.tolerance))
     one, other = got.double(), expected.double()
     equal = (one == other) | (one.isnan() & other.isnan())
-    # Where the exact sum is finite, an infinity is the next number after the largest: one rounding decides.
+    # If the exact sum is finite, one rounding decides on an infinity, which counts as the number after the largest.
     largest = torch.finfo(got.dtype).max
     top = largest * (1 + torch.finfo(got.dtype).eps) if got.dtype != torch.float64 else largest
     near = (one.clamp(-top, top) - other.clamp(-top, top)).abs() <= tolerance
-    # Where sums may overflow on the way, or lose an infinity, any of two need not be finite.
+    # The tolerance is infinite where a partial sum may overflow, or lose an infinity: either side may be not finite.
     lost = tolerance.isinf() & ~(one.isfinite() & other.isfinite())
     return ~(equal | lost | (near & exact.isfinite() & tolerance.isfinite()))
 
 
 def different_bits(one: Tensor, other: Tensor) -> Tensor:
-    """Which elements of two tensors of one shape and dtype differ, NaNs by their payloads."""
+    """Marks the elements whose bits differ in two tensors of one shape and dtype; NaNs differ by their payloads."""
     return (_bytes(one) != _bytes(other)).any(-1)
 
 
 def items_of(tensor: Tensor, dims: int) -> Tensor:
-    """``[*B, E, *F]``, of which ``dims`` are ``[*B, E]``, as ``[*B, E, F]``."""
+    """Flattens ``[*B, E, *F]``, where ``[*B, E]`` are ``dims`` dimensions, to ``[*B, E, F]``."""
     return tensor[..., None].flatten(dims)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The bytes of every element, in one dimension more."""
+    """Returns the bytes of every element, uint8, in a new last dimension."""
     return tensor.detach().resolve_conj().resolve_neg()[..., None].contiguous().view(torch.uint8)
 
 

@@ -1,6 +1,6 @@
-"""The doctor: what is installed, what runs here and why, and whether it computes the same.
+"""The doctor: reports what is installed, which backends run here and why, and whether all compute the same.
 
-May import ``backends``, ``streams``, ``tables``, packaging and tqdm.
+Owns the report and the exit status. May import ``backends``, ``streams``, ``tables``, packaging and tqdm.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ CPU = torch.device("cpu")
 
 
 def run(*, streams: int, seed: int, as_json: bool) -> int:
-    """Prints the report, with as many streams in every comparison, from ``seed`` on.
+    """Prints the report; every comparison runs ``streams`` random streams, whose seeds count up from ``seed``.
 
     Returns:
-        0 if what could be compared is equal, and ``auto`` can run on every device; else 1.
+        0 if all comparisons that could run found no difference, and ``auto`` can run on every device; else 1.
     """
     devices = [CPU, *_accelerators()]
     report: dict[str, Any] = {
         "versions": {
             "python": platform.python_version(),
             "multistep_triton": __version__,
-            "torch": torch.__version__,  # its metadata leave out for which CUDA or ROCm it was built
+            "torch": torch.__version__,  # its metadata omit the CUDA or ROCm that it was built for
             **{name: _version(name) for name in PACKAGES},
         },
         "unsupported": _unsupported_triton(),
@@ -99,13 +99,13 @@ def _verdict(report: dict[str, Any]) -> str:
 
 
 def _unsupported_triton() -> str | None:
-    """That the Triton here is none of those that the package's metadata allow, and what to install; None if it is."""
+    """Says which Triton to install if the package's metadata exclude the one installed; None if they allow it."""
     try:
         import triton
 
         requirements = map(Requirement, requires("multistep_triton") or ())
         (allowed,) = (each.specifier for each in requirements if each.name == "triton")
-    except Exception:  # it is missing or broken, as "Backends" says, or this package is not installed
+    except Exception:  # Triton is missing or broken, which "Backends" shows, or this package has no metadata
         return None
     if allowed.contains(triton.__version__, prereleases=True):
         return None
@@ -131,7 +131,7 @@ def _version(package: str) -> str:
 
 
 def _backend(device: torch.device, backend: str) -> dict[str, str | None]:
-    """What runs on a device if ``backend`` is asked for, and why, or why nothing does."""
+    """Returns which backend runs on ``device`` if a call asks for ``backend``, and why, or why none can run."""
     runs: str | None
     try:
         runs, why, _ = choose_backend(backend, [torch.empty(0, device=device)])
@@ -141,7 +141,7 @@ def _backend(device: torch.device, backend: str) -> dict[str, str | None]:
 
 
 def _comparisons(devices: list[torch.device]) -> Iterator[tuple[Any, ...]]:
-    """What is compared, where, by which function of a seed, and a context that yields the ``map`` to call it with."""
+    """Yields, per comparison, its title, device, function of a seed, and a context that yields the ``map`` to use."""
     for device in devices[1:]:
         yield "kernels, compiled, with specification", device, run_verified, nullcontext(map)
     yield "kernels, interpreted, with specification", CPU, run_verified, _interpreter()
@@ -153,7 +153,7 @@ def _comparisons(devices: list[torch.device]) -> Iterator[tuple[Any, ...]]:
 
 @contextmanager
 def _interpreter() -> Iterator[Callable[..., Iterable[Any]]]:
-    """A ``map`` into processes with Triton's interpreter, which must be chosen before Triton is imported."""
+    """Yields the ``map`` of processes that use Triton's interpreter, which must be chosen before Triton's import."""
     workers, spawn = min(4, os.cpu_count() or 1), multiprocessing.get_context("spawn")
     with patch.dict(os.environ, TRITON_INTERPRET="1"):
         pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
@@ -170,7 +170,7 @@ def _compare(
     run_stream: Callable[..., Result],
     context: AbstractContextManager[Callable[..., Iterable[Any]]],
 ) -> dict[str, Any]:
-    """Runs streams until one differs."""
+    """Runs streams until one differs, and returns the comparison's row of the report."""
     row: dict[str, Any] = {"compared": what, "device": _describe(device), "streams": 0, "frames": 0}
     row |= {"why": "", "difference": None}
     begin = time.perf_counter()
@@ -187,7 +187,7 @@ def _compare(
                 row["difference"] = result.difference
                 if result.difference:
                     break
-        except BrokenProcessPool as error:  # kernels that are wrong can end a process
+        except BrokenProcessPool as error:  # a wrong kernel can crash its process
             row["difference"] = f"after {row['streams']} streams: {error}"
     row["seconds"] = round(time.perf_counter() - begin, 1)
     return {**row, "result": "different" if row["difference"] else "equal"}

@@ -1,6 +1,6 @@
-"""Explain: the window of one frame of a saved rollout, frame by frame.
+"""Explain: shows the window of one frame of a saved rollout, frame by frame.
 
-Owns the reading of the file and what is said; the windows are those of ``MultiStep``. May import ``postproc``,
+Owns how the file is read and the explanation's text; ``MultiStep`` computes the windows. May import ``postproc``,
 ``roles``, ``groups``, ``frames``, ``layouts`` and ``tables``.
 """
 
@@ -22,7 +22,7 @@ from multistep_triton.layouts import KeyPath
 from multistep_triton.postproc import MultiStep
 from multistep_triton.roles import WINDOW_PATHS
 
-# What torch.save writes of a tensordict besides tensors.
+# The classes, besides tensors, that a tensordict saved with torch.save names; load_rollout allows no others.
 _CLASSES = {
     "tensordict._lazy.LazyStackedTensorDict",
     "tensordict._reductions._make_td",
@@ -39,11 +39,11 @@ class Windows:
     Args:
         data: 1-step transitions, ``[*B, T]``.
         env: an index for each dimension of ``*B``.
-        agent: which one, where each has a done flag; else None.
-        multistep: computes the windows, and knows the keys.
+        agent: the agent's index, counted over all agent dimensions, if each agent has a done flag; else None.
+        multistep: the object that computes the windows and knows the keys.
 
     Raises:
-        KeyError, TypeError, ValueError: the data is no rollout, or an index is not one of it.
+        KeyError, TypeError, ValueError: the data is no rollout of 1-step transitions, or an index lies outside it.
     """
 
     def __init__(self, data: TensorDictBase, env: Sequence[int], agent: int | None, multistep: MultiStep) -> None:
@@ -57,12 +57,12 @@ class Windows:
         out = multistep(rollout)
 
         def own(tensor: Tensor) -> Tensor:
-            """The agent's part of an entry, ``[T, F]``."""
+            """Returns the agent's part of an entry ``[T, *A, ...]``, or the whole entry, as ``[T, F]``."""
             part = tensor if agent is None else tensor.flatten(1, len(group.agents))[:, agent]
             return part.reshape(len(rollout), -1)
 
         def columns(entries: Any, paths: Iterable[KeyPath]) -> dict[str, list[Any]]:
-            """A value for every frame, by the names of the entries, numbered where one has several features."""
+            """Returns a list of values per frame for each feature, named by entry and, if there are several, index."""
             features = {path: own(entries[path]).T.tolist() for path in paths}
             return {
                 _name(path) + (f"[{i}]" if len(rows) > 1 else ""): values
@@ -83,20 +83,20 @@ class Windows:
         self.steps, self.discounts, self.nonterminal = columns(out, WINDOW_PATHS).values()
         self.rewards, self.returns = columns(leaves, rewards), columns(out, rewards)
         self.dones = columns(leaves, dones)
-        """The flag that ends windows comes first."""
+        """The values, by name, of each done key that has one feature; those of ``done_key`` come first."""
         self.gathered = [_name(path) for path in paths if roles.is_gathered(path)]
-        """What is read at the window's end."""
+        """Names of the entries that a transition reads at the window's end."""
 
     def end(self, t: int) -> int:
-        """``e(t)``."""
+        """Returns ``e(t)``, the last frame of the window that begins at ``t``."""
         return t + self.steps[t] - 1
 
     def why(self, t: int) -> str:
-        """Why the window that begins at ``t`` ends."""
+        """Says why the window that begins at ``t`` ends."""
         return self.row.why(t, self.end(t), self.n_steps)
 
     def explain(self, t: int) -> str:
-        """The window that begins at ``t`` in words."""
+        """Describes the window that begins at ``t`` as text."""
         _check_index("t", t, len(self.steps))
         end, steps = self.end(t), self.steps[t]
         terminal = "" if self.nonterminal[t] else f": t = {t} is {self.row.boundary(t) or 'the last known frame'}"
@@ -119,7 +119,7 @@ class Windows:
         )
 
     def _table(self, t: int) -> str:
-        """The frames of the window, and the one after it."""
+        """Returns a table of the window's frames and the frame after the window."""
         end = self.end(t)
         columns: dict[str, Callable[[int], object]] = {name: of.__getitem__ for name, of in self.rewards.items()}
         columns["discount"] = lambda s: self.gamma ** (s - t) if s <= end else "-"
@@ -131,7 +131,7 @@ class Windows:
         return self.row.table(t, max(notes), columns, notes)
 
     def _sum(self, name: str, t: int) -> str:
-        """The return of a reward, term by term."""
+        """Writes out the return of a reward term by term."""
         terms = [(self.gamma**i, reward) for i, reward in enumerate(self.rewards[name][t : self.end(t) + 1])]
         (_, first), *others = terms
         summed = shortened([number(first), *(f"{number(discount)} * {number(reward)}" for discount, reward in others)])
@@ -140,10 +140,10 @@ class Windows:
 
 
 def load_rollout(path: Path) -> TensorDictBase:
-    """Reads a tensordict that ``torch.save`` wrote, running no code that the file may hold.
+    """Reads a tensordict that ``torch.save`` wrote, without running code that the file may hold.
 
     Raises:
-        ValueError: the file cannot be read, or holds something else.
+        ValueError: the file cannot be read, or holds no tensordict.
     """
     rule = f"FILE must be a tensordict saved with torch.save, got {path}"
     found: list[str] = []
@@ -152,7 +152,7 @@ def load_rollout(path: Path) -> TensorDictBase:
         names = [name.rpartition(".") for name in found if name in _CLASSES]
         with torch.serialization.safe_globals([getattr(importlib.import_module(at), name) for at, _, name in names]):
             data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler makes of a file that is something else
+    except Exception as error:  # on a file of another kind, the unpickler can raise anything
         if others := [name for name in found if name not in _CLASSES]:
             raise ValueError(
                 f"{rule}, with {', '.join(others)} in it: save rollout.to_tensordict().clone(), plain tensors, instead"

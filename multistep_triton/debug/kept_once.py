@@ -1,6 +1,6 @@
-"""Whether a rollout's observations can be kept once: what comes after a frame is what the next one holds.
+"""Checks whether observations can be kept once: a frame's entry under "next" must be the next frame's at the root.
 
-May import ``twins``, ``postproc`` and what they may, ``explain`` and ``verify``.
+Owns the printed report. May import ``twins``, ``postproc`` and what they may, ``explain`` and ``verify``.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from multistep_triton.postproc import MultiStep
 
 
 def run(path: Path, keys: Mapping[str, Any]) -> int:
-    """Prints of every entry under "next" that is at the root, too, whether it can be kept once, and why not.
+    """Prints for every entry under "next" that also exists at the root whether it can be kept once, or why not.
 
     Args:
-        path: of the rollout.
-        keys: arguments that name its entries, as of :class:`multistep_triton.MultiStep`.
+        path: the file that holds the rollout.
+        keys: keyword arguments of :class:`multistep_triton.MultiStep` that name the rollout's entries.
 
     Returns:
-        0 if all can; else 1.
+        0 if all such entries can be kept once; else 1.
 
     Raises:
-        KeyError: there is none, or no done flag.
-        TypeError: a flag is no flag.
-        ValueError: the file cannot be read, or holds no frames ``[*B, T]``.
+        KeyError: there is no such entry, or an entry that ``keys`` name is missing.
+        TypeError: an entry that ``keys`` name has the wrong dtype or kind.
+        ValueError: the file cannot be read, holds no frames ``[*B, T]``, or an entry has the wrong shape.
     """
     data = load_rollout(path)
     if not data.numel() or not data.ndim:
@@ -43,13 +43,13 @@ def run(path: Path, keys: Mapping[str, Any]) -> int:
     leaves = {key: leaf.movedim(dims - 1, 0) for key, leaf in every.items() if isinstance(leaf, torch.Tensor)}
     multistep = MultiStep(1.0, 1, **keys)
     roles = multistep._roles_in(leaves)
-    multistep._groups_in(Frames.read(data), roles)  # which looks at flags
+    multistep._groups_in(Frames.read(data), roles)  # raises if flags or rewards are wrong
     twins, marks = find_twins(roles, leaves), marks_of(roles, leaves)
     if not twins or not marks[0]:
         raise KeyError(f"FILE must hold a done flag, and entries both at the root and under 'next', got {list(every)}")
     lead, odd = leaves[twins[0]].shape[1:dims], 0
     for twin in twins:
-        # Nothing came before the first frame.
+        # No frame precedes the first one, whose own entry stands in for the row to compare with and so passes.
         ends = Ends(torch.empty(1, *lead), {twin: leaves[twin[1:]][:1]}, *marks)
         try:
             check_kept_once(ends, leaves, ends.find_ended(leaves, {}, None))

@@ -1,4 +1,4 @@
-"""The comparison with torchrl: n-step transitions of both, key by key. May import ``differences``."""
+"""Owns the comparison of this package's n-step transitions with torchrl's, key by key. May import ``differences``."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import Tensor
 
 from multistep_triton.debug.differences import different_bits
 
-# Ours alone: the name that torchrl documents; torchrl writes only the other one.
+# torchrl documents the first name and writes only the second; this package writes both.
 DOCUMENTED_REWARD, WRITTEN_REWARD = ("next", "reward_orig"), ("next", "original_reward")
 INEXACT_KEYS: tuple[NestedKey, ...] = (("next", "reward"), "gamma")
 
 
 class Difference(NamedTuple):
-    """What differs first."""
+    """The first difference between this package's transitions and torchrl's."""
 
     what: str
     frame: tuple[int, ...] | None
-    """Index of the frame; None if keys, shapes or dtypes differ."""
+    """The index of the frame; None if keys, shapes or dtypes differ."""
     values: str
 
 
 def leaf_keys(frames: TensorDictBase) -> list[NestedKey]:
-    """The keys of all tensors."""
+    """Returns the keys of all tensors, nested ones included."""
     return list(frames.keys(include_nested=True, leaves_only=True))
 
 
 def find_difference(ours: TensorDictBase, theirs: TensorDictBase, n_steps: int) -> Difference | None:
-    """What differs first in the same frames of both transforms, whose one reward must not be negative.
+    """Finds the first difference between the transitions that both transforms made of the same frames, or None.
 
-    All must be equal, but for returns and discounts, which must be within :func:`ulps`.
+    The one reward must not be negative. Returns and discounts may be :func:`ulps` apart; all else must be equal.
     """
     our_keys, their_keys = set(leaf_keys(ours)), set(leaf_keys(theirs))
     if our_keys != their_keys | {DOCUMENTED_REWARD}:
@@ -42,7 +42,7 @@ def find_difference(ours: TensorDictBase, theirs: TensorDictBase, n_steps: int) 
     for key in leaf_keys(ours):
         got: Tensor = ours.get(key)
         expected: Tensor = theirs.get(WRITTEN_REWARD if key == DOCUMENTED_REWARD else key)
-        if key == "nonterminal" and n_steps == 1:  # torchrl's is False everywhere
+        if key == "nonterminal" and n_steps == 1:  # torchrl writes False everywhere
             expected = ~theirs.get(("next", "done")).squeeze(-1)
         if got.shape != expected.shape or got.dtype != expected.dtype:
             values = f"{got.dtype} {list(got.shape)}, torchrl's {expected.dtype} {list(expected.shape)}"
@@ -56,15 +56,15 @@ def find_difference(ours: TensorDictBase, theirs: TensorDictBase, n_steps: int) 
 
 
 def ulps(n_steps: int) -> int:
-    """How far apart two right answers can be, in float32 ulps, taking an ulp as eps times the value."""
-    # A rounding is half an ulp, and rewards are not negative, so that nothing cancels. Our sum joins up to n - 1 parts
-    # to others, each with a power of gamma, a product and a sum: 3 (n - 1) roundings. torchrl's convolution rounds each
-    # power, each product and n - 1 sums: n + 1. Together 2 n - 1 ulps. Discounts take n / 2 + 2.5: we round once;
-    # torchrl rounds gamma, which the power repeats n times, and raises it to within 2 ulps.
+    """Returns how far apart two correct results can be, in float32 ulps, where an ulp is eps times the value."""
+    # A rounding errs by half an ulp, and rewards are not negative, so that nothing cancels. This package joins n - 1
+    # parts at most, each with a power of gamma, a product and a sum: 3 (n - 1) roundings. torchrl's convolution rounds
+    # a power, a product and n - 1 sums: n + 1. Together: 2 n - 1 ulps. Discounts take n / 2 + 2.5: this package
+    # rounds once; torchrl rounds gamma, an error that the power repeats n times, and its power errs by 2 ulps.
     return 2 * n_steps + 2
 
 
 def _close(got: Tensor, expected: Tensor, n_steps: int) -> Tensor:
     eps, tiny = torch.finfo(expected.dtype).eps, torch.finfo(expected.dtype).tiny
-    # Below the smallest normal number an ulp is not relative any more: a small gamma's high powers underflow.
+    # High powers of a small gamma fall below the smallest normal number, where an ulp is no longer relative.
     return (got - expected).abs() <= ulps(n_steps) * eps * expected.abs() + tiny

@@ -1,4 +1,4 @@
-"""The picture of a row's windows. May import ``explain`` and matplotlib."""
+"""Owns the picture of a row's windows. May import ``explain`` and matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from multistep_triton.debug.explain import Windows
 
-# Frames in a picture, more if the window needs them; lanes that there is room to label.
+# The number of frames in a picture, which a longer window raises, and the most lanes that fit labels.
 FRAMES, LABELLED = 32, 24
 FULL, CUT, CHOSEN, BOUNDARY, PADDING = "#9ecae1", "#fdae6b", "#08306b", "#d62728", "#e0e0e0"
 RETURN, REWARD, GOES_ON = "#3182bd", "#c7c7c7", "#08306b"
@@ -22,10 +22,10 @@ RETURN, REWARD, GOES_ON = "#3182bd", "#c7c7c7", "#08306b"
 
 @rc_context({"text.parse_math": False})
 def draw_windows(windows: Windows, t: int, title: str) -> Figure:
-    """The windows of the row around frame ``t``, and below them its first reward and the returns of that.
+    """Draws the windows of the row around frame ``t`` and, below them, the row's first reward and its returns.
 
     Raises:
-        ValueError: there is no reward.
+        ValueError: the row has no reward.
     """
     if not windows.rewards:
         raise ValueError("the row must have a reward to be drawn, got none")
@@ -33,7 +33,7 @@ def draw_windows(windows: Windows, t: int, title: str) -> Figure:
     width = max(FRAMES, windows.steps[t] + FRAMES // 4)
     first = max(0, min(t - (width - windows.steps[t]) // 2, count - width))
     shown = range(first, min(first + width, count))
-    # Windows that begin as many frames apart as they are long at most do not overlap: one lane for each remainder.
+    # Windows of at most L frames that begin L frames apart do not overlap: the lane is the first frame modulo L.
     lanes = max(windows.steps[max(0, first - windows.n_steps + 1) : shown.stop])
     labelled = min(lanes, LABELLED)
     figure = Figure(figsize=(min(max(7, 1 + 0.25 * len(shown)), 24), 3.4 + 0.2 * labelled), layout="constrained")
@@ -50,7 +50,7 @@ def draw_windows(windows: Windows, t: int, title: str) -> Figure:
 
 
 def _draw_lanes(axes: Axes, windows: Windows, t: int, shown: range, lanes: int) -> list[Any]:
-    """A bar for every window that reaches into the frames shown; returns what the colours say."""
+    """Draws a bar for every window that overlaps the frames shown, and returns the handles of the legend."""
     begins = [s for s in range(max(0, shown.start - lanes + 1), shown.stop) if windows.end(s) >= shown.start]
     lengths = [windows.steps[begin] for begin in begins]
     bars = axes.barh(
@@ -67,11 +67,11 @@ def _draw_lanes(axes: Axes, windows: Windows, t: int, shown: range, lanes: int) 
     if lanes <= LABELLED and len(shown) <= 2 * FRAMES:
         for begin in shown:
             axes.text(begin, begin % lanes, str(begin), ha="center", va="center", fontsize=8, zorder=4)
-    # A bar ends at the picture's edge where its window does not.
+    # An arrow at the picture's edge marks a bar whose window goes on beyond the edge.
     before = [s % lanes for s in begins if s < shown.start]
     after = [s % lanes for s in begins if windows.end(s) >= shown.stop]
     for cut, edge, arrow in ((before, shown.start - 0.6, "<"), (after, shown.stop - 0.4, ">")):
-        if cut:  # what is empty and not clipped has no place in the layout
+        if cut:  # the layout cannot place an artist that is empty and not clipped
             axes.plot([edge] * len(cut), cut, arrow, color=GOES_ON, markersize=7, clip_on=False, zorder=5)
     axes.set_ylim(lanes - 0.4, -0.6)
     axes.set_yticks([])
@@ -92,7 +92,7 @@ def _draw_lanes(axes: Axes, windows: Windows, t: int, shown: range, lanes: int) 
 
 
 def _draw_returns(axes: Axes, windows: Windows, t: int, shown: range) -> list[Any]:
-    """Rewards as bars, returns as points; returns what they are."""
+    """Draws rewards as bars and n-step returns as points, and returns the handles of the legend."""
     name, rewards = next(iter(windows.rewards.items()))
     returns = windows.returns[name]
     heights = [rewards[s] if math.isfinite(rewards[s]) else 0 for s in shown]

@@ -1,4 +1,4 @@
-"""Rounding: what a return is in float64, and how far off a sum in its own precision may be. May import torch only."""
+"""Owns the float64 value of an n-step return and the bound of a backend's rounding error. May import torch only."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def float64_returns(stream: Tensor, steps: Tensor, gamma: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The n-step returns of ``stream`` ``[*B, S, *F]`` in float64, ``[*B, E, *F]``, and a bound of the error.
+    """Computes the n-step returns of ``stream`` ``[*B, S, *F]`` in float64, ``[*B, E, *F]``, and a bound of the error.
 
-    The bound holds for sums in any order: each of the ``steps - 1`` times that two parts of a window are joined, the
-    power of gamma, the product with it and the sum are rounded. In a precision of unit roundoff ``u`` that is, to
-    first order, at most ``3 (steps - 1) u`` times the sum of the absolute terms. What is accumulated is then rounded to
-    ``dtype``. Rewards whose power of gamma is less than the smallest normal number may be lost. The bound is infinite
-    where one of these is, and where a sum of finite terms may overflow on the way, in one order and not in another.
+    The bound holds for sums in any order. A sum joins two parts of a window ``steps - 1`` times, and each time rounds a
+    power of gamma, a product and a sum. In a precision of unit roundoff ``u`` the error is, to first order, at most
+    ``3 (steps - 1) u`` times the sum of the absolute terms. A backend then rounds the sum to ``dtype``. It may lose a
+    reward whose power of gamma is below the smallest normal number. The bound is infinite if such a reward is infinite
+    or if a partial sum of finite terms may overflow, and NaN for any other window with an infinity or a NaN.
 
     Source: N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1.
     """

@@ -1,6 +1,6 @@
-"""Random streams: on the kernels beside the reference, extended and sampled, and on the reference beside torchrl.
+"""Random streams that compare a backend with the specification, and the reference with torchrl's transform.
 
-May import the package, ``parity`` and torchrl.
+Owns the data of the streams and both comparisons. May import the package, ``parity`` and torchrl.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from multistep_triton.transform import MultiStepTransform
 
 @dataclass(frozen=True)
 class Kind:
-    """What kernels are compiled for; all else in a stream is random."""
+    """The properties of a stream that kernels are compiled for; all others are random."""
 
     n_steps: int
     observation: tuple[int, ...] = (3,)
     dtype: torch.dtype = torch.float32
-    """That of observations."""
+    """The dtype of observations."""
     rewards: tuple[torch.dtype, ...] = (torch.float32,)
     features: tuple[int, ...] = (1,)
     """The trailing shape of rewards."""
     agents: int = 0
-    """How many have a done flag each; 0 for one flag for all."""
+    """The number of agents, each of which has a done flag; 0 if one flag serves all."""
     mask: bool = False
     traj: torch.dtype | None = None
     layout: str = "contiguous"
-    """Or ``"time-major"``, or ``"channels-last"``: the last dimension of an entry lies outside of its others."""
+    """``"contiguous"``, ``"time-major"``, or ``"channels-last"``, in which the last feature dimension is outermost."""
     done_at: str = "start"
     match_reward_shape: bool = False
 
@@ -71,21 +71,21 @@ KINDS = (
 
 
 class Result(NamedTuple):
-    """What came of one stream."""
+    """The result of one stream."""
 
     frames: int
-    """That were compared."""
+    """The number of frames that were compared."""
     difference: str | None = None
-    """What differs; None if nothing does."""
+    """A message about the first difference or failure; None if there is none."""
 
 
 class Stream:
-    """Rollouts ``[*B, T]`` that follow one another, the same ones on every machine for a seed."""
+    """A random sequence of rollouts ``[*B, T]``, each of which continues the one before; a seed fixes all values."""
 
     def __init__(self, seed: int, kinds: tuple[Kind, ...], *, torchrl: bool = False) -> None:
         chance = random.Random(seed)
         self.kind = kinds[seed % len(kinds)]
-        # Wide rows are many tiles, each of which takes the interpreter milliseconds.
+        # A wide row has many tiles, and Triton's interpreter takes milliseconds for each.
         wide = torch.Size(self.kind.observation).numel() > 1000
         self.batch = chance.choice([(), (1,)] if wide else [(), (1,), (5,), (2, 3), (40,)])
         few, many = (0, 3) if wide else (9, 30)
@@ -93,14 +93,14 @@ class Stream:
         self.gamma = chance.choice([0.0, 0.5, 0.99, 1.0, chance.random()])
         self.p_done = chance.choice([0.0, 0.1, 0.5])
         self.torchrl = torchrl
-        """Whether rewards are what torchrl sums right: finite and, so that it can be compared closely, not negative."""
+        """Whether data suits torchrl's transform: finite rewards, none negative; ``terminated`` implies ``done``."""
         self._generator = torch.Generator("cpu").manual_seed(seed)
         self._group = ("agents",) if self.kind.agents else ()
-        """Where done flags and rewards lie."""
+        """The path under "next" of the group that holds done flags and rewards."""
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of a transform or a buffer of this stream's kind."""
+        """The keyword arguments of a transform or a buffer for this stream."""
         kind = self.kind
         done_keys: list[NestedKey] = [(*self._group, "done"), (*self._group, "terminated")]
         return {
@@ -115,7 +115,7 @@ class Stream:
         }
 
     def buffer(self, device: torch.device) -> NStepReplayBuffer:
-        """A buffer for some of the stream, sampled once; every other one has windows of all lengths up to n."""
+        """Returns a buffer for all or part of the stream; by chance it draws n per sample or is compact, or both."""
         n_steps, most = self.kind.n_steps, self.kind.n_steps + sum(self.cuts)
         chance = random.Random(most)
         capacity = torch.Size(self.batch).numel() * chance.randint(n_steps, most)
@@ -133,7 +133,7 @@ class Stream:
         )
 
     def rollouts(self, device: torch.device) -> Iterator[TensorDict]:
-        """The rollouts, one for each call."""
+        """Yields the rollouts, one for each call of the transform or of the buffer's ``extend``."""
         kind, agents = self.kind, (self.kind.agents,) if self.kind.agents else ()
         before: TensorDict | None = None
         for frames in self.cuts:
@@ -143,7 +143,7 @@ class Stream:
             data["observation"] = self._values((*shape, *kind.observation), kind.dtype)
             data["next", "observation"] = self._values((*shape, *kind.observation), kind.dtype)
             data[("next", *self._group, "done")] = done
-            # To torchrl's transform a flag beside ``done`` ends nothing.
+            # torchrl's transform ends windows at ``done`` alone, so that ``terminated`` must imply it.
             other = self._flags(done.shape, 0.5 if self.torchrl else self.p_done / 2)
             data[("next", *self._group, "terminated")] = done & other if self.torchrl else other
             for i, dtype in enumerate(kind.rewards):
@@ -161,7 +161,7 @@ class Stream:
             yield self._laid_out(data).to(device)
 
     def _going_on(self, before: TensorDict | None, data: TensorDict) -> TensorDict:
-        """Frames that hold what came after the ones before, unless these were ends."""
+        """Returns ``data`` with each next observation copied to the root of the frame after it, except after an end."""
         both: Any = data if before is None else torch.cat((before, data), -1)
         first, then = both[..., :-1], both[..., 1:]
         ended = torch.zeros(then.batch_size, dtype=torch.bool)
@@ -188,7 +188,7 @@ class Stream:
         return torch.rand(shape, generator=self._generator, device="cpu") < p
 
     def _values(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Any bits."""
+        """Returns values of random bits, NaNs and infinities included."""
         count = torch.Size(shape).numel() * dtype.itemsize
         values = torch.randint(256, (count,), dtype=torch.uint8, generator=self._generator, device="cpu")
         return values.view(dtype).view(shape)
@@ -206,14 +206,14 @@ class Stream:
 
 
 def run_verified(seed: int, device: torch.device) -> Result:
-    """Stream ``seed`` with ``backend="verify"``: through a transform, and sampled from a buffer."""
-    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it logs to stdout what each storage allocates
+    """Runs stream ``seed`` through a transform and a buffer with ``backend="verify"``, and samples the buffer once."""
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # torchrl logs the allocation of every storage to stdout
     stream = Stream(seed, KINDS)
     transform = MultiStepTransform(backend="verify", **stream.arguments)
     buffer = stream.buffer(device)
     frames = 0
     try:
-        with numpy.errstate(all="ignore"):  # the interpreter sums with numpy, which warns of infinities
+        with numpy.errstate(all="ignore"):  # the interpreter sums with numpy, which warns about infinities
             for rollout in stream.rollouts(device):
                 out = transform.inv(rollout)
                 frames += 0 if out is None else out.numel()
@@ -221,12 +221,12 @@ def run_verified(seed: int, device: torch.device) -> Result:
             for out in transform.flush(), buffer.sample():
                 frames += 0 if out is None else out.numel()
         return Result(frames)
-    except Exception as error:  # kernels that are wrong can fail in any way
+    except Exception as error:  # a wrong kernel can raise anything
         return Result(frames, f"stream {seed}, {stream.kind}: {error}")
 
 
 def run_torchrl(seed: int, device: torch.device) -> Result:
-    """Stream ``seed`` on the reference and on torchrl's transform."""
+    """Compares the reference with torchrl's transform on stream ``seed``."""
     stream = Stream(seed, TORCHRL_KINDS, torchrl=True)
     where, frames = f"stream {seed}, {stream.kind}", 0
     try:
@@ -235,7 +235,7 @@ def run_torchrl(seed: int, device: torch.device) -> Result:
             ours.n_steps, ours.gamma, reward_keys=ours.reward_keys, done_key=ours.done_key, done_keys=ours.done_keys
         )
         for call, rollout in enumerate(stream.rollouts(device)):
-            # torchrl's return is a convolution, which a GPU would otherwise compute of rounded operands.
+            # torchrl computes returns by a convolution, whose operands a GPU would otherwise round to TF32.
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 got, expected = ours.inv(rollout), theirs.inv(rollout)
             if got is None or expected is None:
@@ -247,5 +247,5 @@ def run_torchrl(seed: int, device: torch.device) -> Result:
             else:
                 frames += got.numel()
         return Result(frames)
-    except Exception as error:  # another version of torchrl, or a device that it does not run on
+    except Exception as error:  # another version of torchrl, or a device that it does not support, can raise anything
         return Result(frames, f"{where}: {type(error).__name__}: {error}")

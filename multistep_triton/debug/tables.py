@@ -1,4 +1,4 @@
-"""Windows as a person reads them: what ends one, and a table of its frames. May import torch only."""
+"""Owns the text about windows: why a window ends, a table of its frames, and numbers. May import torch only."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# Tables and sums of more lines or terms than this leave some out.
+# A table of more frames, or a sum of more terms, than this leaves some out.
 MOST = 24
-# Digits that tell a number from its neighbours, by its bytes.
+# The significant digits that distinguish neighbouring floats, by the bytes of the dtype.
 _DIGITS = {1: 3, 2: 5, 4: 9, 8: 17}
 _NUMBER = re.compile(r"-|\.{3}|-?inf|nan|-?[0-9.]+(e[+-][0-9]+)?")
 
 
 class Row(NamedTuple):
-    """What decides the windows of one row of frames, one element for each."""
+    """The flags and ids that decide where the windows of one row end, one element for each frame."""
 
     done: list[bool]
     valid: list[bool] | None = None
     """False where a frame is padding; None if there is no mask."""
     traj: list[int] | None = None
-    """Trajectory ids; None if there are none."""
+    """Trajectory ids; None if the row has none."""
     name: str = "done"
-    """That of the done flag."""
+    """The name of the done flag in tables."""
     others: Mapping[str, list[bool]] = {}
-    """The flags beside it that end windows, too, by their names."""
+    """The other flags that end windows, by name."""
 
     @classmethod
     def read(cls, dones: Mapping[str, Tensor], mask: Tensor | None, traj: Tensor | None, name: str = "done") -> Row:
-        """From tensors of one element per frame; the first of ``dones`` is the done flag, whatever it is called."""
+        """Reads tensors of one element per frame; the first of ``dones`` is the done flag, whatever its key."""
         valid, ids = (None if flag is None else flag.reshape(-1).tolist() for flag in (mask, traj))
         (_, done), *others = [(key, flag.reshape(-1).tolist()) for key, flag in dones.items()]
         return cls(done, valid, ids, name, dict(others))
 
     def ended(self, t: int) -> str | None:
-        """Which flag is set at frame ``t``; None if none is."""
+        """Returns ``"done"`` if the done flag is set at frame ``t``, else the name of another set flag, or None."""
         return "done" if self.done[t] else next((name for name, flags in self.others.items() if flags[t]), None)
 
     def boundary(self, t: int) -> str | None:
-        """Why frame ``t`` is a boundary; None if it is none."""
+        """Says why frame ``t`` is a boundary; returns None if it is none."""
         if flag := self.ended(t):
             return flag
         if self.valid is not None and not self.valid[t]:
@@ -53,7 +53,7 @@ class Row(NamedTuple):
         return None
 
     def why(self, begin: int, end: int, n_steps: int) -> str:
-        """Why the window that begins at frame ``begin`` ends at ``end``."""
+        """Says why the window that begins at frame ``begin`` ends at ``end``."""
         if reason := self.boundary(end):
             return reason
         if end - begin + 1 == n_steps:
@@ -63,7 +63,7 @@ class Row(NamedTuple):
     def table(
         self, begin: int, last: int, columns: Mapping[str, Callable[[int], object]], notes: Mapping[int, Sequence[str]]
     ) -> str:
-        """Frames ``begin .. last``: the columns given, the flags, and notes; of many, those with notes and around."""
+        """Tabulates columns, flags and notes of frames ``begin .. last``; of many, those near an edge or a note."""
         flags = ((self.name, self.done), ("mask", self.valid), ("trajectory", self.traj))
         shown = [*columns.items(), *((name, flag.__getitem__) for name, flag in flags if flag is not None)]
         header = ["t", *(name for name, _ in shown), ""]
@@ -80,14 +80,14 @@ class Row(NamedTuple):
 
 
 def number(value: Any, digits: int = 6) -> str:
-    """A scalar as text: a tensor's with the digits that tell it from its neighbours, a float's with those given."""
+    """Formats a scalar: a tensor's with the digits that tell it from its neighbours, a float with ``digits`` digits."""
     if isinstance(value, Tensor):
         value, digits = value.item(), _DIGITS[min(value.dtype.itemsize, 8)]
     return f"{value:.{digits}g}" if isinstance(value, float | complex) else str(value)
 
 
 def layout(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table as text, indented, columns of numbers to the right."""
+    """Formats a table as indented text, with columns of numbers aligned to the right."""
     columns = []
     for name, *cells in zip(header, *lines, strict=True):
         width = max(map(len, [name, *cells]))
@@ -97,5 +97,5 @@ def layout(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def shortened(terms: Sequence[str]) -> list[str]:
-    """All terms of a sum, or the first and last ones if there are many."""
+    """Returns all terms of a sum or, of more than ``MOST``, the first and last ones."""
     return [*terms] if len(terms) <= MOST else [*terms[: MOST // 2], "...", *terms[-MOST // 2 :]]

@@ -1,4 +1,4 @@
-"""The backend ``verify``: the specification beside the kernels or the fast path, and what is said where they differ.
+"""The backend ``verify``: runs the kernels or the fast path beside the specification, and raises if they differ.
 
 Owns the comparison. May import ``engine``, ``spec`` and what they may, ``differences``, ``rounding`` and ``tables``.
 """
@@ -26,13 +26,13 @@ from multistep_triton.task import Leaves, Results, Task
 
 
 def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
-    """Computes :func:`multistep_triton.engine.n_step_extend` twice.
+    """Computes :func:`multistep_triton.engine.n_step_extend` with the tested backend and the specification.
 
     Returns:
-        What the backend computed that is verified.
+        The results of the tested backend.
 
     Raises:
-        EquivalenceError: it is not what the specification computed.
+        EquivalenceError: the results of both differ, or the tested backend wrote into its inputs.
     """
     tested = _tested(data.values(), [data[key] for key in task.keys.rewards])
     expected = spec.n_step_extend(task, carry, data)
@@ -48,11 +48,11 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
 
 
 def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
-    """Computes :func:`multistep_triton.engine.n_step_sample` twice; returns and raises as for extend."""
+    """Computes :func:`multistep_triton.engine.n_step_sample` with both; returns and raises as :func:`n_step_extend`."""
     tested = _tested([*data.values(), *samples.indices], [data[key] for key in task.keys.rewards])
     got: Results = tested.compute.n_step_sample(task, samples, data)
     expected = spec.n_step_sample(task, samples, data)
-    # What the frames of a window are to those of a row in which it is the first one.
+    # Each sampled frame becomes the first frame of a row that holds the frames after it.
     _, there = find_there(samples, next(iter(data.values())).shape)
     slots, after = spec_ring.rows_of(there, min(task.n_steps + 1, samples.live))
     rows = {key: data[key][slots] for key in dict.fromkeys((*task.keys.flags, *task.keys.rewards, next(iter(data))))}
@@ -88,7 +88,7 @@ def store_frames(
     slot: int | Tensor,
     ends: Ends | None = None,
 ) -> Tensor:
-    """Computes :func:`multistep_triton.engine.store_frames`, and looks whether the frames lie where they belong."""
+    """Computes :func:`multistep_triton.engine.store_frames`, and checks that every frame lies in its slot."""
     tested = _tested([*data.values(), *ring.values()])
     slots, *lead = next(iter(ring.values())).shape[:dims]
     frames = next(iter(data.values())).shape[time_dim]
@@ -102,19 +102,22 @@ def store_frames(
         )
         output = Output(key, f"{key} as it is stored", lies, came.to(leaf.dtype), COPIED)
         if leaf.dtype != came.dtype:
-            # Of a NaN that is stored as another dtype there are several.
+            # A NaN may get any of several bit patterns in another dtype, so that values are compared and not bits.
             equal = torch.zeros_like(lies, dtype=torch.float64)
             output = output._replace(source="what is stored is rounded once", tolerance=equal, exact=came.double())
         stored.append(output)
+    if numbers is not None:
+        lies = numbers[at.to(numbers.device)].flatten()
+        stored.append(Output("numbers", "slots of frames", lies, expected[:, 0].to(lies.device), COPIED))
     check(tested[:2], stored, 1, lambda output, frame, item: f"  stored at  {expected[frame[0]].tolist()}", "frame")
     return index
 
 
 def check_kept_once(ends: Ends, data: Leaves, ended: Tensor) -> None:
-    """Checks of frames ``[T, *R]`` that each holds at the root what came after the one before, unless that has ended.
+    """Checks that each frame of ``[T, *R]`` has at the root what the one before, if it is no end, has under "next".
 
     Raises:
-        EquivalenceError: one does not.
+        EquivalenceError: a frame does not.
     """
     dims, outputs = ended.ndim, []
     for path, rows in ends.rows.items():
@@ -135,7 +138,7 @@ def check_kept_once(ends: Ends, data: Leaves, ended: Tensor) -> None:
 
 
 def gather_future(value: Tensor, steps: Tensor) -> Tensor:
-    """Computes :func:`multistep_triton.gather_future` twice; returns and raises alike."""
+    """Computes :func:`multistep_triton.gather_future` with both; returns and raises as :func:`n_step_extend`."""
     tested = _tested((value, steps))
     got: Tensor = tested.compute.gather_future(value, steps)
     expected = spec.gather_future(value, steps)
@@ -148,13 +151,13 @@ def gather_future(value: Tensor, steps: Tensor) -> Tensor:
 
 
 class _Tested(NamedTuple):
-    """The backend that is held to the specification."""
+    """The backend that is compared with the specification."""
 
     name: str
     against: str
-    """What the specification is called beside it."""
+    """The name of the specification in messages about this backend."""
     end: str
-    """What they do to windows."""
+    """The verb "end" in the form that agrees with ``name``."""
     compute: Any
 
 
@@ -165,7 +168,7 @@ def _tested(tensors: Collection[Tensor], rewards: Iterable[Tensor] = ()) -> _Tes
 
 
 def _one_frame(results: Results) -> Results:
-    """What came of samples ``[N, ...]`` as if it came of rows of one frame, ``[N, 1, ...]``."""
+    """Returns the results of samples ``[N, ...]`` as results of rows of one frame, ``[N, 1, ...]``."""
     leaves, returns = ({key: leaf.unsqueeze(1) for key, leaf in of.items()} for of in results[:2])
     steps, discount, nonterminal = (each.unsqueeze(1) for each in results[2:5])
     return Results(leaves, returns, steps, discount, nonterminal)
@@ -173,7 +176,7 @@ def _one_frame(results: Results) -> Results:
 
 @dataclass
 class _Call:
-    """The arguments of one call and the steps that came of it; its stream is the frames of carry and data."""
+    """The arguments of one call and the steps that both computed; its stream is the carry's frames, then the data's."""
 
     tested: _Tested
     task: Task
@@ -187,7 +190,7 @@ class _Call:
         return torch.cat((self.carry.frames(key, dim), leaf), dim) if self.carry else leaf
 
     def outputs(self, got: Results, expected: Results) -> Iterator[Output]:
-        """What both computed; what explains the rest comes first."""
+        """Yields the outputs that both computed; those whose differences explain the others come first."""
         keys, _, gamma, time_dim, _ = self.task
         steps, discount, nonterminal = expected[2:5]
         yield Output("steps_to_next_obs", "steps (steps_to_next_obs)", got[2], steps, "frames are counted")
@@ -211,19 +214,19 @@ class _Call:
             yield Output(key, f"{key} of the frames held back", *leaves, COPIED, first=steps.shape[-1])
 
     def window(self, output: Output, frame: tuple[int, ...], item: int) -> str:
-        """The window of a frame ``(*b, t)`` of an output, and the frame after it, as a table."""
+        """Tabulates the window of frame ``(*b, t)`` of an output, and the frame after the window."""
         keys, n_steps, *_ = self.task
         at, begin = frame[:-1], frame[-1] + output.first
         mask, traj = (None if key is None else self.stream(key)[at] for key in (keys.mask, keys.traj))
         dones = {str(key[-1] if isinstance(key, tuple) else key): self.stream(key)[at] for key in keys.done}
-        # Where no flag ends windows, none is set.
+        # Without done keys, the table shows a flag that is never set.
         row = Row.read(dones or {"done": torch.zeros(self.stream(next(iter(self.data))).shape[len(at)])}, mask, traj)
         steps, got_steps = self.steps[at].tolist(), self.got_steps[at].tolist()
         notes: dict[int, list[str]] = {begin: ["this frame"]}
         last = begin
         if begin < len(steps):
             end, got_end = begin + steps[begin] - 1, begin + got_steps[begin] - 1
-            # What is tested may have counted anything.
+            # The steps of a wrong backend may be any number.
             last = min(max(end, got_end, begin), begin + n_steps)
             notes.setdefault(end, []).append(f"the {self.tested.against} ends it: {row.why(begin, end, n_steps)}")
             if got_end != end:
@@ -248,7 +251,7 @@ def _cell(items: Tensor, item: int, t: int) -> str:
 
 
 def _pairs(tested: _Tested, got: Leaves, expected: Leaves) -> Iterator[tuple[Hashable, tuple[Tensor, Tensor]]]:
-    """What both have under each key; a tensor that is passed through as it is needs no comparison."""
+    """Pairs the tensors under each key, except where both are the same tensor; raises if the keys differ."""
     if got.keys() != expected.keys():
         made, expects = list(got), list(expected)
         raise EquivalenceError(f"the {tested.name} made the entries {made}, the {tested.against} {expects}")
@@ -258,7 +261,7 @@ def _pairs(tested: _Tested, got: Leaves, expected: Leaves) -> Iterator[tuple[Has
 def _check_unchanged(
     leaves: Mapping[Any, list[Tensor]], before: Mapping[Any, list[Tensor]], what: str, tested: _Tested
 ) -> None:
-    """Raises an error if a backend wrote where they read, and undoes it."""
+    """Checks that a backend did not write into its inputs; if it did, restores them and raises an error."""
     pairs = {key: list(zip(views, before[key], strict=True)) for key, views in leaves.items()}
     if written := [key for key, each in pairs.items() if any(different_bits(*pair).any() for pair in each)]:
         for key in written:

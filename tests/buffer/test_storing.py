@@ -348,19 +348,26 @@ def test_without_info_the_index_is_the_entry_that_is_stored():
 
 
 def test_verified():
-    """``verify`` looks whether every frame lies where it belongs."""
-    with kernels(), pytest.MonkeyPatch.context() as patch:
-        buffer, stream = make_buffer(8, (2,), backend="verify"), make_stream((2,), 20)
-        buffer.extend(stream[:, :3]), buffer.extend(stream[:, 3:8])
-        at = store.store_frames
+    """``verify`` looks whether every frame lies where it belongs, and holds its slot."""
 
-        def a_slot_on(data, ring, numbers, dims, time_dim, slot, ends):
-            return at(data, ring, numbers, dims, time_dim, slot + 1, ends)
+    def a_slot_on(data, ring, numbers, dims, time_dim, slot, ends):
+        return at(data, ring, numbers, dims, time_dim, slot + 1, ends)
 
-        patch.setattr("multistep_triton.kernels.launch.store_frames", a_slot_on)
-        with pytest.raises(EquivalenceError, match="differ at where frames lie") as raised:
-            buffer.extend(stream[:, 8:10])
-        assert raised.value.key == "index"
+    def without_numbers(data, ring, numbers, dims, time_dim, slot, ends):
+        return at(data, ring, numbers.clone(), dims, time_dim, slot, ends)
+
+    at = store.store_frames
+    for wrong, key, where in (
+        (a_slot_on, "index", "where frames lie"),
+        (without_numbers, "numbers", "slots of frames"),
+    ):
+        with kernels(), pytest.MonkeyPatch.context() as patch:
+            buffer, stream = make_buffer(8, (2,), backend="verify"), make_stream((2,), 20)
+            buffer.extend(stream[:, :3]), buffer.extend(stream[:, 3:7])
+            patch.setattr("multistep_triton.kernels.launch.store_frames", wrong)
+            with pytest.raises(EquivalenceError, match=f"differ at {where}") as raised:
+                buffer.extend(stream[:, 7:10])
+            assert raised.value.key == key
 
 
 def test_a_tensordict_without_a_device_and_of_other_batch_sizes():

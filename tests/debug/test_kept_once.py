@@ -45,8 +45,9 @@ def test_the_first_frame_that_was_altered_is_named(tmp_path, capsys):
         (lambda data: data.exclude("observation", "number"), "both at the root and under 'next'"),
         (lambda data: data.exclude(("next", "done")), "done"),
         (lambda data: data.update({"next": {"done": data["next", "done"].float()}}), "must be bool"),
+        (lambda data: data.to("meta"), "cannot be explained: "),
     ],
-    ids=["no frames", "no twins", "no flag", "floats"],
+    ids=["no frames", "no twins", "no flag", "floats", "meta"],
 )
 def test_what_is_no_such_rollout_is_refused_in_a_line(alter, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as exited:
