@@ -1,8 +1,8 @@
-"""Keep: what comes after frames of a ring that keeps observations once, written as the frames are stored.
+"""Keep: stores the observations after ends and after the newest frames, of a ring that keeps observations once.
 
-See ``multistep_triton.ends``. Frames of a call are counted from 0 on; frame -1 is the one in the slot ``before``. If no
-frame is there, what the slot holds may pass on a row that no frame asks for. Ends of several frames are counted by a
-launch of their own.
+See ``multistep_triton.ends``. A call's frames count from 0; frame -1 lies in the slot ``before``, whose old flags, in
+an empty ring, at most keep a row that no frame reads. ``sizes`` is ``(frames, envs)``, ``flags`` is
+``(dones, masks, ids)``, each leaf a pair of data and ring. Data lies ``[envs, frames]`` if TIME_LAST, else transposed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import triton.language as tl
 
 from multistep_triton.kernels.rows import as_bytes, either_pointer, find_units
 
-# Lanes of a program that counts, and the most of them for an environment.
+# Lanes of a program that counts ends, and the most lanes that it has for one environment.
 TILE, MOST_FRAMES = 512, 128
 
 
 @triton.jit
 def find_before(written_ptr, slot, slots):
-    """The slot of the first frame, and that of the frame before, from how many frames were ever written, if given."""
+    """Returns the slot of frame 0, the write count modulo ``slots`` if there is one, and the slot of frame -1."""
     if written_ptr is not None:
         slot = (tl.load(written_ptr) % slots).to(tl.int32)
     return slot, tl.where(slot == 0, slots, slot) - 1
@@ -26,14 +26,14 @@ def find_before(written_ptr, slot, slots):
 
 @triton.jit
 def place_of(frame, env, envs, slot, slots):
-    """The row of a frame in the ring, counted in 64 bits."""
+    """Returns the row of a frame in the ring, int64; frame 0 lies in ``slot``."""
     at = frame + slot
     return tl.where(at < slots, at, at - slots).to(tl.int64) * envs + env
 
 
 @triton.jit
 def has_ended(frame, env, mask, before, sizes, flags, TIME_LAST: tl.constexpr, WIDTHS: tl.constexpr):
-    """Whether no frame of the call goes on with the trajectory of a frame before its newest."""
+    """Returns whether the trajectory of ``frame``, which is -1 or any of the call's but its newest, ends with it."""
     dones, masks, ids = flags
     frames, envs = sizes
     held = frame < 0
@@ -58,7 +58,7 @@ def has_ended(frame, env, mask, before, sizes, flags, TIME_LAST: tl.constexpr, W
 
 @triton.jit
 def count_before(count_ptr, env, mask, before, envs):
-    """How many ends were passed on before frame -1 came."""
+    """Loads how many ends came before frame -1, which is its number if it is an end itself."""
     return tl.load(count_ptr + before.to(tl.int64) * envs + env, mask=mask, other=0)
 
 
@@ -67,7 +67,7 @@ def count_ends_kernel(
     flags, written_ptr, count_ptr, frames, envs, slot, slots, WIDTHS: tl.constexpr, TIME_LAST: tl.constexpr,
     FRAMES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Counts the ends that are passed on before each frame of a call comes: FRAMES at a time of each environment."""
+    """Stores how many ends came before each frame of TILE // FRAMES environments, FRAMES frames of each at a time."""
     slot, before = find_before(written_ptr, slot, slots)
     env = tl.program_id(0) * (TILE // FRAMES) + tl.arange(0, TILE // FRAMES)[:, None]
     there = env < envs
@@ -86,10 +86,10 @@ def keep_tile(
     ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, TIME_LAST: tl.constexpr,
     WIDTHS: tl.constexpr, COUNTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Keeps a tile of the units of what comes after ``rows`` rows, each WIDTH units of PARTS items, converted to OUT.
+    """Keeps a tile of TILE units of ``data``, the observations after ``rows`` frames; for units see ``rows.copy_tile``.
 
-    What comes after the newest frame goes to the last row; what lay there goes to that of its number if it comes after
-    an end, as what comes after any other end of the call.
+    ``kept`` has rows ``[end_slots + 1, envs]``. What follows the newest frame goes to the last; what lay there goes to
+    row ``number % end_slots`` if frame -1 is an end, as does what follows other ends, which a launch before COUNTED.
     """
     frames, envs = sizes
     _, top, unit, row, inside = find_units(tile, rows, WIDTH, TILE)
@@ -106,7 +106,7 @@ def keep_tile(
         if COUNTED:
             total = tl.load(count_ptr + place_of(frame * 0 + frames - 1, env, envs, slot, slots), mask=inside, other=0)
             first = tl.load(count_ptr + place_of(frame * 0, env, envs, slot, slots), mask=is_newest, other=0)
-            # Of more ends than there are rows, the newest stay.
+            # If there are more ends than rows, only the newest ends are kept.
             ended &= total - own <= end_slots
             held_ended = is_newest & (number != first) & (total - number <= end_slots)
         else:

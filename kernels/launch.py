@@ -1,4 +1,4 @@
-"""Launchers: from the tensors of a call to the arguments of its two launches, and to what it returns, in new memory."""
+"""Launchers: make the arguments of a call's two launches from its tensors, and allocate the memory of its results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
         carry = carry.clone()
     held, stay = next_carry(carry, data, keys.held, new, n_steps, time_dim) if hold else (None, 0)
     emitted = known - (held.count if held else 0)
-    # Of the frames held back, those that do not lie there already.
+    # The second launch moves only held frames that do not lie in the new carry's slots already.
     count, moved = envs * emitted, known - emitted - stay
     held_rows = envs * moved
     carry_ring, (held_first, held_slots, held_inner) = _ring(carry, envs), _ring(held, envs)
@@ -38,7 +38,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     data, inner, agents = lie_alike(data, time_dim + 1, time_dim, keys)
     addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in data.values()])
     plan = find_plan(keys, addresses, held is not None)
-    # In a stream as many frames come out as go in, and what is like these is the cheapest to make.
+    # In mid-stream a call emits as many frames as come in, and torch.empty_like is the cheapest allocation.
     alike = emitted == new and inner == 1
     copied = plan.take(data)
     outs, returns, windows_of = _allocate(plan, data, copied, (*lead, emitted), device, alike)
@@ -52,7 +52,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     summed = returns
     if windows.INTERPRETED:
         summed = {key: widened(each) for key, each in returns.items()}
-    # Before windows come out, rows are listed alone.
+    # A call that emits no window only lists the rows to hold back.
     longest = min(n_steps, known) if emitted else 1
     levels, piece, blocks = windows.shape_blocks(longest, emitted, False)
     tile = tile_of(longest, piece, bool(flags[1] or flags[2]))
@@ -86,7 +86,7 @@ def _gather_plan(dtype: torch.dtype, features: tuple[int, ...], device: torch.de
 
 
 def gather_future(value: Tensor, steps: Tensor) -> Tensor:
-    """Computes :func:`multistep_triton.gather_future`; a window that leaves its row is cut at the row's end."""
+    """Computes :func:`multistep_triton.gather_future`; the kernel cuts windows at the end of their ``[*B, T]`` row."""
     value, steps = (aligned(each.resolve_neg().resolve_conj().contiguous()) for each in (value, steps))
     gathered, count = torch.empty_like(value), steps.numel()
     ends = torch.empty(count, dtype=torch.int32, device=value.device)
@@ -108,7 +108,7 @@ def _allocate(
     device: torch.device,
     alike: bool,
 ) -> tuple[list[Tensor], dict[Any, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Memory for leaves that are ``copied``, returns, and windows; of the shape of the data if it is ``alike``."""
+    """Allocates outputs for the leaves ``copied``, returns and windows, of ``shape``; if ``alike``, like the data."""
     if alike:
         outs = [*map(torch.empty_like, copied)]
         returns = {key: torch.empty_like(data[key], dtype=dtype) for key, _, dtype in plan.returns}
@@ -121,5 +121,5 @@ def _allocate(
 
 
 def _ring(ring: Carry | None, envs: int) -> tuple[int, int, int]:
-    """A ring's first slot, its slots, and how many environments are inner."""
+    """Returns a carry's first slot, its slots, and ``inner``, the environments that lie side by side in a slot."""
     return (ring.first, ring.capacity, envs if ring.time_first else 1) if ring else (0, 1, 1)

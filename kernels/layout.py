@@ -1,4 +1,4 @@
-"""Layouts: leaves as the kernels read them, in memory that is counted in rows."""
+"""Lays out leaves for the kernels, which count the rows of memory ``[outer, T, inner, *F]``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from multistep_triton.task import Keys
 
 
 def lie_in_order(leaves: Collection[Tensor], has_complex: bool) -> bool:
-    """Whether the bytes of leaves, complex numbers among them or not, are their values, one after the other."""
+    """Whether all leaves are contiguous, with no negation or conjugation that torch has yet to carry out."""
     in_order = all(map(Tensor.is_contiguous, leaves)) and not any(map(Tensor.is_neg, leaves))
     return in_order and not (has_complex and any(map(Tensor.is_conj, leaves)))
 
@@ -21,10 +21,10 @@ def lie_in_order(leaves: Collection[Tensor], has_complex: bool) -> bool:
 def lie_alike(
     data: Mapping[Hashable, Tensor], dims: int, time_dim: int, keys: Keys
 ) -> tuple[Mapping[Hashable, Tensor], int, int]:
-    """Leaves that lie alike, in memory ``[outer, T, inner, *F]``: those that do not are copied.
+    """Brings leaves into one memory order, ``[outer, T, inner, *F]``; copies those that lie in another.
 
     Returns:
-        The leaves, ``inner``, and how many inner environments, agents, share a mark or an id where these are expanded.
+        The leaves, ``inner``, and over how many inner environments (agents) masks, ids and counts are expanded.
     """
     sizes = next(iter(data.values())).shape[:dims]
     if lie_in_order(data.values(), keys.has_complex):
@@ -34,7 +34,7 @@ def lie_alike(
     at = next((dim for dim in range(dims) if most.movedim(time_dim, dim).is_contiguous()), time_dim)
     inner = [dim for dim in range(dims) if dim != time_dim][at:]
     marks = [key for key in (keys.mask, keys.traj, keys.count) if key is not None]
-    # Either all of them have a row for so many, or each has one for every environment.
+    # Either all marks have one row for so many environments, or each mark has one for every environment.
     sharing = {_count_sharing(data[key], inner, time_dim, at) if key not in keys.held else 1 for key in marks}
     agents = sharing.pop() if len(sharing) == 1 else 1
     for key, leaf in data.items():
@@ -45,7 +45,7 @@ def lie_alike(
 
 
 def _count_sharing(mark: Tensor, inner: Sequence[int], time_dim: int, at: int) -> int:
-    """How many of the innermost environments a mark is expanded over, if it lies in order but for that; else 1."""
+    """Returns over how many innermost environments a mark is expanded; 1 if its other dimensions lie out of order."""
     shared = list(itertools.takewhile(lambda dim: mark.shape[dim] == 1 or not mark.stride(dim), reversed(inner)))
     each = mark[tuple([0 if dim in shared else slice(None) for dim in range(mark.ndim)])]
     alone = each.movedim(time_dim and -1, at).is_contiguous()

@@ -1,4 +1,4 @@
-"""Picked: which frames of a ring are sampled, and where frames lie."""
+"""Picked: finds the sampled frames of a ring, and where frames lie, as rows and as indices."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import triton.language as tl
 
 @triton.jit
 def row_of_slot(env, slot, ring, NESTED: tl.constexpr, TURNS: tl.constexpr):
-    """The row of the slot after so many from the first one on; a ring that does not TURN begins with slot 0."""
+    """Returns the row of ``env`` in slot ``first + slot`` of a ring, beyond whose end slots go on at 0 if it TURNS."""
     first, slots, inner = ring
     if TURNS:
         slot += first
         slot = tl.where(slot < slots, slot, slot - slots)
     if NESTED:
         return (env // inner * slots + slot) * inner + env % inner
-    else:  # environments are all inner ones or all outer ones
+    else:  # inner is 1 or the number of all environments
         return slot * inner + env * tl.where(inner == 1, slots, 1)
 
 
 @triton.jit
 def find_picked(block, exists, picked, others, envs, known, first, DRAWN: tl.constexpr):
-    """Environment, slot and frame of each picked frame, and whether there is one; for no other is anything read.
+    """Returns environment, slot, frame counted from slot ``first`` on, and ``live`` of each sample ``block``.
 
-    Picked is an index for every dimension or, if they were DRAWN, a row of those that hold frames, as a number of them
-    or a share in [0, 1).
+    ``picked`` has an index for every dimension or, if DRAWN, one number: a row of the ``known * envs`` with frames, or
+    a share in [0, 1). Nothing is loaded of what is no frame, where ``live`` is False. ``others``: see ``store_index``.
     """
     index = tl.load(picked[0] + block, mask=exists, other=0)
     if DRAWN:
@@ -53,14 +53,14 @@ def find_picked(block, exists, picked, others, envs, known, first, DRAWN: tl.con
 
 @triton.jit
 def find_live(written_ptr, slots):
-    """The slot from which the oldest frame is the next one, and how many hold frames, of that many ever written."""
+    """Returns the oldest frame's slot, modulo the slots that hold frames, and how many do, by the write count."""
     written = tl.load(written_ptr)
     return (written % slots).to(tl.int32), tl.minimum(written, slots).to(tl.int32)
 
 
 @triton.jit
 def store_index(index_ptr, place, slot, env, others, mask, DIMS: tl.constexpr):
-    """Where frames lie, ``[N, DIMS]``; ``others`` are the sizes of the dimensions after the first two."""
+    """Stores indices of frames in rows ``place`` of ``[N, DIMS]``; ``others`` are the sizes after the first two."""
     pointers = index_ptr + place.to(tl.int64) * DIMS
     tl.store(pointers, slot.to(tl.int64), mask=mask)
     for d in tl.static_range(len(others)):

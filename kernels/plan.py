@@ -1,4 +1,4 @@
-"""Plans: what of a call depends on its leaves alone, and what launchers share: the second launch, which copies rows."""
+"""Plans: what a call's leaves alone determine, which is computed once, and the second launch, which copies rows."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from multistep_triton.task import Keys, Leaves
 
 
 class Plan(NamedTuple):
-    """What of a call depends on its leaves."""
+    """What the keys, kinds and addresses of a call's leaves determine."""
 
     returns: list[tuple[Hashable, tuple[int, ...], torch.dtype]]
     """Key, features and dtype of each n-step return."""
     elements: tuple[int, ...]
-    """Those of each."""
+    """Elements of each return in one frame."""
     blank: dict[Hashable, Any]
-    """Keys of the outputs, in the order in which they come out."""
+    """Every output key, with the value None, in the order of the results."""
     outs: list[Hashable]
-    """Keys of those that are copied, the widest first."""
+    """Keys of the outputs that the second launch copies, the widest first."""
     kinds: list[tuple[tuple[int, ...], torch.dtype]]
-    """Features and dtype of each."""
+    """Features and dtype of each of ``outs``."""
     take: Callable[[Leaves], tuple[Tensor, ...]]
-    """Their leaves."""
+    """Takes the leaf that is copied to each of ``outs``."""
     take_rows: Callable[[Leaves], tuple[Tensor, ...]]
-    """Those of them that have rows, which come first."""
+    """Takes those of these leaves whose rows have any bytes; they come first."""
     units: tuple[tuple[Any, ...], ...]
-    """How these are copied; see ``rows.units_of``."""
+    """How the leaves of ``take_rows`` are copied, see ``rows.units_of``, and ``widths``, the units of a row of each."""
     widths: tuple[int, ...]
-    """Units of a row of each."""
     gathered: tuple[int, ...]
+    """Which row of a window each is read from: 0 is ``OWN``, 1 ``AT_END``, 2 ``AFTER_END``."""
     has_complex: bool
     compiled: dict[Any, Any]
-    """Kernels, by what else they are compiled for."""
+    """Compiled kernels, by name and by the ``kind`` that ``run`` takes."""
 
 
 def getter(keys: Sequence[Hashable]) -> Callable[[Leaves], tuple[Tensor, ...]]:
-    """What takes the leaves of these keys."""
+    """Returns a function that takes the leaves of these keys."""
     return itemgetter(*keys) if len(keys) > 1 else lambda leaves: tuple([leaves[key] for key in keys])
 
 
 def dtype_of(keys: Keys, key: Hashable, dtype: torch.dtype) -> torch.dtype:
-    """That in which a leaf comes out of the kernels; the interpreter does not convert as GPUs do."""
+    """Returns the dtype in which kernels write a leaf: its own in the interpreter, which converts unlike GPUs."""
     return dtype if windows.INTERPRETED else keys.wide_dtypes.get(key, dtype)
 
 
@@ -61,7 +61,7 @@ def _units(keys: Keys, key: Hashable, dtype: torch.dtype, count: int, address: i
 
 
 def find_plan(keys: Keys, addresses: tuple[int, ...], every: bool = True) -> Plan:
-    """The plan for leaves at such addresses; ``every`` output is copied, or those gathered."""
+    """Returns the plan for leaves at ``addresses``, modulo 16; it copies ``every`` output, or only gathered ones."""
     default_dtype = torch.get_default_dtype()
     plan: Plan = keys.compute_once(
         ("plan", addresses, every, default_dtype), lambda: _make_plan(keys, addresses, every, default_dtype)
@@ -96,11 +96,11 @@ def _make_plan(keys: Keys, addresses: tuple[int, ...], every: bool, default_dtyp
 
 
 def roles_of(keys: Keys, data: Leaves, olds: Leaves) -> tuple[tuple[tuple[Tensor, Tensor], ...], ...]:
-    """Done flags, masks, ids and rewards, pairs of data and carry."""
+    """Returns done flags, masks, ids and rewards, each leaf as a pair of that of ``data`` and that of ``olds``."""
     dones, rewards = (tuple([(data[key], olds[key]) for key in each]) for each in (keys.done, keys.rewards))
     masks, ids = (() if key is None else ((data[key], olds[key]),) for key in (keys.mask, keys.traj))
     if windows.INTERPRETED:
-        # The interpreter neither converts subnormal bfloat16 nor rounds to it.
+        # The interpreter neither converts subnormal bfloat16 nor rounds to bfloat16.
         rewards = tuple([(widened(leaf), widened(old)) for leaf, old in rewards])
     return dones, masks, ids, rewards
 
@@ -110,7 +110,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def tile_of(longest: int, piece: int, marks: bool) -> int:
-    """Lanes of a program: half as many windows where each takes more registers."""
+    """Returns the lanes of a program of windows: half of TILE if long windows or ``marks`` take more registers."""
     return windows.TILE // 2 if longest > 1 << piece or marks else windows.TILE
 
 
@@ -131,8 +131,8 @@ def copy_rows(
     first: int,
     slots: int,
 ) -> None:
-    """Copies rows of leaves of the data and of the carry to where they come out and where they are held back."""
-    # A place in the ring is counted from its first slot on, and up to once round.
+    """Launches ``rows.n_step_rows_kernel`` on ``jobs``, the leaves of data, carry, outputs and held frames."""
+    # The kernel adds ``first`` to a place in the ring before it subtracts ``slots``.
     check_fits(0, max(count, first + held, slots if held else 0) * plan.widths[0])
     tile = rows.TILE
     if plan.has_complex:
@@ -143,6 +143,6 @@ def copy_rows(
         *(plan.compiled, rows.n_step_rows_kernel, (carried, amd), programs),
         *(*jobs, lists, count, held, carry_rows, first, slots),
         *(plan.units, plan.widths, plan.gathered, carried, tile, not amd),
-        # Many leaves would take more, to no use.
+        # A kernel for many leaves would take more registers, and be no faster.
         registers=rows.MOST_REGISTERS,
     )

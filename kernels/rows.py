@@ -1,7 +1,7 @@
-"""Rows: all leaves, row by row, from where a list says to where they come out or are held back, bit for bit.
+"""Rows: copies rows of all leaves, bit for bit, from where lists say to the outputs and to the frames held back.
 
 A row is what a leaf holds of one frame. The kernel copies units, the widest of 1, 2, 4, 8 or 16 bytes that divide a
-row and its address, and is flat over the units that are written, so that every thread has work whatever the width.
+row and its address. A tile is TILE units in a line, whatever rows they are of, so that every thread has work.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
-# Of what comes after no frame.
+# What a list of rows has where there is no row to copy, and zeros come out.
 NOWHERE: tl.constexpr = tl.constexpr(-(2**31))
-# Units of a program: with 128 threads, 8 for each, all of whose loads are on their way at once.
+# Units of a program: 8 for each of 128 threads, which has the loads of all 8 under way at once.
 TILE = 1024
-# With so many of a thread, eight programs share a multiprocessor.
+# With at most so many registers per thread, eight programs share a multiprocessor.
 MOST_REGISTERS = 64
 
 
 @triton.jit
 def either_pointer(condition, one, other):
-    """As integers, since for AMD Triton does not compile a choice of pointers."""
+    """Returns ``one`` or ``other``, chosen as integers: for AMD, Triton does not compile a choice of pointers."""
     return tl.where(condition, one.to(tl.int64), other.to(tl.int64)).to(one.dtype)
 
 
@@ -33,10 +33,7 @@ def as_bytes(pointer):
 
 @triton.jit
 def find_units(tile, rows, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """Of a tile of rows of WIDTH units: its first unit and its first row, each lane's unit and row from there on.
-
-    And whether there is one.
-    """
+    """Returns the tile's first unit, that unit's row, each lane's unit within its row, its row less that, the mask."""
     begin = tile * TILE
     offset = tl.arange(0, TILE)
     inside = offset < tl.minimum(rows * WIDTH - begin, TILE).to(tl.int32)
@@ -52,12 +49,13 @@ def copy_tile(
     ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, CARRIED: tl.constexpr,
     LISTED: tl.constexpr, RING: tl.constexpr, TILE: tl.constexpr, BLANK: tl.constexpr = False,
 ):  # fmt: skip
-    """Copies a tile of the units of ``rows`` rows, each WIDTH units of PARTS items, which are converted to OUT.
+    """Copies one tile: TILE units of ``rows`` rows of WIDTH units, each of PARTS items of type ITEM, converted to OUT.
 
-    Row ``i`` comes from row ``source[i]`` of the data or, if that is negative, of the carry, counted from its end;
-    without a carry it is zeros then, and with BLANK if it is NOWHERE. Without a list it comes from row ``i`` or, if
-    ``source`` is ``frames`` and ``envs``, of which row ``i`` counts time first, from that of the same frame where time
-    is last. It goes to row ``i`` or, in a RING of so many ``slots`` rows, to row ``first + i``.
+    If LISTED, row ``i`` comes from row ``source[i]`` of the data. If that is negative, it comes with CARRIED from the
+    carry, counted from the end of its ``carry_rows`` rows, and is zeros without CARRIED, or with BLANK if that is
+    NOWHERE. Without a list, row ``i`` comes from row ``i`` of the data or, if ``source_ptr`` is ``(frames, envs)``,
+    from the same frame of data that lies ``[envs, frames]``; row ``i`` counts ``[frames, envs]``. It goes to row ``i``
+    of the output or, with RING, to row ``first + i`` of a ring of ``slots`` rows.
     """
     UNIT: tl.constexpr = PARTS * ITEM.primitive_bitwidth // 8
     OUT_UNIT: tl.constexpr = PARTS * OUT.primitive_bitwidth // 8
@@ -86,7 +84,7 @@ def copy_tile(
     value = tl.load(pointers[:, None] + part, mask=read[:, None], other=None if CARRIED and not BLANK else 0)
     value = value.to(OUT)
     out_ptr = out_ptr.to(tl.pointer_type(OUT), bitcast=True)
-    if RING and LISTED:  # the carry, whose units can be counted in 32 bits
+    if RING and LISTED:  # the output is a carry, whose units 32 bits can count
         to = begin + offset.to(tl.uint32) + first.to(tl.uint32) * WIDTH
         to -= tl.where(to < slots.to(tl.uint32) * WIDTH, 0, slots.to(tl.uint32) * WIDTH)
         pointers = tl.multiple_of(out_ptr + to.to(tl.int64) * PARTS, [OUT_UNIT])
@@ -105,11 +103,13 @@ def n_step_rows_kernel(
     UNITS: tl.constexpr, WIDTHS: tl.constexpr, GATHERED: tl.constexpr, CARRIED: tl.constexpr, TILE: tl.constexpr,
     RETURNS: tl.constexpr,
 ):  # fmt: skip
-    """A program copies a tile of one leaf: of the rows that come out or, after those, of the rows held back.
+    """Copies one tile of one leaf: programs count the tiles of leaf 0, emitted rows and then held ones, of leaf 1, ...
 
-    With RETURNS it ends after that, which Triton does not compile for AMD.
-    The lists of ``rows_ptr`` are the rows of the frames that come out, of those held back, of the windows' ends and, if
-    any leaf is GATHERED from those, of what comes after them.
+    ``rows_ptr`` has lists of source rows, one after the other: of ``rows`` emitted frames, of ``held_rows`` frames to
+    hold back, of the ``rows`` windows' last frames, and of what follows these. Leaf ``k`` emits rows of the first,
+    third or fourth list if GATHERED[k] is 0, 1 or 2; if it is 2, ``carry[k]`` has the final observations. Held rows go
+    to a ring of ``slots`` rows from row ``first`` on. UNITS is what ``units_of`` returns, WIDTHS the units of a row.
+    With RETURNS a program returns after its tile, which Triton does not compile for AMD.
     """
     tile = tl.program_id(0).to(tl.uint32)
     rows = rows.to(tl.uint32)
@@ -140,7 +140,7 @@ def n_step_rows_kernel(
 
 @triton.jit(do_not_specialize=["rows", "frames"])
 def future_rows_kernel(steps_ptr, rows_ptr, rows, frames, TILE: tl.constexpr):
-    """The row at the end of every window of ``steps``, cut at the end of its row of ``frames``."""
+    """Stores the row of the last frame of TILE of ``rows`` windows, each cut at the end of its row of ``frames``."""
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     steps = tl.load(steps_ptr + row, mask=row < rows, other=1)
     steps = tl.minimum(tl.maximum(steps, 1), frames - row % frames).to(tl.int32)
@@ -151,14 +151,14 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 
 
 def units_of(row: int, address: int) -> tuple[tl.dtype, int, int, tl.dtype]:
-    """Of rows of so many bytes from an address on: the type of items, items of a unit, units of a row, and the type."""
+    """Returns ITEM, PARTS, WIDTH and OUT of :func:`copy_tile`, for rows of ``row`` bytes from ``address`` on."""
     unit = next(each for each in (16, 8, 4, 2, 1) if row % each == 0 and address % each == 0)
     item = {1: tl.int8, 2: tl.int16, 4: tl.int32}.get(unit, tl.int64)
     return item, max(unit // 8, 1), row // unit, item
 
 
 def units_as(row: int, addresses: tuple[int, int], of: torch.dtype, to: torch.dtype) -> tuple[Any, int, int, Any]:
-    """Of rows of so many items, from one address to another, the same, where items are converted."""
+    """Returns the same for rows of ``row`` items that are converted, from the first address to the second."""
     parts = next(
         each
         for each in (4, 2, 1)

@@ -1,4 +1,4 @@
-"""Running kernels: which address is aligned, which device is current, and kernels that were compiled before."""
+"""Running kernels: aligns memory, makes a device the current one, and launches kernels that it has compiled once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multistep_triton.kernels.windows import INTERPRETED
 
-# Which addresses are multiples of 16 is compiled into a kernel. Rows are counted in 31 bits, units of a leaf in 32.
+# Kernels are compiled for addresses that are multiples of 16. They count rows in 31 bits, units of a leaf in 32.
 ALIGNMENT, MOST_ROWS, MOST_UNITS = 16, 2**31 - 1, 2**32 - 1
 
 
@@ -21,12 +21,12 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """Triton knows no complex numbers."""
+    """Returns complex numbers as pairs of real ones, as Triton has no complex types."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def check_fits(rows: int, units: int) -> None:
-    """Checks that the kernels can count the frames of a call, and the units of its widest leaf."""
+    """Checks that the kernels can count ``rows`` frames in a call, and ``units`` units of its widest leaf."""
     if rows > MOST_ROWS:
         raise RuntimeError(f"the kernels take at most {MOST_ROWS} frames in a call, got {rows}")
     if units > MOST_UNITS:
@@ -36,11 +36,11 @@ def check_fits(rows: int, units: int) -> None:
 def run(
     known: dict[Any, Any], kernel: Any, kind: tuple[Any, ...], programs: int, *arguments: Any, registers: int = 0
 ) -> None:
-    """Launches a kernel, which is not looked for among all that were compiled; with so many registers at most."""
+    """Launches a kernel as ``known`` has it compiled for ``kind``; ``registers`` is a thread's maximum, 0 for none."""
     if (compiled := known.get((kernel.__name__, *kind))) is not None:
         compiled[(programs, 1, 1)](*arguments)
         return
-    # Fused multiply-adds may be used in the sums; the reference's are the compiler's choice, too.
+    # Sums may use fused multiply-adds: in the reference, too, the compiler decides whether they do.
     options = {"num_warps": 4, "enable_fp_fusion": True}
     if registers and not INTERPRETED and not is_amd():
         options["maxnreg"] = registers
@@ -53,7 +53,7 @@ def is_amd() -> bool:
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device the current one, on which Triton launches."""
+    """Returns a context that makes ``device`` the current one, as Triton launches there."""
     if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
         return contextlib.nullcontext()
     return torch.accelerator.device_index(device.index)

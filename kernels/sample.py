@@ -1,7 +1,7 @@
-"""Sampling: the windows of frames that were picked from a ring, in two launches.
+"""Sampling: computes the windows of frames that were picked from a ring, in two launches.
 
-Whoever samples the same leaves again and again hands them over as :class:`multistep_triton.task.CachedLeaves`; what a
-launch is given of them, and of a batch of a size, is found out once.
+A caller that samples the same leaves again and again passes them as :class:`multistep_triton.task.CachedLeaves`: the
+arguments of launches that depend on the leaves and the batch size are then computed once.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from multistep_triton.task import AFTER_END, Leaves, Results, Task, compute_once
 
 
 class _Prepared(NamedTuple):
-    """What launches are given of leaves, n and the number of samples, and not of which samples."""
+    """The arguments of launches that leaves, n and the number of samples determine, whichever frames are sampled."""
 
     plan: Plan
     roles: tuple[Any, ...]
     sources: tuple[Tensor, ...]
-    """The leaves that are copied."""
+    """The leaves of the storage whose rows are copied."""
     kept: tuple[Tensor, ...]
-    """In the place of those that are kept once, the rows of what comes after ends."""
+    """The same leaves, with the rows of final observations in place of entries kept once."""
     count_leaf: Tensor | None
     outs: list[Tensor]
     returns: list[tuple[Hashable, Tensor]]
     rest: list[Tensor]
-    """Steps, discount, nonterminal, lists of rows, and the index. What comes out is like these, which are small."""
+    """Expanded elements for ``empty_like``, as in ``outs``: steps, discount, nonterminal, lists of rows, index."""
     sizes: tuple[int, ...]
-    """Environments, and how many agents share a mark."""
+    """The number of environments, and how many of them, the agents, share a mark."""
     others: tuple[int, ...]
-    """Those of the batch dimensions after the first."""
+    """The sizes of the storage's dimensions after the first two."""
     kind: tuple[Any, ...]
     programs: int
     tile: int
@@ -49,7 +49,7 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     """Computes :func:`multistep_triton.engine.n_step_sample`."""
     indices, newest, live, own, sizes, _, written, ends = samples
     count, drawn, dims, longest = indices[0].shape[0], sizes is not None, len(sizes or indices), min(task.n_steps, live)
-    # What lies otherwise is copied for every call.
+    # Leaves that do not lie in order are copied in every call, so that nothing of the copies may be cached.
     as_it_lies = (
         compute_once(data, "in order", lambda: lie_in_order(data.values(), task.keys.has_complex))
         and not windows.INTERPRETED

@@ -1,4 +1,4 @@
-"""Storing: the frames of a call, all leaves in one launch, into a ring of slots; and where each of them lies."""
+"""Storing: copies the frames of a call, all leaves in one launch, to a ring of slots, and says where each lies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from multistep_triton.kernels.run import ALIGNMENT, as_real, check_fits, is_amd,
 from multistep_triton.kernels.windows import INTERPRETED
 from multistep_triton.task import Leaves, compute_once
 
-# Where what comes after frames is kept, so that five programs share a multiprocessor, for fewer units each.
+# Of launches that keep observations, so that five programs share a multiprocessor; each keeps fewer units.
 MOST_REGISTERS, KEPT_TILE = 96, rows.TILE // 2
 
 
@@ -33,11 +33,12 @@ def store_rows_kernel(
     UNITS: tl.constexpr, KEPT_UNITS: tl.constexpr, FLAG_WIDTHS: tl.constexpr, TIME_LAST: tl.constexpr,
     COUNTED: tl.constexpr, DIMS: tl.constexpr, TILE: tl.constexpr, KEPT_TILE: tl.constexpr, RETURNS: tl.constexpr,
 ):  # fmt: skip
-    """A program copies a tile of one leaf or, after those, writes where rows lie, and ``numbers``, their slots.
+    """By its id, keeps a tile of a leaf of ``after``, copies one of a leaf of ``data``, or stores where TILE rows lie.
 
-    Rows are of ``[frames, envs]``; they go to a slot and those after it or, if ``written_ptr`` has how many frames were
-    ever written of an environment, to where the next one belongs. What comes ``after`` frames whose observations are
-    kept once is kept apart.
+    The ``rows`` rows, ``[frames, envs]``, go to slots of ``ring`` from ``slot`` on or, if ``written_ptr`` has the write
+    count, from the slot after the newest. ``after`` goes to ``kept``; see ``keep``, for ``flags`` and TIME_LAST, too.
+    UNITS are from ``units_of``. The last programs store where rows lie in ``index_ptr``, ``[rows, DIMS]``, their slots
+    in ``numbers_ptr`` and, unless a launch before COUNTED them, how many ends came before in ``count_ptr``.
     """
     tile = tl.program_id(0).to(tl.uint32)
     sizes = frames, envs
@@ -88,15 +89,15 @@ def store_rows_kernel(
 
 
 class _Plan(NamedTuple):
-    """What of a call depends on a ring and the addresses of the data."""
+    """The arguments of launches that a ring and the addresses of the data determine."""
 
     take: Callable[[Leaves], tuple[Tensor, ...]]
-    """Leaves of the data that have rows, the widest first."""
+    """Takes the leaves of the data whose rows have any bytes, the widest first."""
     ring: tuple[Tensor, ...]
-    """Where they go."""
+    """The leaves of the ring that these are copied to."""
     units: tuple[tuple[Any, ...], ...]
     take_after: Callable[[Leaves], tuple[Tensor, ...]]
-    """The same of those of which what comes after ends is kept."""
+    """``take_after``, ``kept`` and ``kept_units`` are the same for entries whose final observations are kept."""
     kept: tuple[Tensor, ...]
     kept_units: tuple[tuple[Any, ...], ...]
     widest: int
@@ -104,29 +105,28 @@ class _Plan(NamedTuple):
     compiled: dict[Any, Any]
 
     def programs(self, count: int) -> int:
-        """Those that copy so many rows, and write where they lie."""
+        """Returns how many programs keep and copy ``count`` rows of every leaf, and store where they lie."""
         both = (self.units, rows.TILE), (self.kept_units, KEPT_TILE)
         tiles: list[int] = [-(-count * unit[2] // tile) for units, tile in both for unit in units]
         return sum(tiles) - (-count // rows.TILE)
 
 
 class _Prepared(NamedTuple):
-    """What launches are given of a ring, and not of frames."""
+    """The arguments of launches that a ring determines, whatever frames are stored."""
 
     sizes: torch.Size
     """``[C, *R]``."""
     stored: dict[Any, Tensor]
     kept: dict[Any, Tensor]
-    """Where leaves go: in the ring, and as what comes after ends."""
     take: Callable[[Leaves], tuple[Tensor, ...]]
-    """All of them."""
+    """Takes the leaves that go to ``stored``, those of the ring, and to ``kept``, the rows of final observations."""
     flags: tuple[tuple[tuple[Any, Tensor], ...], ...]
-    """Of done flags, mask and ids the key, and what the ring holds."""
+    """Key and leaf of the ring of each done flag, mask and trajectory id; none unless observations are kept once."""
     flag_widths: tuple[int, ...]
-    """Elements of a done flag of one frame."""
+    """Elements of each done flag in one frame."""
     has_complex: bool
     plans: dict[tuple[int, ...], _Plan]
-    """By the addresses of the data."""
+    """Plans by the addresses of the data, modulo 16."""
 
 
 def store_frames(
@@ -199,7 +199,7 @@ def _prepare(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Prepa
 
 
 def _find_job(data: Leaves, to: Mapping[Any, Tensor], dims: int) -> tuple[Any, Any, Any]:
-    """What takes the leaves that have rows, the widest first, where they go, and their units."""
+    """Returns what takes the leaves whose rows have any bytes, the widest first, where these go, and their units."""
     units = {}
     for key, leaf in to.items():
         of, elements = data[key], math.prod(leaf.shape[dims:])

@@ -1,13 +1,14 @@
-"""Windows: how long each is, what it returns, and which rows its frames lie in; the first of two launches.
+"""Windows: finds each window's length, its n-step return and the rows to copy for it; the first of two launches.
 
-A program takes on blocks of windows, those that begin at neighbouring frames of an environment: what a block's frames
-hold is read once, by a lane for each. Sums over 1, 2, 4, ... frames from every lane on are made by joining each to the
-one that begins where it ends, unless a boundary lies between, and a window is joined of those that its length has as
-binary digits. So its sum depends on its frames alone, and not on where in a block or in a call they lie. Of windows of
-more than 64 frames, pieces of as many are joined, one after the other.
+A tile is ``[TILE / LANES, LANES]``: each of its rows is a block, consecutive frames of one environment, and each lane
+loads one frame, for all windows of the block. A lane adds to its sum over 1, 2, 4, ... frames the discounted sum of the
+lane after these, unless a boundary lies between. A window adds up the sums that n has as binary digits, so that its
+return depends on its frames alone, not on where they lie. Windows of more than 64 frames (LONG) add up pieces of 64.
 
-A ring is frames in memory, ``[outer, slots, inner]`` rows of ``outer * inner`` environments, given by its first slot,
-its slots and ``inner``: the carry and the data. Rows of the carry are negative, counted from its end.
+A ring, ``(first, slots, inner)``, is memory ``[outer, slots, inner]``. ``flags`` is ``(dones, masks, ids, agents)``,
+each leaf a pair of data and carry. ``stream`` is ``(carried, known, carry ring, carry rows, data ring)``: the first
+``carried`` of ``known`` frames lie in the carry, in negative rows, counted from its end. ``counted`` is empty or from
+``read_total``. DATA tells whether the data's ring is NESTED, whether it TURNS, and whether ``agents`` share its marks.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from multistep_triton.kernels.ends import any_of, find_following, find_lost, is_
 from multistep_triton.kernels.picked import find_live, find_picked, row_of_slot, store_index
 from multistep_triton.kernels.rows import either_pointer
 
-# Lanes of a program: with 128 threads, 2 for each.
+# Lanes of a program: with 128 threads, 4 for each.
 TILE = 512
-# A piece has 2**6 frames at most, so that what lanes exchange stays within a warp.
+# A piece has at most 2**6 frames, so that lanes exchange values within a warp alone.
 MOST_PIECE = 6
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
 def row_of_frame(env, frame, stream, DATA: tl.constexpr):
-    """The first ``carried`` frames of an environment lie in the carry, the others in the data."""
+    """Returns the row of a frame, counted from the oldest one known on, in the carry or in the data."""
     carried, _, carry, carry_rows, data = stream
     held = row_of_slot(env, frame, carry, False, True) - carry_rows
     return tl.where(frame < carried, held, row_of_slot(env, frame - carried, data, DATA[0], DATA[1]))
@@ -36,7 +37,6 @@ def row_of_frame(env, frame, stream, DATA: tl.constexpr):
 
 @triton.jit
 def load_row(leaf, row, carry_rows, mask, other, item=0, WIDTH: tl.constexpr = 1):
-    """An item of rows of WIDTH."""
     data_ptr, carry_ptr = leaf
     origin = either_pointer(row < 0, carry_ptr + carry_rows.to(tl.int64) * WIDTH, data_ptr)
     return tl.load(origin + row.to(tl.int64) * WIDTH + item, mask=mask, other=other)
@@ -44,14 +44,13 @@ def load_row(leaf, row, carry_rows, mask, other, item=0, WIDTH: tl.constexpr = 1
 
 @triton.jit
 def is_boundary(env, frame, row, live, flags, stream, DATA: tl.constexpr):
-    """Whether nothing of the same trajectory follows a frame; where it is not ``live``, nothing is read."""
+    """Returns whether no frame of the same trajectory follows ``frame``; loads nothing where ``live`` is False."""
     dones, masks, ids, agents = flags
     known, carry_rows = stream[1], stream[3]
     ends = frame + 1 >= known
     for k in tl.static_range(len(dones)):
         ends |= load_row(dones[k], row, carry_rows, live, 0) != 0
     if len(masks) + len(ids) > 0:
-        # In the data, agents share masks and ids.
         next_row = row_of_frame(env, frame + 1, stream, DATA)
         if DATA[2]:
             next_row = tl.where(next_row < 0, next_row, next_row // agents)
@@ -68,7 +67,7 @@ def is_boundary(env, frame, row, live, flags, stream, DATA: tl.constexpr):
 
 @triton.jit
 def ahead(value, lane, by):
-    """What the lane ``by`` further on has, or the last one of the block."""
+    """Returns the value of the lane ``by`` lanes further on, or of the block's last lane if there is none."""
     lanes: tl.constexpr = value.shape[1]
     return tl.gather(value, tl.broadcast_to(tl.minimum(lane + by, lanes - 1), value.shape), 1)
 
@@ -78,14 +77,14 @@ def find_ends(
     env, frame, step, live, limit, flags, stream, counted,
     LEVELS: tl.constexpr, LONG: tl.constexpr, DATA: tl.constexpr,
 ):  # fmt: skip
-    """Rows of frames, the first lane from each one on where windows end, all lanes if none does, and boundaries."""
+    """Returns the frames' rows, the first lane from each on at which windows end, or LANES, and the boundaries."""
     row = row_of_frame(env, frame, stream, DATA)
     boundary = is_boundary(env, frame, row, live & (frame < stream[1]), flags, stream, DATA)
     lane = tl.arange(0, 1 << LEVELS)[None, :]
-    # Of picked frames, only the windows of lane 0 are asked for, and may have an n of their own.
+    # Of a sample only lane 0's window is stored: this lane is its frame ``step``, and ``limit`` its own n.
     ends = (boundary | (step + 1 >= limit)) if DATA[1] else boundary
     if len(counted) > 0:
-        # A window ends before what is lost.
+        # A window ends one frame before a lost end.
         lost, _ = is_lost(env, frame, live, stream[1], counted, flags[3], stream[4], DATA)
         ends |= ahead(lost.to(tl.int32), lane, 1) != 0
         if LONG:
@@ -102,7 +101,7 @@ def find_ends(
 def find_windows(
     env, begin, lane, live, limit, flags, stream, counted, LEVELS: tl.constexpr, LONG: tl.constexpr, DATA: tl.constexpr
 ):
-    """Frames of blocks, and what :func:`find_ends` finds; picked ones that are lost are those that stand for them."""
+    """Returns the frames of blocks and their :func:`find_ends`; a lost sample's begins at the frame in its place."""
     frame = begin + lane
     row, end, boundary = find_ends(env, frame, lane, live, limit, flags, stream, counted, LEVELS, LONG, DATA)
     if len(counted) > 0:
@@ -118,7 +117,7 @@ def count_steps(
     env, frame, lane, end, live, limit, n_steps, flags, stream, counted,
     LEVELS: tl.constexpr, PIECE: tl.constexpr, LONG: tl.constexpr, DATA: tl.constexpr,
 ):  # fmt: skip
-    """Frames of the windows that begin at frames, of which the first piece ends at ``end``."""
+    """Returns the length of each lane's window; ``end`` is the lane where it ends, if it does in its first piece."""
     done = tl.minimum(n_steps, 1 << PIECE)
     steps = tl.minimum(end - lane + 1, done)
     if LONG:
@@ -136,12 +135,12 @@ def count_steps(
 
 @triton.jit
 def sum_piece(value, end, lane, count, powers_ptr, PIECE: tl.constexpr):
-    """Discounted sums from every lane on, over ``count <= 2 ** PIECE`` lanes or to the first end."""
+    """Returns each lane's discounted sum over ``count <= 2 ** PIECE`` lanes, or up to lane ``end`` if it is nearer."""
     total = value
     summed = count * 0
     for level in tl.static_range(PIECE + 1):
         if (count >> level) & 1 != 0:
-            # An end selects, so that a NaN beyond it reaches nothing before it.
+            # An end selects and never multiplies, so that a NaN beyond it reaches nothing before it.
             further = tl.load(powers_ptr + summed).to(value.dtype) * ahead(value, lane, summed)
             total = tl.where(summed == 0, value, tl.where(end >= lane + summed, total + further, total))
             summed += 1 << level
@@ -156,7 +155,7 @@ def store_returns(
     reward, returns_ptr, place, written, live, env, frame, row, end, steps, limit, n_steps, flags, powers_ptr, stream,
     counted, WIDTH: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr, LONG: tl.constexpr, DATA: tl.constexpr,
 ):  # fmt: skip
-    """The n-step returns of blocks, of a reward key of WIDTH elements."""
+    """Stores the n-step returns of one reward key, of WIDTH elements a frame, in rows ``place`` where ``written``."""
     SUM: tl.constexpr = tl.float64 if returns_ptr.dtype.element_ty == tl.float64 else tl.float32
     known, carry_rows = stream[1], stream[3]
     lane = tl.arange(0, 1 << LEVELS)[None, :]
@@ -184,7 +183,7 @@ def store_returns(
 
 @triton.jit
 def list_held(own_ptr, rows, envs, inner, stream, DATA: tl.constexpr, TILE: tl.constexpr):
-    """Lists the rows of the last frames that are known, in the order of the slots that hold them back."""
+    """Lists ``rows`` rows of the newest frames known, TILE a program, in the order in which the carry holds them."""
     count = rows // envs
     index = tl.program_id(0) * TILE + tl.arange(0, TILE)
     size = tl.where(inner == 1, count, envs)
@@ -206,10 +205,15 @@ def n_step_windows_kernel(
     PICKED: tl.constexpr, DRAWN: tl.constexpr, DIMS: tl.constexpr, DATA: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Flags and rewards are pairs of data and carry; of ``picked`` frames come their indices, and ``limits`` for n.
+    """Computes the windows of one tile, ``TILE / LANES`` blocks; :func:`shape_blocks` has LEVELS, PIECE and ``blocks``.
 
-    With ``count_ptr`` observations are kept once; what comes after windows is listed, too.
-    If ``written_ptr`` has how many frames were ever written of an environment, that says which slots hold frames.
+    In a stream, ``blocks`` blocks store the first ``emitted`` windows of an environment; with TIME_MAJOR, neighbouring
+    blocks are of neighbouring environments. With PICKED, each of ``emitted`` blocks is a sample: ``picked``, ``others``
+    and DRAWN are as in ``find_picked``, ``limits`` has every sample's n unless they are alike, and ``index_ptr``,
+    ``[emitted, DIMS]`` or None, gets where samples lie. A write count at ``written_ptr`` says which of ``known`` slots
+    hold frames. ``count_ptr`` is ``Ends.count``, with ``end_slots`` final observations; ``powers_ptr`` has
+    ``gamma ** k``. With ROWS, ``rows_ptr`` gets lists of rows: of the frames, of ``held_rows`` frames to hold back in a
+    ring whose ``inner`` is ``held_inner``, of the windows' last frames and, with ``count_ptr``, of what follows.
     """
     LANES: tl.constexpr = 1 << LEVELS
     if written_ptr is not None:
@@ -221,7 +225,6 @@ def n_step_windows_kernel(
     lane = tl.arange(0, LANES)[None, :]
     block = tl.program_id(0) * (TILE // LANES) + tl.arange(0, TILE // LANES)[:, None]
 
-    # Where blocks begin, which of their windows are written, and where.
     limit, counted = n_steps, ()
     if PICKED:
         exists = block < emitted
@@ -249,7 +252,7 @@ def n_step_windows_kernel(
     steps = count_steps(env, frame, lane, end, live, limit, n_steps, flags, stream, counted, LEVELS, PIECE, LONG, DATA)
     end_row = row_of_frame(env, frame + steps - 1, stream, DATA)
     if PICKED:
-        # What was picked where there is no frame comes out blank.
+        # A sample of no frame gets 0 steps, discount 1, NaN as its return, and zeros for all else.
         steps = tl.where(live, steps, 0)
         boundary |= ~live
         row = tl.where(live, row, -1)
@@ -263,7 +266,6 @@ def n_step_windows_kernel(
             powers_ptr, stream, counted, WIDTHS[k], LEVELS, PIECE, LONG, DATA,
         )  # fmt: skip
     if ROWS:
-        # Lists of rows: the frames' own, those of frames held back, and those of the windows' ends.
         tl.store(rows_ptr + place, row, mask=written)
         tl.store(rows_ptr + rows + held_rows + place, end_row, mask=written)
         if count_ptr is not None:
@@ -274,10 +276,8 @@ def n_step_windows_kernel(
 
 
 def shape_blocks(n_steps: int, emitted: int, picked: bool) -> tuple[int, int, int]:
-    """LEVELS and PIECE of windows of so many frames, and the blocks of so many windows that begin one after the other.
-
-    A block has lanes for the frames after its last window, too: twice as many as a window, unless one has all windows.
-    """
+    """Returns LEVELS and PIECE for windows of ``n_steps`` frames, and the blocks of ``emitted`` consecutive windows."""
+    # A block has lanes for its last window's frames, too: two pieces in all, unless one piece holds every window.
     piece = min((n_steps - 1).bit_length(), MOST_PIECE)
     longest = min(n_steps, 1 << piece)
     levels = piece if picked or emitted <= (1 << piece) - longest + 1 else piece + 1

@@ -1,6 +1,6 @@
-"""n-step transitions for replay buffers: a drop-in for torchrl's ``MultiStepTransform``, or when they are sampled.
+"""n-step transitions for torchrl's replay buffers, computed when a buffer is extended or when it is sampled.
 
-Importing this package imports no Triton.
+Importing this package does not import Triton.
 """
 
 from pathlib import Path as _Path
@@ -23,7 +23,7 @@ __all__ = [
     "n_step_return",
 ]
 
-# In a checkout the subpackage ``kernels`` lies beside this folder, in an installation inside it.
+# The subpackage ``kernels`` lies beside this folder in a checkout, and inside it in an installation.
 _here = _Path(__file__).parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "__init__.py").is_file():
     __path__.append(str(_here.parent))

@@ -1,4 +1,4 @@
-"""``python -m multistep_triton``, which is ``debug.cli``."""
+"""Runs the command line of ``debug.cli``, for ``python -m multistep_triton``."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""What MultiStepTransform, MultiStep and NStepReplayBuffer are told: their arguments, checked when they are set.
+"""The arguments of MultiStepTransform, MultiStep and NStepReplayBuffer, checked whenever they are set.
 
-Owns their rules, and how they are printed. May import ``checks``, ``backends``, ``roles``, torchrl's types.
+Owns the arguments' rules and their ``repr``. May import ``checks``, ``backends``, ``roles``, torchrl's types.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Stored = TypeVar("Stored")
 
 
 class Argument(Generic[Given, Stored]):
-    """Makes an argument of a method that checks: what it returns of the value that is set is kept as ``_<name>``."""
+    """Turns a method that checks a value into an attribute: setting it stores the method's result as ``_<name>``."""
 
     def __init__(self, check: Callable[[Any, Given], Stored]) -> None:
         self.check, self._attribute, self.__doc__ = check, f"_{check.__name__}", check.__doc__
@@ -37,16 +37,16 @@ class Argument(Generic[Given, Stored]):
     @overload
     def __get__(self, instance: object, owner: type) -> Stored: ...
     def __get__(self, instance: object, owner: type) -> Any:
-        """What is kept; of the class, the argument itself."""
+        """Returns the stored value; on the class, the descriptor itself."""
         return self if instance is None else getattr(instance, self._attribute)
 
     def __set__(self, instance: object, value: Given) -> None:
-        """Keeps what is right; where the check raises, the value stays."""
+        """Stores the result of the check; if the check raises, the old value stays."""
         setattr(instance, self._attribute, self.check(instance, value))
 
 
 class Arguments:
-    """The arguments, each of which can be set at any time."""
+    """The arguments of the n-step classes; each can be set at any time."""
 
     DEFAULT_MASK_KEY: NestedKey = DEFAULT_MASK_KEY
 
@@ -62,16 +62,16 @@ class Arguments:
     _match_reward_shape: bool
 
     def _set_arguments(self, given: Mapping[str, Any]) -> None:
-        """Sets all of them, of a constructor's ``locals()``."""
+        """Sets all arguments from a constructor's ``locals()``."""
         for name in ARGUMENTS:
             setattr(self, name, given[name])
 
     def __repr__(self) -> str:
-        """The class and what :meth:`_said` says."""
+        """Returns the class name with the arguments that :meth:`_said` lists."""
         return f"{type(self).__name__}({', '.join(self._said())})"
 
     def _said(self) -> list[str]:
-        """The arguments that have no default, and those that are not theirs; of one half made, those that are set."""
+        """Lists each argument that has no default or differs from it as ``name=value``; skips those not set yet."""
         parameters: dict[str, Parameter] = {}
         for each in reversed(type(self).__mro__):
             parameters.update(signature(each.__init__).parameters)  # type: ignore[misc]
@@ -85,17 +85,17 @@ class Arguments:
 
     @Argument
     def n_steps(self, value: int) -> int:
-        """Frames in a full window."""
+        """The number of frames in a full window."""
         return check_positive_int("n_steps", value)
 
     @Argument
     def gamma(self, value: float) -> float:
-        """Discount per step."""
+        """The discount per step."""
         return check_gamma(value)
 
     @Argument
     def reward_keys(self, value: Sequence[NestedKey] | None) -> list[NestedKey]:
-        """Reward keys under ``"next"``."""
+        """The reward keys under ``"next"``."""
         return key_list("reward_keys", value, DEFAULT_REWARD_KEYS)
 
     @Argument
@@ -105,27 +105,27 @@ class Arguments:
 
     @Argument
     def done_keys(self, value: Sequence[NestedKey] | None) -> list[NestedKey]:
-        """Done flags under ``"next"``: ``done_at`` says of which frame they are."""
+        """The done flags under ``"next"``; ``done_at`` says which frame's flags a transition holds."""
         return key_list("done_keys", value, DEFAULT_DONE_KEYS)
 
     @Argument
     def mask_key(self, value: NestedKey | None) -> NestedKey:
-        """Root entry that is False where a frame is padding."""
+        """The root entry that is False where a frame is padding."""
         return self.DEFAULT_MASK_KEY if value is None else check_key("mask_key", value)
 
     @Argument
     def backend(self, value: Backend) -> Backend:
-        """The backend asked for."""
+        """The requested backend."""
         return check_backend(value)
 
     @Argument
     def done_at(self, value: DoneAt) -> DoneAt:
-        """The frame that done keys are of: the window's ``"start"`` or its ``"end"``."""
+        """The frame whose done flags a transition holds: the window's ``"start"`` or its ``"end"``."""
         return check_choice("done_at", value, DONE_AT)
 
     @Argument
     def traj_key(self, value: NestedKey | None) -> NestedKey | None:
-        """Root entry of trajectory ids, a change of which is a boundary; None if none is looked at."""
+        """The root entry of trajectory ids, whose changes are boundaries; None ignores ids."""
         return None if value is None else check_key("traj_key", value)
 
     @Argument
@@ -138,7 +138,7 @@ ARGUMENTS = {name: value for name, value in vars(Arguments).items() if isinstanc
 
 
 class TorchRLArguments(TypedDict, total=False):
-    """Those of torchrl's buffer, which has their defaults."""
+    """The keyword arguments that NStepReplayBuffer passes on to torchrl's buffer, which has their defaults."""
 
     storage: Required[Storage | Callable[[], Storage]]
     sampler: Sampler | Callable[[], Sampler] | None

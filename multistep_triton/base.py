@@ -1,6 +1,6 @@
-"""What MultiStepTransform and MultiStep share: one call from frames to n-step transitions.
+"""The call from frames to n-step transitions, which MultiStepTransform and MultiStep share.
 
-Owns what is written where; no maths. May import ``arguments``, ``checks``, ``roles``, ``layouts``, ``frames``,
+Owns which entry is written where; no maths. May import ``arguments``, ``checks``, ``roles``, ``layouts``, ``frames``,
 ``carry``, ``groups`` and ``task``.
 """
 
@@ -32,10 +32,10 @@ from multistep_triton.task import Results, Task
 
 
 class MultiStepBase(Arguments):
-    """The call, with these arguments."""
+    """The arguments, and the call from frames to n-step transitions."""
 
     def _roles_in(self, entries: Container[KeyPath]) -> Roles:
-        """The roles in data of these entries."""
+        """Returns the roles for data that holds ``entries``, which decide the default mask and trajectory ids."""
         traj, mask = self._traj_key, self._mask_key
         if traj == AUTO:
             traj = TRAJ_PATH if TRAJ_PATH in entries else None
@@ -49,10 +49,10 @@ class MultiStepBase(Arguments):
     def _n_step(
         self, data: TensorDictBase | Frames, carry: Carry | None, *, hold: bool
     ) -> tuple[TensorDict, Carry | None]:
-        """The frames of ``carry`` and ``data`` whose windows are known, and those that are held back.
+        """Turns all frames of ``carry`` and ``data`` but the last ``n_steps`` into transitions; holds back the rest.
 
-        Without ``hold`` windows are cut at the last frame, all frames come out, and with no carry either an entry
-        that does not change is the data's own.
+        Without ``hold``, it cuts windows at the last frame and returns the transitions of all frames; without a carry
+        as well, entries that do not change are the tensors of ``data``.
         """
         if hold:
             check_not_captured("a MultiStepTransform")
@@ -76,7 +76,7 @@ class MultiStepBase(Arguments):
         return emitted, hold_back(held, structure) if held is not None and held.count else None
 
     def _groups_in(self, frames: Frames, roles: Roles) -> list[Group]:
-        """The groups of the entries."""
+        """Returns the groups of the entries, found once per layout."""
         layout, match = frames.structure.layout, self._match_reward_shape
         groups: list[Group] = layout.compute_once((roles, match), lambda: find_groups(frames, roles, match))
         return groups
@@ -84,7 +84,7 @@ class MultiStepBase(Arguments):
     def _output_leaves(
         self, results: Results, roles: Roles, groups: Sequence[Group], windows: Sequence[Windows]
     ) -> dict[KeyPath, Tensor]:
-        """What comes out, by path."""
+        """Returns the leaves of the transitions by path: the outputs, the returns, and the windows of every group."""
         leaves, match = results.leaves, self._match_reward_shape
         for group, of_group in zip(groups, windows, strict=True):
             for paths, reward in group.written:
@@ -100,5 +100,5 @@ class MultiStepBase(Arguments):
 
 
 def _expand(window: Tensor, shape: torch.Size) -> Tensor:
-    """What there is for every window, repeated for every reward of the window."""
+    """Repeats a value of every window along the trailing dimensions of ``shape``."""
     return window[(..., *[None] * (len(shape) - window.ndim))].expand(shape).contiguous()

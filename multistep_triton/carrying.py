@@ -1,4 +1,4 @@
-"""A transform that carries frames from call to call: how they are saved, moved and copied.
+"""A transform that carries frames from call to call: it saves, moves and copies them.
 
 May import ``base``, ``carry``, ``checks``, ``frames`` and ``layouts``.
 """
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 
 class CarryingTransform(MultiStepBase, Transform):
-    """A transform that holds back the last frames of a stream, under a lock."""
+    """A transform that holds back the last frames of a stream, and a lock for its calls."""
 
-    # Replaced by every call; the next one may overwrite the frames of the one before.
+    # Every call replaces the carry; the frames of the replaced one stay intact until the next call only.
     _carry: Carry | None = None
 
     def __init__(self) -> None:
         super().__init__()
-        # A replay buffer calls its transforms outside its own lock.
+        # The transform needs a lock, as a replay buffer calls its transforms outside its own.
         self._lock = threading.RLock()
 
     @property
     def frames_held(self) -> int:
-        """How many frames of every row are held back: at most ``n_steps``, as that was in the last call."""
-        carry = self._carry  # once, as another thread may be calling
+        """The number of frames held back of every row: at most ``n_steps`` as of the last call."""
+        carry = self._carry  # reads it once, as a call in another thread may replace it
         return 0 if carry is None else carry.count
 
     def _said(self) -> list[str]:
@@ -53,17 +53,17 @@ class CarryingTransform(MultiStepBase, Transform):
             self._carry = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What :meth:`state_dict` holds: the frames held back, ``n_steps`` and ``gamma``, as of now.
+        """Returns the state that :meth:`state_dict` holds: the frames held back, ``n_steps`` and ``gamma``.
 
         Raises:
-            TypeError: a non-tensor entry holds what ``torch.load`` would not read.
+            TypeError: a non-tensor entry holds objects that ``torch.load`` refuses with ``weights_only=True``.
         """
         with self._lock:
             carry = None if self._carry is None else to_state(self._carry)
             return {"n_steps": self._n_steps, "gamma": float(self._gamma), "carry": carry}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`get_extra_state` returned; the next call continues its stream."""
+        """Restores the state that :meth:`get_extra_state` returned; the next call continues its stream."""
         if not isinstance(state, dict) or state.keys() != {"n_steps", "gamma", "carry"}:
             raise ValueError(f"the state must be one of a MultiStepTransform, got {state!r:.200}")
         n_steps, gamma = check_positive_int("n_steps", state["n_steps"]), check_gamma(state["gamma"])
@@ -81,12 +81,12 @@ class CarryingTransform(MultiStepBase, Transform):
         *arguments: Any,
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *arguments)
-        # A state of torchrl's class has no entry; one that holds back nothing may resume from it.
+        # torchrl's class saves no such entry: a transform that holds back no frames may load its state.
         if self._carry is None and (key := f"{prefix}_extra_state") in missing_keys:
             missing_keys.remove(key)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the frames held back to another device; their dtypes are the data's, whatever that of a module."""
+        """Moves the frames held back to the device that ``fn`` moves tensors to; they keep the dtypes of the data."""
         super()._apply(fn, recurse)
         with self._lock:
             if self._carry is not None:
@@ -96,10 +96,10 @@ class CarryingTransform(MultiStepBase, Transform):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the lock, and the frames held back copied: every copy has its own.
+        """Returns the state without the lock, and with a copy of the frames held back.
 
-        A process that is being started, such as a collector's worker, begins a stream of its own and gets none: each
-        of several workers would emit them once more.
+        A process that is being spawned, such as a collector's worker, begins a stream of its own and gets no frames:
+        otherwise each of several workers would emit the same frames again.
         """
         with self._lock:
             state: dict[str, Any] = super().__getstate__()
@@ -108,7 +108,7 @@ class CarryingTransform(MultiStepBase, Transform):
         return state
 
     def clone(self) -> Self:
-        """A copy without parent and container, with a copy of the frames held back."""
+        """Returns a copy without parent and container, with its own copy of the frames held back."""
         with self._lock:
             twin: Self = super().clone()
             twin._carry = self._carry and self._carry.compact()
@@ -116,22 +116,22 @@ class CarryingTransform(MultiStepBase, Transform):
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What :meth:`__getstate__` returned, and a new lock."""
+        """Restores the state that :meth:`__getstate__` returned, with a new lock."""
         super().__setstate__({**state, "_lock": threading.RLock()})
 
     @property
     def _buffer(self) -> TensorDict | None:
-        """A copy of the frames held back, under the name of torchrl's attribute."""
+        """A copy of the frames held back, under the name that torchrl's class gives them."""
         with self._lock:
             frames = None if self._carry is None else frames_of(self._carry)
         return None if frames is None else frames.structure.build(frames.leaves, frames.batch_size)
 
 
 def to_state(carry: Carry) -> dict[str, Any]:
-    """Frames in tensors and plain containers, which ``torch.load`` reads with ``weights_only=True``.
+    """Converts a carry to tensors and plain containers, which ``torch.load`` reads with ``weights_only=True``.
 
     Raises:
-        TypeError: a non-tensor entry holds anything else.
+        TypeError: a non-tensor entry holds objects that ``torch.load`` refuses.
     """
     frames = frames_of(carry)
     structure = frames.structure
@@ -151,10 +151,10 @@ def to_state(carry: Carry) -> dict[str, Any]:
 
 
 def from_state(state: dict[str, Any]) -> Carry:
-    """The frames of :func:`to_state`, copied, on whatever device its tensors are now.
+    """Builds a carry from a copy of what :func:`to_state` returned, on the devices where its tensors are now.
 
     Raises:
-        ValueError: it is none, or a tensorclass in it has not been imported.
+        ValueError: the state is not one of :func:`to_state`, or names a tensorclass that has not been imported.
     """
     try:
         batch_size, leaves, objects = torch.Size(state["batch_size"]), dict(state["leaves"]), dict(state["objects"])

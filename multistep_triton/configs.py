@@ -10,11 +10,11 @@ group               name                   node
 ``replay_buffer``   ``n_step_triton``      :class:`NStepReplayBufferConfig`
 ==================  =====================  =================================
 
-For configs that name torchrl's own node, ``transform=multi_step``, store ours under that name besides::
+If your configs name torchrl's own node, ``transform=multi_step``, store this package's node under that name, too::
 
     ConfigStore.instance().store(group="transform", name="multi_step", node=MultiStepTransformConfig)
 
-Owns what a YAML file can say; what is right is for the classes to check. May import the package, hydra and torchrl.
+Owns which arguments a YAML file can set; the classes check them. May import the package, hydra and torchrl.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Built = TypeVar("Built")
 
 @dataclass
 class _Arguments:
-    """What all three classes take; ``n_steps`` and ``gamma``, which have no default there, have that of torchrl's node.
+    """The arguments that all three classes take; ``n_steps`` and ``gamma`` have the defaults of torchrl's node.
 
     A nested key is a list of strings, as YAML has no tuples.
     """
@@ -64,10 +64,10 @@ class _Arguments:
 
 @dataclass
 class MultiStepTransformConfig(_Arguments, TransformConfig):
-    """Builds a :class:`multistep_triton.MultiStepTransform`; its arguments, and ``n_steps=3`` and ``gamma=0.99``.
+    """Builds a :class:`multistep_triton.MultiStepTransform` from arguments, by default ``n_steps=3``, ``gamma=0.99``.
 
-    In place of torchrl's ``MultiStepTransformConfig``, which passes keys that its class does not take. A nested key is
-    a list of strings: ``reward_keys: [[agents, reward]]``, ``traj_key: [collector, traj_ids]``.
+    Replaces torchrl's ``MultiStepTransformConfig``, which passes arguments that torchrl's class does not take. A nested
+    key is a list of strings: ``reward_keys: [[agents, reward]]``, ``traj_key: [collector, traj_ids]``.
 
     Example:
         >>> from hydra import compose, initialize
@@ -91,7 +91,7 @@ class MultiStepTransformConfig(_Arguments, TransformConfig):
 
 @dataclass
 class MultiStepConfig(_Arguments, ConfigBase):
-    """Builds a :class:`multistep_triton.MultiStep`, a collector's postproc; its arguments, and the same two defaults.
+    """Builds a :class:`multistep_triton.MultiStep`, a collector's postproc, from its arguments, with the same defaults.
 
     Example:
         >>> from hydra import compose, initialize
@@ -105,14 +105,14 @@ class MultiStepConfig(_Arguments, ConfigBase):
     _target_: str = "multistep_triton.configs._make_multi_step"
 
     def __post_init__(self) -> None:
-        """Nothing to do: torchrl's base class asks for it."""
+        """Does nothing; torchrl's abstract base class requires it."""
 
 
 @dataclass
 class NStepReplayBufferConfig(_Arguments, TensorDictReplayBufferConfig):
-    """Builds a :class:`multistep_triton.NStepReplayBuffer`; its arguments, and those of torchrl's node ``tensordict``.
+    """Builds a :class:`multistep_triton.NStepReplayBuffer` from its arguments and torchrl's (node ``tensordict``).
 
-    ``n_steps`` is a number or a list of two, ``[low, high]``; ``store_as`` has the names of dtypes, as ``bfloat16``.
+    ``n_steps`` is a number or a list ``[low, high]``; ``store_as`` maps keys to names of dtypes, such as ``bfloat16``.
 
     Example:
         >>> from hydra import compose, initialize
@@ -154,13 +154,13 @@ def _make_n_step_replay_buffer(**arguments: Any) -> NStepReplayBuffer:
 
 
 def _make(build: type[Built], arguments: dict[str, Any]) -> Built:
-    """An object of arguments of which those of ours are as YAML has them: with lists in place of tuples."""
+    """Builds an object from arguments that YAML gives as lists where this package takes tuples."""
     for name in {"outputs", "compact", *(field.name for field in fields(_Arguments))} & arguments.keys():
         value = arguments[name]
         listed = (name in ("outputs", "compact") or name.endswith("_keys")) and _is_list(value)
         arguments[name] = [_as_tuple(each) for each in value] if listed else _as_tuple(value)
     if arguments.get("store_as"):
-        # By the names of dtypes.
+        # YAML gives names of dtypes; the buffer refuses a name that torch does not have.
         arguments["store_as"] = {key: getattr(torch, name, name) for key, name in arguments["store_as"].items()}
     return build(**arguments)
 

@@ -1,6 +1,6 @@
-"""Functions on tensors: validate the arguments, hand them to the engine.
+"""Functions on tensors: they check their arguments and pass them to the engine.
 
-What is compiled calls the operators instead, which ``operators`` registers. May import ``checks``, ``backends``,
+Compiled code calls the operators that ``operators`` registers instead. May import ``checks``, ``backends``,
 ``engine`` and ``task``.
 """
 
@@ -25,7 +25,7 @@ from multistep_triton.task import Keys, Task
 
 
 class NStepReturn(NamedTuple):
-    """n-step return, window length and discount of every frame.
+    """The n-step return, window length and discount of every frame.
 
     Example:
         >>> import torch
@@ -36,9 +36,9 @@ class NStepReturn(NamedTuple):
     """
 
     reward: Tensor
-    """``[*B, T, *F]``, the reward's dtype (integers and bools: ``torch.get_default_dtype()``)."""
+    """``[*B, T, *F]``, in the reward's dtype (integers and bools: ``torch.get_default_dtype()``)."""
     steps: Tensor
-    """``[*B, T]``, int64: number of frames in the window, ``1 .. n_steps``."""
+    """``[*B, T]``, int64: the number of frames in the window, ``1 .. n_steps``."""
     discount: Tensor
     """``[*B, T]``, float32: ``gamma ** steps``."""
 
@@ -52,33 +52,33 @@ def n_step_return(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> NStepReturn:
-    """n-step returns of complete rows; windows are cut at boundaries and at the last frame.
+    """Computes the n-step return of every frame of complete rows.
 
     .. math:: R(t) = \\sum_{i=0}^{steps(t) - 1} \\gamma^i r(t + i)
 
-    where the window of ``steps(t)`` frames ends at the smallest of ``t + n_steps - 1``, the first boundary at or
-    after ``t`` and the last frame; a boundary is a frame that is done, invalid, or followed by an invalid one.
+    The window of frame ``t``, of ``steps(t)`` frames, ends at the smallest of ``t + n_steps - 1``, the first boundary
+    at or after ``t``, and the last frame. A frame is a boundary if it is done, or if it or the next one is invalid.
 
     Args:
-        reward: ``[*B, T, *F]``, floating point, integer or bool, any strides; the reward after step ``t``.
+        reward: ``[*B, T, *F]``, floating point, integer or bool, any strides: the reward after step ``t``.
             float16, bfloat16 and float32 are accumulated in float32, float64 in float64.
-        done: ``[*B, T]`` or ``[*B, T, 1]``, bool, on the reward's device; the trajectory ends with step ``t``. If both
-            readings fit, it is ``[*B, T]`` where the reward has more dimensions, else ``[*B, T, 1]``.
+        done: ``[*B, T]`` or ``[*B, T, 1]``, bool, on the reward's device: True where step ``t`` ends the trajectory. If
+            both shapes fit, it is ``[*B, T]`` where the reward has more dimensions, else ``[*B, T, 1]``.
 
     Keyword Args:
         gamma: discount per step, a finite number in [0, 1].
         n_steps: frames in a full window, an int >= 1.
-        mask: ``[*B, T]`` or ``[*B, T, 1]``, bool; False marks padding, which no other frame's window reads.
+        mask: ``[*B, T]`` or ``[*B, T, 1]``, bool: False where a frame is padding, which no other frame's window reads.
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``.
 
     Returns:
-        :class:`NStepReturn` on the reward's device, new memory.
+        :class:`NStepReturn` in new memory on the reward's device.
 
     Raises:
-        TypeError: an argument that must be a tensor of a certain kind is not.
+        TypeError: an argument is of the wrong type, or a tensor of the wrong dtype or layout.
         ValueError: a shape, device or number breaks its rule.
-        RuntimeError: the backend asked for cannot run; :class:`EquivalenceError`, one of these, if ``"verify"`` finds a
-            difference.
+        RuntimeError: the requested backend cannot run; or ``"verify"`` finds a difference and raises
+            :class:`EquivalenceError`, a subclass.
 
     Source: R. S. Sutton, Learning to predict by the methods of temporal differences, Machine Learning 3, 1988.
 
@@ -94,7 +94,7 @@ def n_step_return(
         return NStepReturn(*torch.ops.multistep_triton.n_step_return(reward, done, mask, gamma, n_steps, backend))
     lead = check_n_step_return(reward, done, mask)
     data = {"reward": reward, "done": done} if mask is None else {"reward": reward, "done": done, "mask": mask}
-    # The compiler does not look into caches.
+    # The compiler cannot trace into functools' caches.
     keys_of = _keys.__wrapped__ if torch.compiler.is_compiling() else _keys
     kinds = tuple([(key, leaf.dtype, tuple(leaf.shape[len(lead) :])) for key, leaf in data.items()])
     keys = keys_of(kinds, reward.device)
@@ -104,31 +104,31 @@ def n_step_return(
 
 @functools.lru_cache(maxsize=256)
 def _keys(kinds: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...], device: torch.device) -> Keys:
-    """Of leaves on a device, named reward, done and, if there is one, mask."""
+    """Returns one ``Keys`` object for leaves of these kinds, named reward, done and optionally mask, on a device."""
     return Keys(kinds, ("done",), rewards=("reward",), mask="mask" if len(kinds) > 2 else None)
 
 
 def gather_future(value: Tensor, steps: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """The value at the end of every window: ``out(t) = value(t + steps(t) - 1)``, bit for bit.
+    """Gathers the value at the end of every window: ``out(t) = value(t + steps(t) - 1)``, bit for bit.
 
     Args:
         value: ``[*B, T, *F]``, any dtype, any strides.
         steps: ``[*B, T]``, int64, on the value's device, such as :attr:`NStepReturn.steps`; ``t + steps(t) - 1``
-            must lie within ``t .. T - 1``. That is checked on the CPU and by the reference, which on an accelerator
-            waits for the device; the kernels do not wait there, and cut a window at the end of its row, as is done in
-            a transform of ``torch.func``, too.
+            must lie within ``t .. T - 1``. Calls on the CPU and calls of the reference check this, for which the host
+            waits for an accelerator. The kernels on an accelerator, and all calls inside a transform of ``torch.func``,
+            cut windows to their rows instead.
 
     Keyword Args:
         backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``.
 
     Returns:
-        Tensor: ``[*B, T, *F]``, the value's dtype and device, new contiguous memory.
+        Tensor: ``[*B, T, *F]``, in the value's dtype, in new contiguous memory on its device.
 
     Raises:
-        TypeError: ``steps`` is not int64.
+        TypeError: ``steps`` is not int64, or an argument is not a dense tensor.
         ValueError: a shape, device or window breaks its rule.
-        RuntimeError: the backend asked for cannot run; :class:`EquivalenceError`, one of these, if ``"verify"`` finds a
-            difference.
+        RuntimeError: the requested backend cannot run; or ``"verify"`` finds a difference and raises
+            :class:`EquivalenceError`, a subclass.
 
     Example:
         >>> import torch
@@ -140,7 +140,7 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: Backend = "auto") ->
         return future
     check_gather_future(value, steps)
     if torch._C._are_functorch_transforms_active():
-        # What is in a tensor cannot be asked there. Windows are cut, as the kernels cut them.
+        # Inside such a transform the host cannot read values, so it cuts windows to their rows, as the kernels do.
         steps = steps.clamp(min=1).minimum(_room(steps))
     elif not steps.is_meta and (steps.is_cpu or resolve_backend(backend, (value, steps)) != "triton"):
         _check_steps(steps)
@@ -148,15 +148,15 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: Backend = "auto") ->
 
 
 def _is_traced() -> bool:
-    """Whether an operator stands for the call: in what is compiled, but where derivatives are wanted that it lacks.
+    """Returns whether the call becomes an operator: in compiled code, outside of forward mode and ``torch.func``.
 
-    Those of forward mode and of ``torch.func``; the compiler then looks into the call, or leaves it out of its graph.
+    The operators lack these derivatives; the compiler then traces into the call or breaks its graph there.
     """
     return torch.compiler.is_compiling() and not is_transformed()
 
 
 def _room(steps: Tensor) -> Tensor:
-    """Frames from each to the end of its row, ``[T]``."""
+    """Returns the number of frames from each frame to the end of its row, ``[T]``."""
     return torch.arange(steps.shape[-1], 0, -1, device=steps.device)
 
 

@@ -1,9 +1,9 @@
-"""Neighbours: what shares a replay buffer with n-step transitions and reads them as single steps.
+"""Neighbours: the transforms and other parts of a replay buffer that would read n-step transitions as single steps.
 
-A transform that runs when a buffer is sampled is right beside n-step transitions if it commutes with the windows:
-applied to single steps, of which windows are then made, it must give what it gives applied to n-step transitions. Owns
-which ones do not, and what to do instead; ``docs/neighbours.md`` is the table of all of torchrl's. May import torchrl,
-by its public names alone, ``base`` and what it may, and ``torchrl_internals``.
+A transform that runs when a buffer is sampled is right on n-step transitions if it commutes with the windows: n-step
+transitions made of transformed single steps must equal transformed n-step transitions. Owns the rules that find parts
+that are wrong, and their remedies; ``docs/neighbours.md`` lists all of torchrl's. May import torchrl, by its public
+names alone, ``base`` and what it may, and ``torchrl_internals``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import STEPS_KEY, as_path
 from multistep_triton.torchrl_internals import Calls, inverted_in, mixing_buffer, reads_ids
 
-# They change shapes, names or places, and no value.
+# These transforms change shapes, names or devices of entries but no values.
 _KEEP_VALUES = (
     T.CatTensors,
     T.DeviceCastTransform,
@@ -54,12 +54,12 @@ def check_transforms(
     """Checks the transforms that run on n-step transitions when a buffer is sampled.
 
     Args:
-        transforms: those transforms.
-        rewards, dones: the entries that windows sum and end with.
-        done_at: of which frame done flags are.
+        transforms: the transforms to check.
+        rewards, dones: the rewards that windows sum, and the done flags that end windows.
+        done_at: the frame whose done flags a transition holds, ``"start"`` or ``"end"``.
 
     Raises:
-        ValueError: one is wrong there.
+        ValueError: a transform would be wrong on n-step transitions.
     """
     for transform in transforms:
         if found := _find_fault(transform, {*rewards}, {*dones}, done_at):
@@ -74,7 +74,7 @@ def check_transforms(
 
 
 def facts_of(part: Any) -> tuple[Any, ...]:
-    """A transform or a sampler, and what may change in it after it was checked."""
+    """Returns a part of a buffer and those of its attributes that the checks read and that may change later."""
     loc, frozen = getattr(part, "loc", None), getattr(part, "frozen", None)
     names = ("in_keys", "out_keys", "in_keys_inv", "out_keys_inv", "truncated_key", "end_key")
     keys = (getattr(part, name, None) for name in names)
@@ -84,10 +84,10 @@ def facts_of(part: Any) -> tuple[Any, ...]:
 def check_order(
     before: Iterable[Transform], rewards: Collection[KeyPath], dones: Collection[KeyPath], done_at: str
 ) -> None:
-    """Checks the transforms before a MultiStepTransform in a list, whose inverse runs after it on extend.
+    """Checks the transforms before a MultiStepTransform in a list, whose inverses run after it on extend.
 
     Raises:
-        ValueError: one of them would find single steps there.
+        ValueError: a transform would be wrong on the n-step transitions that it gets there.
     """
     for transform in before:
         if inverted := inverted_in(transform):
@@ -106,7 +106,7 @@ def check_order(
 
 
 def _find_fault(transform: Any, rewards: set[KeyPath], dones: set[KeyPath], done_at: str) -> tuple[str, str] | None:
-    """What a transform does wrong, and what to do instead; None if it is right."""
+    """Returns what a transform does wrong on n-step transitions and the remedy; None if it is right."""
     read, written = (_paths(getattr(transform, name, None)) for name in ("in_keys", "out_keys"))
     moved = done_at == "end" and _path(getattr(transform, "done_key", ())) in {path[1:] for path in dones}
     flag_remedy = "give it done_key='done_orig', the flag as it came"
@@ -152,7 +152,7 @@ def _find_fault(transform: Any, rewards: set[KeyPath], dones: set[KeyPath], done
 
 
 def _is_linear(transform: Any) -> bool:
-    """Whether what it makes of a discounted sum is the discounted sum of what it makes."""
+    """Returns whether transforming a discounted sum equals the discounted sum of the transformed values."""
     match inverted_in(transform) or transform:
         case T.DTypeCastTransform():
             return bool(transform.dtype_out.is_floating_point)
@@ -168,11 +168,11 @@ def _drops_steps(transform: Any) -> bool:
 
 
 def check_mixing(calling: Calls, rewards: Collection[KeyPath], dones: Collection[KeyPath], done_at: str) -> None:
-    """Checks the ensemble or OfflineToOnlineReplayBuffer that is calling, if one is, beside n-step transitions.
+    """Checks that the calling ensemble or OfflineToOnlineReplayBuffer, if there is one, suits n-step transitions.
 
     Raises:
-        ValueError: one of its own transforms is wrong on them.
-        TypeError: another of its buffers holds single steps.
+        ValueError: one of its own transforms would be wrong on n-step transitions.
+        TypeError: one of its buffers holds single steps.
     """
     if (mixing := mixing_buffer(calling)) is None:
         return
@@ -187,20 +187,20 @@ def check_mixing(calling: Calls, rewards: Collection[KeyPath], dones: Collection
 
 
 def holds_single_steps(buffer: ReplayBuffer) -> bool:
-    """Whether there are frames in a buffer that are no n-step transitions."""
+    """Returns whether a buffer holds frames that are not n-step transitions."""
     storage = buffer.storage
     if not len(storage) or not getattr(storage, "initialized", True):
-        # There are none, or another thread is storing the first ones.
+        # The buffer is empty, or another thread is storing its first frames.
         return False
     first = storage.get(0)
     return is_tensor_collection(first) and first.get(STEPS_KEY, None) is None
 
 
 def check_holds_n_steps(buffer: ReplayBuffer) -> None:
-    """Checks that what is to hold n-step transitions holds no other frames.
+    """Checks that a buffer for n-step transitions holds no single steps.
 
     Raises:
-        ValueError: it does.
+        ValueError: it holds single steps.
     """
     if holds_single_steps(buffer):
         raise ValueError(
@@ -210,15 +210,15 @@ def check_holds_n_steps(buffer: ReplayBuffer) -> None:
 
 
 def check_around(buffer: ReplayBuffer, unit: Any, done_at: str, dones: Collection[KeyPath], has_ids: bool) -> None:
-    """Checks what shares a buffer with a :class:`~multistep_triton.MultiStepTransform`, besides transforms.
+    """Checks what shares a buffer with a :class:`~multistep_triton.MultiStepTransform`, apart from transforms.
 
     Args:
         buffer, unit: the buffer and its sample unit.
-        done_at, dones: of which frame the done flags are that it stores, and which these are.
+        done_at, dones: the frame whose done flags the buffer stores, ``"start"`` or ``"end"``, and the flags' paths.
         has_ids: whether the data holds trajectory ids where samplers look for them.
 
     Raises:
-        ValueError: it would read n-step transitions as single steps.
+        ValueError: the buffer or one of its parts would read n-step transitions as single steps.
     """
     if isinstance(buffer, HERReplayBuffer):
         raise ValueError(

@@ -1,8 +1,8 @@
 """``n_step_return`` and ``gather_future`` as operators of torch, for ``torch.compile(fullgraph=True)``.
 
-Registers ``torch.ops.multistep_triton.n_step_return`` and ``gather_future``, which those functions call when they are
-compiled: to the compiler each is one opaque call, of the backend that runs without it. Owns shapes and gradients of
-these, no maths of its own. May import ``functional`` and what it may.
+Registers ``torch.ops.multistep_triton.n_step_return`` and ``gather_future``, which the two functions call in compiled
+code. To the compiler each is one opaque call; it runs the backend that would run without a compiler. Owns the shapes
+and gradients of the operators, no maths of its own. May import ``functional`` and what it may.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _(
     schema="(Tensor gradient, Tensor steps, float gamma, SymInt n_steps, ScalarType dtype) -> Tensor",
 )
 def _reward_gradient(gradient: Tensor, steps: Tensor, gamma: float, n_steps: int, dtype: torch.dtype) -> Tensor:
-    """Frame ``t + i`` gets ``gamma ** i`` of the gradient of every window that reaches it, that of frame ``t``."""
+    """Computes the reward's gradient: window ``t`` adds ``gamma ** i`` times its own to each frame ``t + i`` in it."""
     dim = steps.ndim - 1
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     lengths = steps.view(*steps.shape, *[1] * (gradient.ndim - steps.ndim))
@@ -98,7 +98,7 @@ def _save_steps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _value_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """The frame at a window's end gets the gradient of the window."""
+    """Adds the gradient of every window to the frame at the window's end."""
     (steps,) = ctx.saved_tensors
     dim = steps.ndim - 1
     ends = torch.arange(steps.shape[dim], device=steps.device) + steps - 1

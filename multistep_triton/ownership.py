@@ -1,4 +1,4 @@
-"""Whose stream a transform holds back frames of: the one replay buffer that it is given to, and what shares that one.
+"""Ties a transform to the one replay buffer whose stream it holds back, and checks what shares that buffer.
 
 May import ``carrying``, ``neighbours``, ``roles``, ``stored`` and ``torchrl_internals``.
 """
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 
 class OwnedTransform(CarryingTransform):
-    """A transform that belongs to one replay buffer; a copy of it belongs to none yet."""
+    """A transform that belongs to one replay buffer; a new copy belongs to none."""
 
     _owner: weakref.ref[ReplayBuffer] | None = None
-    """The buffer whose stream this is."""
+    """The buffer whose stream this transform holds back; None if it belongs to none."""
     _checked: tuple[Any, ...] | None = None
-    """What shared it with this transform when that was checked last."""
+    """The facts on which :meth:`_check_owner` last found the buffer right; None before that."""
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch; a replay buffer calls it when it takes a transform, and becomes the one that this belongs to.
+        """Sets the mode as in torch; a replay buffer that takes the transform calls this, and becomes its owner.
 
         Raises:
-            ValueError: it belongs to another one, or holds back frames of one; or it would be wrong in this buffer.
+            ValueError: the transform belongs to another buffer, holds back its frames, or would be wrong in this one.
         """
         super().train(mode)
         if (taking := taking_buffer()) is not None:
@@ -55,7 +55,7 @@ class OwnedTransform(CarryingTransform):
     def _join(self, buffer: ReplayBuffer) -> None:
         owner = self._find_owner()
         if owner not in (None, buffer):
-            # It may be garbage that is not collected yet.
+            # The other buffer may be garbage that Python has not collected yet.
             del owner
             gc.collect()
             owner = self._find_owner()
@@ -65,24 +65,24 @@ class OwnedTransform(CarryingTransform):
                 f"a MultiStepTransform must belong to one replay buffer, as it holds back frames of one stream, got a "
                 f"second one: {remedy}"
             )
-        # The data may hold ids, which are looked for when it comes; and a buffer has its transforms only now and then.
+        # Assumes that the data holds ids, and skips transforms, which the buffer may lack as yet: calls check both.
         check_around(buffer, sample_unit_of(buffer), self._done_at, self._roles_in(()).dones, True)
         self._owner, self._checked = weakref.ref(buffer), None
 
     def _find_owner(self) -> ReplayBuffer | None:
-        """The buffer whose stream this is, unless it is gone, could not be made, or has the transform no more."""
+        """Returns the owner; None if it is gone, is not initialized, or no longer has the transform in its list."""
         owner = None if self._owner is None else self._owner()
         if owner is None or not owner.initialized or self not in transforms_in(owner.transform):
             return None
         return owner
 
     def _check_owner(self, data: TensorDictBase, calling: Calls) -> None:
-        """Checks what shares the buffer with this transform, if anything is another one than the last time.
+        """Checks what shares the buffer with this transform, unless nothing has changed since the last check.
 
-        A copy that belongs to none, such as a worker's, becomes that of the buffer which calls it.
+        A copy that belongs to no buffer, such as a worker's, joins the buffer that calls it.
         """
         if not calling and self._owner is None:
-            return  # it is used alone
+            return  # no buffer uses this transform
         roles = self._roles_in(())
         check_mixing(calling, roles.rewards, roles.dones, self._done_at)
         buffer, caller = self._find_owner(), using_buffer(calling, self)
@@ -114,12 +114,12 @@ class OwnedTransform(CarryingTransform):
         self._checked = checked
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the owner."""
+        """Returns the state without the owner and what was checked of it."""
         state = super().__getstate__()
         return {name: value for name, value in state.items() if name not in ("_owner", "_checked")}
 
     def clone(self) -> Self:
-        """A copy without parent, container and owner, with a copy of the frames held back."""
+        """Returns a copy without parent, container and owner, with its own copy of the frames held back."""
         twin = super().clone()
         twin._owner = twin._checked = None
         return twin

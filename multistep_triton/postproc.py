@@ -1,4 +1,4 @@
-"""MultiStep: n-step transitions of one rollout, as a collector's postproc. May import ``base`` and what it may."""
+"""MultiStep: turns rollouts into n-step transitions as a collector's postproc. May import ``base`` and what it may."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from multistep_triton.roles import MASK_PATH
 
 
 class MultiStep(MultiStepBase, nn.Module):
-    """Turns the 1-step transitions of a rollout into n-step ones, holding nothing back.
+    """Turns the 1-step transitions of a rollout into n-step transitions, and holds back no frames.
 
-    A drop-in replacement for ``torchrl.data.postprocs.MultiStep``, for ``Collector(postproc=...)``. The windows, and
-    what is written where, are those of :class:`MultiStepTransform`; but every call stands for itself, all ``T`` frames
-    come out, and windows are cut at the last one, which is not ``nonterminal``. Use the transform in a replay buffer
-    where that is possible: the last ``n - 1`` frames of every rollout have shorter windows here.
+    A drop-in replacement for ``torchrl.data.postprocs.MultiStep``, for ``Collector(postproc=...)``. It makes the same
+    windows and writes the same entries as :class:`MultiStepTransform`, but every call stands for itself: it emits all
+    ``T`` frames and cuts windows at the last one, which is not ``nonterminal``. Prefer the transform in a replay buffer
+    where you can use it: the last ``n - 1`` frames of every rollout have shorter windows here.
 
-    What does not change (the root entries, done keys, the rewards as they came) is passed through as it is, not
-    copied; the input is not modified.
+    Entries that do not change (root entries, rewards and done flags as they came) are the input's own tensors, not
+    copies; the input is not modified.
 
     Args:
         gamma: discount per step, a finite number in [0, 1].
@@ -34,7 +34,7 @@ class MultiStep(MultiStepBase, nn.Module):
         reward_keys: as for :class:`MultiStepTransform`, and so are the others, with the same defaults.
 
     Raises:
-        KeyError, TypeError, ValueError, RuntimeError: as :class:`MultiStepTransform`.
+        KeyError, TypeError, ValueError, RuntimeError: as for :class:`MultiStepTransform`.
 
     Notes:
         Differences from torchrl's class: those of :class:`MultiStepTransform`; and the mask ends windows.
@@ -75,7 +75,7 @@ class MultiStep(MultiStepBase, nn.Module):
         self._set_arguments(locals())
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """The n-step transitions of ``tensordict``, ``[*B, T]``."""
+        """Computes the n-step transitions ``[*B, T]`` of the frames ``[*B, T]`` in ``tensordict``."""
         if not isinstance(tensordict, TensorDictBase) or not tensordict.ndim:
             got = f"batch size {list(tensordict.batch_size)}" if hasattr(tensordict, "batch_size") else tensordict
             raise ValueError(f"data must be a TensorDict of batch size [*B, T], got {got}")

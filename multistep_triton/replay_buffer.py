@@ -1,6 +1,6 @@
-"""NStepReplayBuffer: single steps are stored, n-step transitions are sampled.
+"""NStepReplayBuffer: a buffer that stores single steps and samples n-step transitions.
 
-Owns what is sampled of frames, and which data may be stored. May import ``base`` and what it may,
+Owns what is computed from sampled frames, and which data may be stored. May import ``base`` and what it may,
 ``samples``, ``neighbours``, ``stored``, ``sampled`` and ``torchrl_internals``.
 """
 
@@ -34,74 +34,74 @@ from multistep_triton.torchrl_internals import calls, refuse_other_ways
 
 Steps = int | tuple[int, int]
 
-# What a call of ``sample`` asks for, in its own thread alone: batches that are prefetched have the buffer's.
+# The ``n_steps`` of a call of ``sample``, in its own thread alone: prefetching threads use the buffer's.
 _steps_of_call: ContextVar[Steps | None] = ContextVar("n_steps of a call", default=None)
 
 _COUNTED = {*ARGUMENTS, "_storage"}
 
 
 class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
-    """A replay buffer that stores single steps and computes n-step transitions of the frames that are sampled.
+    """A replay buffer that stores single steps and computes n-step transitions of the frames that it samples.
 
-    With ``n = n_steps`` and ``e(t)`` the smallest of ``t + n - 1``, the first boundary at or after ``t``, and the
-    newest frame that is stored:
+    For a sampled frame ``t``, with ``n = n_steps``, let ``e(t)`` be the smallest of ``t + n - 1``, the first boundary
+    at or after ``t``, and the newest stored frame:
 
     .. math::
         steps(t) = e(t) - t + 1, \\quad reward'(t) = \\sum_{i=0}^{steps(t)-1} \\gamma^i reward(t + i), \\quad
         next'(t) = next(e(t))
 
-    A boundary is a frame at which a done flag is set, ``done_key`` or any other of ``done_keys`` beside it that has its
-    shape; with a mask in the data, one that is invalid or followed by an invalid frame; with trajectory ids, one that
-    is followed by a frame of another trajectory. The storage is a ring: the newest frame is where windows end, as
-    the oldest one follows it there, and nothing that was not written is read. Which one it is the storage knows,
-    whoever wrote it.
+    A boundary is a frame where a done flag is set: ``done_key``, or another of ``done_keys`` that lies beside it and
+    has its shape. With a mask in the data, it is also a frame that is invalid or that an invalid frame follows; with
+    trajectory ids, a frame that a frame of another trajectory follows. The storage is a ring: windows end at the newest
+    frame, as the oldest one follows it there, and no slot is read that was not written. The storage tells which frame
+    is the newest, whichever buffer wrote it.
 
-    ``extend`` takes 1-step transitions ``[*B, T]``, time last, any number of frames at a time (of more than there are
-    slots, the newest stay), and stores them as they are; nothing is held back, and where a call fails, windows end
-    where they did. A storage of ``ndim`` dimensions holds frames of ``ndim - 1`` batch dimensions, and at least
-    ``n_steps`` slots for each of them. What is sampled, ``[N]``, has the keys, dtypes and rules of
-    :class:`MultiStepTransform`: ``steps_to_next_obs`` (int64), ``gamma`` (float32, ``gamma ** steps``) and
-    ``nonterminal`` (bool) at the root; under ``"next"`` every reward key holds the n-step return, ``<reward_key>_orig``
-    the reward as it came and, with exactly one reward key, ``original_reward`` the same; done keys are those of frame
-    ``e(t)`` and ``<done_key>_orig`` as they came, or with ``done_at="start"`` as they came; every other entry is the
-    one of frame ``e(t)``, bit for bit. The other root entries are those of frame ``t``, and ``"index"`` says where it
-    lies. The result is new memory on the storage's device, on which everything is computed; the host does not wait for
-    it. What is sliced, as in ``rb[:]``, are single steps as they are stored. An index outside of what is stored is an
-    error on a CPU; on an accelerator such a row has 0 steps, a discount of 1, rewards of NaN and zeros.
+    ``extend`` takes 1-step transitions ``[*B, T]``, time last, of any number of frames (if there are more than slots,
+    the newest stay), and stores them as they are. It holds nothing back; if it fails, windows end where they did. A
+    storage of ``ndim`` dimensions holds frames of ``ndim - 1`` batch dimensions, and needs at least ``n_steps`` slots
+    for every environment. Slices such as ``rb[:]`` return single steps as they are stored.
+
+    A sample, ``[N]``, has the keys, dtypes and rules of :class:`MultiStepTransform`. The root holds
+    ``steps_to_next_obs`` (int64), ``gamma`` (float32, ``gamma ** steps``) and ``nonterminal`` (bool). Under ``"next"``
+    every reward key holds the n-step return, ``<reward_key>_orig`` the reward as it came and, with exactly one reward
+    key, ``original_reward`` the same. Done keys are those of frame ``e(t)``, and ``<done_key>_orig`` keeps those of
+    frame ``t``; with ``done_at="start"`` done keys stay those of frame ``t``. Every other entry under ``"next"`` is
+    that of frame ``e(t)``, bit for bit. Other root entries are those of frame ``t``; ``"index"`` tells where it lies.
+    A sample is new memory on the storage's device, where the buffer computes it; the host does not wait for kernels. An
+    index of no frame is an error on a CPU; on an accelerator its row has 0 steps, discount 1, NaN rewards, else zeros.
 
     Keyword Args:
         n_steps: frames in a full window, an int >= 1, or a pair ``(low, high)``: every sampled frame then draws its
-            own from ``low .. high``, uniformly, with the buffer's ``generator``. Can be set at any time; nothing is
-            stored anew.
-        gamma: discount per step, a finite number in [0, 1]; can be set at any time.
+            own from ``low .. high``, uniformly, with the buffer's ``generator``.
+        gamma: discount per step, a finite number in [0, 1]. Both can be set at any time; stored frames do not change.
         reward_keys, done_key, done_keys, traj_key, mask_key, match_reward_shape: as for :class:`MultiStepTransform`,
             with the same defaults.
-        done_at: ``"end"``: done keys are those of frame ``e(t)``, which is what a bootstrapped target needs;
-            ``"start"``: those of frame ``t``. Defaults to ``"end"``.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which holds every sample to the
+        done_at: the frame whose flags the done keys hold: ``"end"``, frame ``e(t)``, as bootstrapped targets need
+            them, or ``"start"``, frame ``t``. Defaults to ``"end"``.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which compares every sample with the
             specification.
-        outputs: the entries that a sample has, and groups all of whose entries it has; what is left out is not
-            copied. None, the default, stands for all.
-        capturable: whether calls can be captured into a CUDA graph, as the device knows how far the buffer has come
+        outputs: keys of the entries that a sample holds; the key of a group stands for all entries in it. Other
+            entries are not copied. None, the default, stands for all.
+        capturable: whether a CUDA graph can capture calls, for which the write count lies on the device
             (``docs/buffer.md``). Defaults to False.
-        compact: whether an entry under ``"next"`` that is at the root, too, of the same dtype and shape, is stored
-            once, as the next frame's at the root (``docs/buffer.md``); or the keys of those that are.
-        end_slots: rows for what comes after ends, of an environment; of more ends, windows end a frame earlier.
-            Defaults to one for every 16 slots.
-        store_as: narrower floating dtypes of entries in the storage, at the root and under ``"next"``; no rewards.
-        **kwargs: those of :class:`torchrl.data.TensorDictReplayBuffer`. The storage is a ``LazyTensorStorage``,
+        compact: whether an entry under ``"next"`` that the root also has, in the same dtype and shape, is stored
+            once, as the next frame's root entry (``docs/buffer.md``); or the keys of the entries that are.
+        end_slots: rows for final observations, per environment; with more ends, windows end a frame before the ends
+            whose rows were overwritten. Defaults to one row for every 16 slots.
+        store_as: by key, narrower floating dtypes for stored entries, at the root and under ``"next"``; no rewards.
+        **kwargs: arguments of :class:`torchrl.data.TensorDictReplayBuffer`. The storage is a ``LazyTensorStorage``,
             ``LazyMemmapStorage`` or another ``TensorStorage`` of a tensordict, the writer a ``RoundRobinWriter`` (the
-            default one is) or, for a storage that is filled before, an ``ImmutableDatasetWriter``.
+            default one is) or, for a storage that already holds its frames, an ``ImmutableDatasetWriter``.
 
     Raises:
-        TypeError: storage, writer or sampler is of another kind.
-        ValueError: an argument breaks its rule, there are fewer slots than ``n_steps``, or a transform would be wrong
-            on n-step transitions (``docs/neighbours.md``); from ``extend``: data is of n steps already, of another
-            dtype, shape or number of rows than what is stored, or holds a flag that it lacks.
+        TypeError: storage, writer or sampler is of the wrong kind; from ``extend``: a reward, flag, mask or id is.
+        ValueError: an argument breaks its rule, the storage has fewer slots than ``n_steps``, or a transform would be
+            wrong on n-step transitions (``docs/neighbours.md``); from ``extend``: data holds n-step transitions,
+            differs from the stored frames in dtype, shape or number of rows, or holds a flag that they lack.
         KeyError: from ``extend``: data lacks a reward, a done flag, trajectory ids, or an entry that is stored; from
-            ``sample``: ``outputs`` names an entry that there is not.
-        RuntimeError: nobody can tell which frame is the newest, or some were overwritten in part; a CUDA graph captures
-            what it cannot; the backend asked for cannot run; :class:`EquivalenceError`, if ``"verify"`` finds one.
+            ``sample``: ``outputs`` names an entry that does not exist.
+        RuntimeError: the order of frames is unknown, or slots are torn; a CUDA graph captures a call that it cannot;
+            the backend asked for cannot run; ``"verify"`` finds a difference (:class:`EquivalenceError`).
 
     Source: R. S. Sutton, Learning to predict by the methods of temporal differences, Machine Learning 3, 1988.
 
@@ -151,7 +151,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
     ) -> None:
         if kwargs.get("storage") is None:
             raise TypeError("storage must be a TensorStorage, such as LazyTensorStorage(max_size), got None")
-        self._changes, self._checked = 0, -1  # as of which change of the arguments data was checked
+        self._changes, self._checked = 0, -1  # _checked: the value of _changes when data was last checked
         self._selection = None if outputs is None else Selection(outputs)
         self._set_compact(compact, end_slots)
         self._set_store_as(store_as)
@@ -160,7 +160,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         super().__init__(**kwargs)
 
     def __repr__(self) -> str:
-        """The arguments, and what torchrl says of its own."""
+        """Returns torchrl's text, with the arguments of this class before torchrl's."""
         others = "outputs", "capturable", "compact", "end_slots", "store_as"
         more = (f"{name}={value!r}" for name in others if (value := getattr(self, name)))
         said = "".join([f"{each}, " for each in (*self._said(), *more)])
@@ -168,34 +168,34 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
 
     @property
     def outputs(self) -> list[NestedKey] | None:
-        """The entries that a sample has, and groups all of whose entries it has; None if all."""
+        """The keys of the entries and groups that a sample holds; None if it holds all entries."""
         return None if self._selection is None else [as_key(path) for path in self._selection.by]
 
     @Argument
     def n_steps(self, value: Steps) -> Steps:  # type: ignore[override]
-        """Frames in a full window, or between which numbers of them each sampled frame draws its own."""
+        """Frames in a full window, or a pair ``(low, high)`` between which each sampled frame draws its own number."""
         value = check_steps("n_steps", value)
         self._check_room(n_steps=value)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute and, if it is one of the arguments or the storage, counts that."""
+        """Sets an attribute; counts the change if it is one of the arguments or the storage."""
         super().__setattr__(name, value)
         if name in _COUNTED:
-            self._changes += 1  # batches that were prefetched, and what was checked, are of the arguments before
+            self._changes += 1  # prefetched batches and past checks belong to the old value
             self.__dict__["_repeated"] = None
 
     def sample(self, *args: Any, n_steps: Steps | None = None, **kwargs: Any) -> Any:
         """Samples frames and computes their n-step transitions.
 
         Args:
-            args, kwargs: those of torchrl's buffer: ``batch_size``, ``return_info``, and what its version takes.
+            args, kwargs: the arguments of torchrl's ``sample``, such as ``batch_size`` and ``return_info``.
 
         Keyword Args:
-            n_steps: instead of the buffer's, for this call; of more than there are slots, as many as there are.
+            n_steps: replaces the buffer's for this call; windows have at most as many frames as there are slots.
 
         Returns:
-            TensorDict ``[batch_size]``; a tuple of this and the sampler's info if ``return_info``.
+            TensorDict ``[batch_size]``; with ``return_info``, a tuple of this and the sampler's info.
         """
         if calling := calls():
             check_mixing(calling, (roles := self._roles_in(())).rewards, roles.dones, self._done_at)
@@ -211,7 +211,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
             finally:
                 _steps_of_call.reset(token)
         if self._selection is not None and not self._selection[INDEX]:
-            # torchrl sets it in the sample.
+            # torchrl's ``sample`` sets the index, selected or not.
             (sampled[0] if isinstance(sampled, tuple) else sampled).pop(INDEX, None)
         return sampled
 
@@ -241,7 +241,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
             check_slots(high, slots, size, rows or size // slots)
 
     def _n_step_at(self, index: Tensor | tuple[Tensor, ...], position: Position) -> TensorDict:
-        """The n-step transitions of the frames that lie at an index of the storage."""
+        """Computes the n-step transitions of the frames at an index of the storage."""
         layout = self._layout()
         indices = check_index(index, self._storage.ndim, layout.frames.leaves[layout.roles.done].device)
         shape = indices[0].shape
@@ -255,7 +255,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         return layout.sample(samples, high, self, self._selection, with_index)
 
     def _layout(self) -> StoredLayout:
-        """What is known of the storage's entries, which are read anew where they may be others."""
+        """Returns the storage's layout, which it reads again if entries, ends or arguments may have changed."""
         order, before = self._order, self._layout_before
         indexed = isinstance(self._writer, TensorDictRoundRobinWriter)
         of = order.entries(), order.changes(), self._changes, indexed, self._ends(), order.wide_dtypes
@@ -265,7 +265,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         return self._layout_before
 
     def _samples(self, indices: Sequence[Tensor], position: Position, sizes: Any = None) -> tuple[Samples, int]:
-        """Frames at indices or, of a storage of ``sizes``, at rows, and the largest n of all."""
+        """Returns samples at indices or, in a storage of ``sizes``, at drawn rows, and the largest n of any sample."""
         low, high = steps if isinstance(steps := _steps_of_call.get() or self._n_steps, tuple) else (steps, steps)
         drawn = None
         if low < high:
@@ -281,6 +281,6 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         check_transforms(transforms, roles.rewards, roles.dones, self._done_at)
 
 
-# That of torchrl's metaclass, which an editor, ``help`` and a site would show, says nothing of the arguments.
+# Editors, ``help`` and the site would otherwise show the signature of torchrl's metaclass, without arguments.
 _signature = inspect.signature(NStepReplayBuffer.__init__)
 NStepReplayBuffer.__signature__ = _signature.replace(parameters=[*_signature.parameters.values()][1:])

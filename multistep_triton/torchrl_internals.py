@@ -1,6 +1,6 @@
-"""torchrl from inside: who is calling, and what a buffer, a transform or a sampler does not tell by a public name.
+"""torchrl's internals: which of its functions is calling, and what its classes do not tell by a public name.
 
-This file, ``replay_buffer`` and the subpackage ``buffer`` alone reach into private attributes of torchrl;
+Only this file, ``replay_buffer`` and the subpackage ``buffer`` use private attributes of torchrl;
 ``tests/test_torchrl_internals.py`` names every one, and where it is used. May import torchrl.
 """
 
@@ -28,12 +28,12 @@ from torchrl.data.replay_buffers import SampleUnit
 from torchrl.envs.transforms import Compose, Transform
 from torchrl.envs.transforms.transforms import _InvertTransform
 
-# torchrl tells a transform nothing of its buffer, and a buffer nothing of who calls: the frames of the calls say it.
+# torchrl tells a transform neither its buffer nor who calls the buffer: the code on the call stack shows both.
 _CODES: dict[CodeType, str] = {}
 for _kind, _functions in {
     "take": [ReplayBuffer._maybe_make_transform, ReplayBuffer.append_transform, ReplayBuffer.insert_transform],
     "extend": [ReplayBuffer.extend, TensorDictReplayBuffer.extend, TensorDictPrioritizedReplayBuffer.extend],
-    # They make a batch of one frame of what they get, and do not.
+    # Under "add", torchrl passes its transforms a frame as a batch of one frame; under "put", as it comes.
     "add": [ReplayBuffer.add],
     "put": [TensorDictReplayBuffer.add, TensorDictPrioritizedReplayBuffer.add],
     "sample": [ReplayBuffer._sample, TensorDictReplayBuffer._sample, TensorDictPrioritizedReplayBuffer._sample],
@@ -44,15 +44,15 @@ for _kind, _functions in {
 }.items():
     for _function in _functions:
         _CODES.setdefault(inspect.unwrap(_function).__code__, _kind)
-# By identity, as what is looked for would be hashed as a whole; that of another is never the same while these are kept.
+# By id, as hashing a code object takes long; no other object has the same id while _CODES keeps these alive.
 _KINDS = {id(_code): _kind for _code, _kind in _CODES.items()}
 
 Calls = Mapping[str, FrameType]
-"""Frames of torchrl's functions that are calling, by what they do."""
+"""Stack frames of the torchrl functions that are calling, by the kind of call."""
 
 
 def calls(depth: int = 16) -> Calls:
-    """Those of them that are, the innermost of every kind."""
+    """Returns the innermost stack frame of every kind of call, among the ``depth`` innermost frames."""
     found: dict[str, FrameType] = {}
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and depth:
@@ -63,13 +63,13 @@ def calls(depth: int = 16) -> Calls:
 
 
 def taking_buffer() -> tuple[ReplayBuffer, bool] | None:
-    """The replay buffer that is being given the transform which asks, if one is, and whether inverted."""
+    """Returns the replay buffer that is being given a transform, and whether inverted; None if there is none."""
     frame = calls().get("take")
     return None if frame is None else (frame.f_locals["self"], bool(frame.f_locals.get("invert")))
 
 
 def using_buffer(calling: Calls, transform: Transform) -> ReplayBuffer | None:
-    """The replay buffer that is calling this transform, if one is."""
+    """Returns the replay buffer that is calling this transform; None if there is none."""
     for kind in ("extend", "add", "put", "sample"):
         if kind in calling:
             buffer: ReplayBuffer = calling[kind].f_locals["self"]
@@ -79,7 +79,7 @@ def using_buffer(calling: Calls, transform: Transform) -> ReplayBuffer | None:
 
 
 def mixing_buffer(calling: Calls) -> tuple[list[ReplayBuffer], list[Transform]] | None:
-    """Of the ensemble or OfflineToOnlineReplayBuffer that is in use, if one is: its buffers, its own transforms."""
+    """Returns the buffers and transforms of the calling ensemble or OfflineToOnlineReplayBuffer; None without one."""
     if "mix" not in calling:
         return None
     mixing = calling["mix"].f_locals["self"]
@@ -89,7 +89,7 @@ def mixing_buffer(calling: Calls) -> tuple[list[ReplayBuffer], list[Transform]] 
 
 
 def refuse_other_ways(calling: Calls) -> None:
-    """Raises an error where frames are stored otherwise than one after the other."""
+    """Raises a TypeError if one of the calls stores frames otherwise than one after the other."""
     if "prefill" in calling:
         raise TypeError(
             "prefill_replay_buffer extends with frames drawn at random, of which no windows can be made: extend with "
@@ -108,42 +108,42 @@ def refuse_other_ways(calling: Calls) -> None:
 
 
 def lock_of(buffer: ReplayBuffer) -> contextlib.AbstractContextManager[Any]:
-    """The lock under which a buffer stores and samples."""
+    """Returns the lock under which a buffer stores and samples."""
     lock: contextlib.AbstractContextManager[Any] = buffer._replay_lock
     return lock
 
 
 def store(buffer: ReplayBuffer, data: TensorDictBase) -> Tensor:
-    """What ``extend`` stores once its transforms are through."""
+    """Stores data as ``extend`` does after its transforms, and returns the indices."""
     indices: Tensor = buffer._extend(data)
     return indices
 
 
 def update_priority(buffer: ReplayBuffer, indices: Tensor, data: TensorDictBase) -> None:
-    """What ``extend`` does with a priority that comes with the data."""
+    """Updates the priorities as ``extend`` does if the data holds a priority."""
     priority_key = getattr(buffer, "priority_key", None)
     if priority_key is not None and (priority := data.get(priority_key, None)) is not None:
         buffer.update_priority(indices, priority)
 
 
 def inverted_in(transform: Transform) -> Transform | None:
-    """What ``append_transform(..., invert=True)`` made this of; None if it did not."""
+    """Returns the transform that ``append_transform(..., invert=True)`` wrapped in this one; None if there is none."""
     return transform.transform if isinstance(transform, _InvertTransform) else None
 
 
 def reads_ids(sampler: SliceSampler) -> bool:
-    """Whether a sampler tells episodes by trajectory ids, as far as it has looked."""
+    """Returns whether a sampler tells episodes apart by trajectory ids, as far as it has looked at a storage."""
     return bool(sampler._fetch_traj)
 
 
 def transforms_in(transform: Transform) -> list[Transform]:
-    """A buffer's transform in its parts, in order."""
+    """Returns the parts of a buffer's transform, nested lists included, in order."""
     if type(transform).forward is Compose.forward:
         return [part for each in transform for part in transforms_in(each)]
     return [transform]
 
 
 def sample_unit_of(buffer: ReplayBuffer) -> SampleUnit | None:
-    """What a buffer makes of every frame that is drawn."""
+    """Returns the sample unit that a buffer expands drawn frames to; None if it has none."""
     unit: SampleUnit | None = buffer._sample_unit
     return unit

@@ -1,7 +1,7 @@
-"""MultiStepTransform: n-step transitions on ``ReplayBuffer.extend``.
+"""MultiStepTransform: computes n-step transitions when ``ReplayBuffer.extend`` stores frames.
 
-Owns what a call emits and what is flushed. May import ``arguments``, ``backends``, ``frames``, ``ownership``,
-``neighbours`` and ``torchrl_internals``.
+Owns which transitions a call emits and which a flush stores. May import ``arguments``, ``backends``, ``frames``,
+``ownership``, ``neighbours`` and ``torchrl_internals``.
 """
 
 from __future__ import annotations
@@ -24,90 +24,90 @@ from multistep_triton.torchrl_internals import calls, lock_of, refuse_other_ways
 
 
 class MultiStepTransform(OwnedTransform):
-    """Turns the 1-step transitions that extend a replay buffer into n-step ones.
+    """Turns the 1-step transitions that extend a replay buffer into n-step transitions.
 
-    A drop-in replacement for ``torchrl.envs.transforms.MultiStepTransform``. With ``n = n_steps`` and ``e(t)`` the
-    smallest of ``t + n - 1``, the first boundary at or after ``t``, and the last known frame:
+    A drop-in for ``torchrl.envs.transforms.MultiStepTransform``. With ``n = n_steps``, the window of frame ``t`` ends
+    at ``e(t)``, the smallest of ``t + n - 1``, the first boundary at or after ``t``, and the last known frame:
 
     .. math::
         steps(t) = e(t) - t + 1, \\quad reward'(t) = \\sum_{i=0}^{steps(t)-1} \\gamma^i reward(t + i), \\quad
         next'(t) = next(e(t))
 
-    A boundary is a frame at which a done flag is set, ``done_key`` or any other of ``done_keys`` beside it that has its
-    shape; with a mask in the data, one that is invalid or followed by an invalid frame; with trajectory ids, one that
-    is followed by a frame of another trajectory.
+    A frame is a boundary if one of its done flags is set: ``done_key``, or any other of ``done_keys`` beside it that
+    has its shape; if the data holds a mask, and the frame or the next one is invalid; or if the data holds trajectory
+    ids, and the next frame has another id.
 
     The data of a call has batch shape ``[*B, T]``, time last; a frame with batch shape ``[]`` counts as ``T = 1``.
-    A call emits the ``c + T - n`` oldest of the ``c`` frames carried over from the calls before and the ``T`` new
-    ones, and holds back the last ``n``; with nothing to emit it returns None and the buffer stores nothing. What is
-    emitted does not depend on how the stream is cut into calls. :meth:`flush` returns what is held back,
-    :meth:`flush_into` stores it.
+    The transform appends the ``T`` new frames to the ``c`` frames that it carries over from earlier calls, emits the
+    oldest ``c + T - n`` of them, and holds back the last ``n``. If it has nothing to emit, it returns None and the
+    buffer stores nothing. The transitions do not depend on how the stream is cut into calls. :meth:`flush` returns the
+    transitions of the frames held back, :meth:`flush_into` stores them.
 
-    Written at the root: ``steps_to_next_obs`` (int64), ``gamma`` (float32, ``gamma ** steps``) and ``nonterminal``
-    (bool, False at a boundary), each ``[*B, E]``. Under ``"next"``: every reward key holds the n-step return,
-    ``<reward_key>_orig`` the reward as it came and, with exactly one reward key, ``original_reward`` is the same
-    tensor; done keys stay as they came, or with ``done_at="end"`` are those of frame ``e(t)``, beside
-    ``<done_key>_orig``; every other entry is the one of frame ``e(t)``, bit for bit. The other root entries stay those
-    of frame ``t``. The result lies on the data's device, in memory of its own, and the input is not modified.
+    The transform writes at the root ``steps_to_next_obs`` (int64), ``gamma`` (float32, ``gamma ** steps``) and
+    ``nonterminal`` (bool, False at a boundary), each ``[*B, E]``. Under ``"next"``, every reward key holds the n-step
+    return and ``<reward_key>_orig`` the reward as it came; with exactly one reward key, ``original_reward`` is the same
+    tensor. Done keys stay as they came; with ``done_at="end"`` they hold the flags of frame ``e(t)``, and
+    ``<done_key>_orig`` those that came. Every other entry under ``"next"`` is that of frame ``e(t)``, bit for bit; the
+    other root entries stay those of frame ``t``. The result is new memory on the data's device; the input stays as is.
 
     With one done flag per agent, ``[*B, T, *A]`` or ``[*B, T, *A, 1]``, and a reward of the same shape beside it or
-    below, every agent has its own windows: those of all entries ``[*B, T, *A, ...]`` there. Windows of other entries
-    there end where that of any agent ends. ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` then have the done
-    flag's shape. Any other group under ``"next"`` that has a done flag of its own is governed by it; if it has a
-    reward, these three are written for it, too, as ``(*group, "steps_to_next_obs")`` and so on. What is in no such
-    group is governed by the flags at the root, or else by ``done_key``.
+    below, every agent has its own windows, for all entries ``[*B, T, *A, ...]`` of the flag's group. The windows of the
+    group's other entries end where the window of any agent ends. ``steps_to_next_obs``, ``gamma`` and ``nonterminal``
+    then have the done flag's shape. If another group under ``"next"`` has a done flag of its own, this flag governs the
+    group; if the group has a reward, too, the transform writes these three entries for it, under keys such as
+    ``(*group, "steps_to_next_obs")``. Entries in no such group are governed by the flags directly under ``"next"`` or,
+    without these, by ``done_key``.
 
-    A transform belongs to the one replay buffer that it is given to.
+    A transform belongs to one replay buffer at a time, the one that takes it.
 
     The frames held back, :attr:`frames_held` of every row, are a copy, follow ``.to(device)``, and are part of
-    ``state_dict()``, with ``n_steps`` and ``gamma``, of pickles and of deep copies: a run that is resumed from one of
-    these stores what an unbroken one would. Calls from several threads take turns; as a buffer calls its transforms
-    outside the lock under which it stores, save it and flush into it while no other thread is extending it.
+    ``state_dict()`` (with ``n_steps`` and ``gamma``), of pickles and of deep copies: a run that resumes from one of
+    these stores what an uninterrupted run would. Calls from several threads take turns. A buffer calls its transforms
+    outside the lock under which it stores: save it and flush into it while no other thread is extending it.
 
     Args:
-        n_steps: frames in a full window, an int >= 1; can be set at any time, which loses and repeats no frame. After
-            making it smaller, extend with a batch before ``ReplayBuffer.add``, which can store one frame only.
-        gamma: discount per step, a finite number in [0, 1]; can be set at any time.
+        n_steps: frames in a full window, an int >= 1. It can be set at any time without losing or repeating a frame.
+            After making it smaller, extend with a batch before ``ReplayBuffer.add``, which can store one frame only.
+        gamma: discount per step, a finite number in [0, 1]; it can be set at any time.
 
     Keyword Args:
         reward_keys: rewards under ``"next"``, ``[*B, T, *F]``, floating point, integer or bool. Defaults to
             ``["reward"]``.
-        done_key: the done flag under ``"next"`` that must be there, bool ``[*B, T]``, ``[*B, T, 1]`` or, per agent, of
-            a reward's shape. Defaults to ``"done"``.
-        done_keys: done flags under ``"next"``, of which ``done_at`` speaks, and which end windows, bool. Defaults to
-            ``["done", "truncated", "terminated"]``; ``done_key`` is one of them in any case; those that are not in the
-            data are ignored. A bool entry of such a name in another group under ``"next"`` is a done flag of that
-            group, named here or not.
-        mask_key: root entry, bool ``[*B, T]`` or ``[*B, T, 1]``, False where a frame is padding; ignored if it is
-            not in the data. An invalid frame's window is itself. Defaults to ``"mask"`` or, if that is not in the data,
-            ``("collector", "mask")``.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which holds every call to the
+        done_key: the done flag under ``"next"`` that the data must hold, bool ``[*B, T]``, ``[*B, T, 1]`` or, per
+            agent, of a reward's shape. Defaults to ``"done"``.
+        done_keys: the done flags under ``"next"``, bool, that end windows and that ``done_at`` applies to. Defaults to
+            ``["done", "truncated", "terminated"]``. ``done_key`` always counts as one of them; flags that the data
+            lacks are ignored. A bool entry with the name of one of them in another group under ``"next"`` is a done
+            flag of that group, whether its full key is listed here or not.
+        mask_key: root entry, bool ``[*B, T]`` or ``[*B, T, 1]``, False where a frame is padding; ignored if the data
+            lacks it. The window of an invalid frame is that frame alone. Defaults to ``"mask"`` or, if the data lacks
+            that, ``("collector", "mask")``.
+        backend: ``"auto"``, ``"reference"``, ``"triton"`` or ``"verify"``, which compares every call with the
             specification.
-        done_at: ``"start"``, torchrl's rule, leaves the done keys those of frame ``t``: the last ``n - 1`` frames
-            before a termination then bootstrap from where the episode ended. With ``"end"`` they are those of frame
-            ``e(t)``, which is what a bootstrapped target needs. Defaults to ``"start"``.
-        traj_key: root entry of trajectory ids, integers ``[*B, T]`` or ``[*B, T, 1]``; a change is a boundary.
-            Defaults to ``"auto"``: ``("collector", "traj_ids")`` if it is in the data. None looks at none.
+        done_at: ``"start"``, torchrl's rule, leaves the done flags of frame ``t`` in the done keys: targets of the last
+            ``n - 1`` frames before a termination then bootstrap from where the episode ended. ``"end"`` writes the
+            flags of frame ``e(t)``, which bootstrapped targets need. Defaults to ``"start"``.
+        traj_key: root entry of trajectory ids, integers ``[*B, T]`` or ``[*B, T, 1]``, whose changes are boundaries.
+            Defaults to ``"auto"``: ``("collector", "traj_ids")`` if the data holds it. None ignores ids.
         match_reward_shape: whether ``steps_to_next_obs``, ``gamma`` and ``nonterminal`` have the shape of the first
-            reward, repeated along its features, which torchrl's distributional DQN loss and its value estimators with
-            rewards per agent need; those at the root are then of its windows. Defaults to False.
+            reward, repeated along its features; torchrl's distributional DQN loss and its value estimators with rewards
+            per agent need this. The three at the root then describe the first reward's windows. Defaults to False.
 
     Raises:
-        KeyError: the done key, a reward key or the trajectory ids are missing from the data.
+        KeyError: the data lacks the done key, a reward key or the trajectory ids.
         TypeError: the data, a flag or a reward is of the wrong kind.
-        ValueError: a number, a shape or a key breaks its rule, the data does not continue the carry or is of n steps
-            already, or what shares the buffer would be wrong (``docs/neighbours.md``). After any error the carry is as
-            it was.
-        RuntimeError: a CUDA graph is being captured; the backend asked for cannot run; :class:`EquivalenceError`, which
-            is one, if ``"verify"`` finds a difference.
+        ValueError: a number, a shape or a key breaks its rule, the data does not continue the carry or holds n-step
+            transitions already, or a part of the buffer would misread n-step transitions (``docs/neighbours.md``).
+            After any error the carry is as it was.
+        RuntimeError: a CUDA graph is being captured; the requested backend cannot run; or ``"verify"`` finds a
+            difference and raises :class:`EquivalenceError`, a subclass.
 
     Notes:
-        Differences from torchrl's class: done keys beside ``done_key`` and trajectory ids end windows; a NaN or Inf
-        after a done does not reach the frames before it; integer
-        rewards are promoted to ``torch.get_default_dtype()``; ``nonterminal`` is also right for ``n_steps=1``; a mask
-        ends windows; rewards narrower than float32 are accumulated in float32; several reward keys keep their
-        originals apart; a ``done_key`` outside ``done_keys`` is not gathered; the carry is a copy, without the
-        autograd graph, and is saved and loaded.
+        Differences from torchrl's class: done keys beside ``done_key``, trajectory ids and a mask end windows; a NaN or
+        Inf after a done does not reach the frames before it; integer rewards are promoted to
+        ``torch.get_default_dtype()``, and rewards narrower than float32 accumulated in float32; ``nonterminal`` is also
+        right for ``n_steps=1``; every reward key keeps its own original; a ``done_key`` outside ``done_keys`` is not
+        gathered; the carry is a copy without the autograd graph, and ``state_dict()`` holds it.
 
         Source: R. S. Sutton, Learning to predict by the methods of temporal differences, Machine Learning 3, 1988.
 
@@ -158,13 +158,13 @@ class MultiStepTransform(OwnedTransform):
         self._set_arguments(locals())
 
     def inv(self, tensordict: TensorDictBase) -> TensorDict | None:
-        """The n-step transitions whose windows are known by now; ``[*B, T]`` frames in, which stay as they are.
+        """Emits the n-step transitions of the frames held back and the new ones, ``[*B, T]``, but the last ``n_steps``.
 
         Returns:
-            TensorDict: ``[*B, E]``, or None where all frames are held back.
+            TensorDict: ``[*B, E]``, or None if all frames are held back. The new frames are not modified.
         """
-        # The frames are not modified, so they need not be copied before, as torchrl's does: a subclass that writes into
-        # what its _inv_call gets is to copy it.
+        # torchrl's inv passes _inv_call a shallow copy, this one the frames themselves: an _inv_call of a subclass must
+        # copy them before it writes into them.
         return self._inv_call(tensordict)
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDict | None:
@@ -186,26 +186,26 @@ class MultiStepTransform(OwnedTransform):
                     f"{self._n_steps + count - 1}: after n_steps was made smaller, extend with a batch of frames "
                     f"first, an empty one will do"
                 )
-            # Without the search of torch.nn.Module for parameters of that name.
+            # Bypasses __setattr__ of torch.nn.Module, which would search its parameters for the name.
             self.__dict__["_carry"] = held
         if not count:
             return None
         return emitted.squeeze(-1) if single else emitted
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """What is sampled, as it is."""
+        """Returns the sampled batch unchanged, after checking what shares the buffer."""
         self._check_owner(tensordict, calls())
         out: TensorDictBase = super().forward(tensordict)
         return out
 
     def flush(self) -> TensorDict | None:
-        """The n-step transitions of the frames held back, with windows cut at the last one; holds back none after.
+        """Computes the n-step transitions of the frames held back, cuts windows at the last one, and drops the frames.
 
         Returns:
-            TensorDict: ``[*B, c]``, or None where nothing was held back. The last frame is not ``nonterminal``.
+            TensorDict: ``[*B, c]``, or None if no frames were held back. The last frame is not ``nonterminal``.
 
         Raises:
-            KeyError, TypeError, ValueError, RuntimeError: as in a call; the frames are still held back.
+            KeyError, TypeError, ValueError, RuntimeError: as in a call; the frames then stay held back.
         """
         with self._lock:
             if self._carry is None:
@@ -214,21 +214,21 @@ class MultiStepTransform(OwnedTransform):
         return emitted
 
     def flush_into(self, replay_buffer: ReplayBuffer) -> Tensor:
-        """Stores what :meth:`flush` returns in a replay buffer, without passing it through this transform again.
+        """Stores the transitions that :meth:`flush` returns in a replay buffer, without calling this transform on them.
 
-        Transforms of the buffer that come after this one when it is extended, which are those before it in their
-        list, are applied; so are all of them if this one is not among them.
+        Applies the buffer's transforms that run after this one on extend, which are those before it in the buffer's
+        list; if this one is not in the list, applies all of them.
 
         Args:
             replay_buffer: the buffer to extend.
 
         Returns:
-            Tensor: the indices, as of ``replay_buffer.extend``.
+            Tensor: the indices, as ``replay_buffer.extend`` returns them.
 
         Raises:
-            TypeError: not a replay buffer.
-            ValueError: the buffer has an n-step transform, and not this one.
-            Exception: whatever the buffer raises when it stores; the frames are still held back then.
+            TypeError: ``replay_buffer`` is not a replay buffer.
+            ValueError: the buffer has an n-step transform but not this one, or holds single steps.
+            Exception: any error of the buffer while it stores; the frames then stay held back.
         """
         if not isinstance(replay_buffer, ReplayBuffer):
             raise TypeError(f"replay_buffer must be a torchrl ReplayBuffer, got {type(replay_buffer).__name__}")
@@ -238,7 +238,7 @@ class MultiStepTransform(OwnedTransform):
         elif others := [each for each in transforms if isinstance(each, N_STEP)]:
             raise ValueError(f"replay_buffer must hold this transform or none of its kind, got {others[0]}")
         check_holds_n_steps(replay_buffer)
-        # The buffer's lock first, as in its load_state_dict.
+        # Takes the buffer's lock first, in the order of its load_state_dict, so that the two cannot deadlock.
         with lock_of(replay_buffer), self._lock:
             before = self._carry
             try:
@@ -256,4 +256,4 @@ class MultiStepTransform(OwnedTransform):
 
 
 N_STEP: tuple[type[Transform], ...] = MultiStepTransform, _TorchRLMultiStepTransform
-"""The n-step transforms, ours and torchrl's."""
+"""The classes of n-step transforms, this package's and torchrl's."""

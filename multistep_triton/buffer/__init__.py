@@ -1,1 +1,1 @@
-"""The classes and parts that ``NStepReplayBuffer`` is built of: a torchrl buffer whose frames lie in order of time."""
+"""The classes that ``NStepReplayBuffer`` is built of, and their parts: a torchrl buffer that keeps frames in order."""

@@ -1,4 +1,4 @@
-"""ArrivingReplayBuffer: frames that come otherwise than they are stored: as wider floats, or without what follows them.
+"""ArrivingReplayBuffer: a buffer that narrows floats, and adds next observations to frames that come without them.
 
 Reaches into private attributes of torchrl's buffers. May import torchrl, ``storing`` and what it may, ``roles``
 and ``twins``.
@@ -22,22 +22,22 @@ from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import Roles, as_key, as_path, check_key
 
 NARROW = torch.float16, torch.bfloat16, torch.float32
-"""What entries can be stored as."""
+"""The dtypes that ``store_as`` may give."""
 
 
 class ArrivingReplayBuffer(StoringReplayBuffer):
-    """One that makes of frames that come what is stored."""
+    """A buffer that converts frames, as they arrive, into the form in which they are stored."""
 
     _compact: bool | tuple[KeyPath, ...] = False
-    """Whether all entries are kept once that can be, or which ones, by their paths at the root."""
+    """Whether all twins are kept once, or the paths at the root of those that are."""
     _store_as: Mapping[KeyPath, torch.dtype] = MappingProxyType({})
 
     def _roles_in(self, entries: Container[KeyPath]) -> Roles:
-        """The roles in data of these entries."""
+        """Finds the roles of entries in data that holds these paths."""
         raise NotImplementedError
 
     def _set_store_as(self, store_as: Mapping[NestedKey, torch.dtype] | None) -> None:
-        """Sets the argument, which is not set again."""
+        """Checks and sets ``store_as``, once."""
         if store_as is not None and not isinstance(store_as, Mapping):
             raise TypeError(f"store_as must be a dict of keys and dtypes, got {store_as!r}")
         if odd := [dtype for dtype in (store_as or {}).values() if dtype not in NARROW]:
@@ -46,7 +46,7 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
 
     @property
     def store_as(self) -> dict[NestedKey, torch.dtype]:
-        """The dtypes that entries are stored as, of those that come as others."""
+        """The narrower dtypes in which entries are stored, by key."""
         return {as_key(path): dtype for path, dtype in self._store_as.items()}
 
     def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
@@ -63,9 +63,9 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         return super()._add(data)
 
     def _completed(self, data: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase | None]:
-        """Frames with what comes after them, of frames without, and the newest, which waits until the next has come.
+        """Adds next observations to frames that lack them; returns these frames, and the newest one, which has to wait.
 
-        What comes after ends is then the entries of the group "final".
+        Next observations are those of the next frame or, at an end, of the group "final". Returns other data with None.
         """
         dim, pending, group = self.dim_extend, self._order.pending, data.get("final", None)
         if not self._compact or (group is None and pending is None) or not data.numel():
@@ -86,7 +86,7 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         return whole, data.narrow(dim, data.shape[dim] - 1, 1).clone()
 
     def _check_final(self, data: TensorDictBase) -> None:
-        """Checks frames that come without what comes after them, and go on from the one that waits."""
+        """Checks the group "final" of frames without next observations, and that they continue the pending frame."""
         every, pending = leaves_of(data, data.batch_dims), self._order.pending
         finals = [path for path in every if path[0] == "final" and len(path) > 1]
         if not finals:
@@ -122,7 +122,7 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         check_continues(every, before, data.batch_dims, pending.batch_dims, "as in the frame before")
 
     def empty(self, empty_write_count: bool = True) -> None:
-        """Empties the buffer, as in torchrl."""
+        """Empties the buffer, as in torchrl, and drops the pending frame."""
         self._order.pending = None
         super().empty(empty_write_count)
 
@@ -145,7 +145,7 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
                         f"for {dtype}"
                     )
                 wide[path] = leaf.dtype
-                # Of a lazy stack the leaf is an element's.
+                # In a lazy stack, ``leaf`` belongs to one element alone.
                 data.set(path, data.get(path).to(dtype))
         if odd := [path for path in wide if path[0] == "next" and wide.get(path[1:], wide[path]) != wide[path]]:
             raise ValueError(f"data must hold {odd} of the dtypes at the root, to be stored alike, got {wide}")

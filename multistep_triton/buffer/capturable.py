@@ -1,6 +1,6 @@
-"""CapturableReplayBuffer: one whose calls can be captured into a CUDA graph, as how far it has come the device knows.
+"""CapturableReplayBuffer: a buffer whose calls a CUDA graph can capture, as its write count lies on the device.
 
-Owns that number, and when the host reads it. Reaches into private attributes of torchrl's buffers. May import torchrl,
+Owns that count, and when the host reads it. Reaches into private attributes of torchrl's buffers. May import torchrl,
 ``sampled`` and what it may, ``backends`` and ``checks``.
 """
 
@@ -25,17 +25,17 @@ from multistep_triton.layouts import KeyPath
 
 
 class CapturableReplayBuffer(SampledReplayBuffer):
-    """One that may be ``capturable``; if it is not, the host knows how far it has come.
+    """A buffer that may be ``capturable``; if it is not, the host alone counts its frames.
 
-    Where the kernels run, a call of frames like those before, and a sample, then make the same launches with the same
-    arguments each time, and read nothing back. Whatever else asks the host for the frames makes it read the number.
+    If it is, and the kernels run, each repeated call and each ``sample`` makes the same launches with the same
+    arguments, and reads nothing back. Any other use of the frames first makes the host read the device's count.
     """
 
     _capturable = False
     _written: Tensor | None = None
-    """How many frames of an environment were ever written, int64 on the device; None while the host knows."""
+    """The write count on the device, int64, or None: it tells the next slot, and whether the ring is full."""
     _read_last = 0
-    """The same, when the host read it last."""
+    """The value of ``_written`` up to which the host knows the frames."""
 
     @property
     def capturable(self) -> bool:
@@ -43,7 +43,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
         return self._capturable
 
     def _pull(self) -> None:
-        """The host reads how far the device has come."""
+        """Reads the device's write count, and advances the host's position to it."""
         if self._written is None:
             return
         check_not_captured("what is neither sample, nor extend with frames like those of a call before,")
@@ -56,12 +56,12 @@ class CapturableReplayBuffer(SampledReplayBuffer):
                 self._read_last += frames
 
     def _push(self) -> None:
-        """Tells the device how far the host has come."""
+        """Sets the device's write count to the host's position."""
         entries = self._order.entries()
         if not self._capturable or entries is None:
             return
         position = self._order.position() or Position(-1, 0, 0)
-        # Whether slots are free, and which is the next one, is all that is asked of it.
+        # The count has to tell the next slot and whether any slot is free, and no more.
         self._read_last = position.newest + 1 + (position.slots if position.live == position.slots else 0)
         if self._written is None:
             device = next(iter(entries.values(True, True))).device
@@ -71,13 +71,13 @@ class CapturableReplayBuffer(SampledReplayBuffer):
 
     @contextmanager
     def _by_host(self) -> Iterator[None]:
-        """Within, the host knows how far the device has come, which is told after that how far the host has."""
+        """Brings the host's position up to date before the block, and the device's write count after it."""
         self._pull()
         yield
         self._push()
 
     def _on_device(self, tensors: Collection[Tensor]) -> bool:
-        """Whether the kernels run on these, which take how far it has come from the device."""
+        """Whether there is a write count on the device, and the kernels run on these tensors."""
         return self._written is not None and resolve_backend(self._backend, tensors) == "triton"
 
     # Parts
@@ -99,7 +99,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
                 f"{writer.tracks_generations}"
             )
         self._check_alone(storage)
-        # A device that is to be the data's is none yet.
+        # With device="auto" the storage has no device before it has data.
         device = getattr(storage.device, "type", None)
         if generator is not None and device not in (None, generator.device.type):
             raise ValueError(
@@ -108,7 +108,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
             )
 
     def _check_alone(self, storage: Storage) -> None:
-        """Checks that no other buffer writes into the storage, of which the device would not know, or reads it."""
+        """Checks that no other buffer uses the storage, as neither buffer would see what the other writes."""
         others = [each for each in storage._attached_entities if isinstance(each, ReplayBuffer) and each is not self]
         if others:
             raise ValueError(
@@ -122,7 +122,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
         self._push()
 
     def set_storage(self, storage: Storage, collate_fn: Callable[..., Any] | None = None) -> Any:
-        """Exchanges the storage, as in torchrl, and goes on at its position."""
+        """Exchanges the storage, as in torchrl, and goes on at the new one's position."""
         self._pull()
         return super().set_storage(storage, collate_fn)
 
@@ -140,7 +140,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
             index = self._store_at(call, leaves, written)
             written.add_(frames)
         except BaseException:
-            # A graph that captures has stored nothing; of others nobody knows.
+            # During a capture nothing is stored, and _pull raises; any other call may have written some slots.
             with suppress(RuntimeError):
                 self._pull()
                 self._tear(self._order.position(), frames)
@@ -167,7 +167,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
         shares = torch.empty(batch_size, dtype=torch.float64, device=position.written.device)
         return shares.uniform_(generator=self._generator)
 
-    # All at once
+    # The buffer as a whole
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
@@ -181,26 +181,26 @@ class CapturableReplayBuffer(SampledReplayBuffer):
 
     @property
     def storage(self) -> Storage:
-        """The storage, of which the host knows how many frames it holds."""
+        """The storage, after the host has read how many frames it holds."""
         self._pull()
         return super().storage
 
     @property
     def writer(self) -> Writer:
-        """The writer, which is told how many frames there are."""
+        """The writer, after the host has read how many frames were written."""
         self._pull()
         return super().writer
 
     @property
     def write_count(self) -> int:
-        """How many frames were ever stored of an environment."""
+        """The writer's count of frames of each environment, after the host has read the device's."""
         self._pull()
         count: int = super().write_count
         return count
 
 
 def _once_known(name: str) -> Any:
-    """Torchrl's method, of which the host is to know how many frames there are."""
+    """Wraps an inherited method, so that the host reads the device's write count first."""
     inherited = getattr(CapturableReplayBuffer, name)
 
     @functools.wraps(inherited)

@@ -1,4 +1,4 @@
-"""CheckpointedReplayBuffer: what a buffer whose frames lie in order saves of that, and how it is loaded.
+"""CheckpointedReplayBuffer: a buffer that saves and loads the order of its frames, and how it stores entries.
 
 Reaches into private attributes of torchrl's buffers, storages and writers. May import torchrl, ``ends``, ``stored`` and
 ``compact`` and what it may.
@@ -25,13 +25,13 @@ _RING_FILE, _KEPT_FILE = "n_step_ring.json", "n_step_kept.pt"
 
 
 class CheckpointedReplayBuffer(CompactReplayBuffer):
-    """One that goes on where it was when it was saved; nothing is stored or sampled meanwhile."""
+    """A buffer that goes on where it was saved; other threads neither store nor sample while it saves or loads."""
 
     @contextlib.contextmanager
     def _settled(self) -> Iterator[None]:
-        """Within, nothing is sampled, prefetched or stored by another thread."""
+        """Keeps other threads from sampling, prefetching and storing within the block."""
         with self._futures_lock:
-            # A sample that is being prefetched waits for the other lock.
+            # A sample that a thread is prefetching needs the other lock to finish.
             self._synchronize_futures_locked()
             with self._replay_lock:
                 yield
@@ -41,14 +41,14 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         return {"newest": None if position is None else position.newest, "torn": [*self._order.torn]}
 
     def _load_ring(self, ring: dict[str, Any] | None) -> None:
-        """Puts the storage where it was when it was saved; a buffer of torchrl's saves its writer's cursor alone."""
+        """Restores the newest frame and the torn slots; a checkpoint of torchrl's buffer has a cursor alone."""
         order, newest = self._order, None if ring is None else ring["newest"]
         entries = order.stored()
         order.forget()
         if entries is None:
             return
         if isinstance(self._writer, RoundRobinWriter):
-            # A file of another time may lie beside what a buffer of torchrl's has saved since.
+            # The ring's file may be older than a checkpoint that torchrl's buffer has saved beside it since.
             at = (self._writer._cursor - 1) % entries.shape[0]
             ring, newest = ring if newest == at else None, at
         order.set_last(newest)
@@ -59,7 +59,7 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
             order.go_on(newest, entries.shape[0])
 
     def _kept_state(self) -> dict[str, Any]:
-        """How entries are stored, and what comes after frames, if they are kept once: tensors and plain containers."""
+        """Returns how entries are stored, with the ends and the pending frame, as tensors and plain containers."""
         order, ends, kept = self._order, self._order.ends, None
         if ends is not None:
             names = ("count", "rows", "done", "mask", "traj")
@@ -74,7 +74,7 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         return {"compact": bool(self._compact), "ends": kept, "wide": dict(order.wide_dtypes), "waiting": pending}
 
     def _check_kept(self, state: dict[str, Any] | None) -> None:
-        """Checks that what was saved is of a buffer that is compact, or of one that is not, as this one."""
+        """Checks that a checkpoint was saved with a ``compact`` that agrees with this buffer's."""
         if (saved := state is not None and state["compact"]) != bool(self._compact):
             saver = "with" if saved else "without"
             raise ValueError(f"compact must be {saved} to load what a buffer {saver} it has saved, got {self.compact}")
@@ -99,7 +99,7 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
 
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
-        """Within, a checkpoint is loaded; where that fails when frames were loaded already, they are in no order."""
+        """Encloses a load; if it fails after it has changed frames, marks their order as broken."""
         with self._settled():
             before = self._fingerprint()
             try:
@@ -110,18 +110,18 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
                 raise
 
     def _fingerprint(self) -> tuple[Any, ...]:
-        """What is another one when frames are."""
+        """Returns a value that changes when the frames change."""
         storage, entries = self._storage, self._order.entries()
         versions = [] if entries is None else versions_of(leaves_of(entries, storage.ndim).values())
         return id(entries), len(storage), storage._mutation_revision, versions
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torchrl, and which frame is the newest, and how entries are kept."""
+        """Returns torchrl's state, with the newest frame, the torn slots and how entries are stored."""
         with self._settled():
             return {**super().state_dict(), "_ring": self._ring_state(), "_kept": self._kept_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torchrl, whose buffers' states are taken, too."""
+        """Loads a state of this class or of a buffer of torchrl."""
         self._check_kept(state_dict.get("_kept"))
         with self._loading():
             super().load_state_dict(state_dict)
@@ -129,14 +129,14 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
             self._load_kept(state_dict.get("_kept"))
 
     def dumps(self, path: str | Path) -> None:
-        """As in torchrl, and what else :meth:`state_dict` holds."""
+        """Saves the buffer into a folder, as in torchrl, with what :meth:`state_dict` adds."""
         with self._settled():
             super().dumps(path)
             (Path(path) / _RING_FILE).write_text(json.dumps(self._ring_state()))
             torch.save(self._kept_state(), Path(path) / _KEPT_FILE)
 
     def loads(self, path: str | Path) -> None:
-        """As in torchrl, whose buffers' files are taken, too."""
+        """Loads the folder that :meth:`dumps`, or a buffer of torchrl, has written."""
         ring, file = Path(path) / _RING_FILE, Path(path) / _KEPT_FILE
         kept = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
         self._check_kept(kept)

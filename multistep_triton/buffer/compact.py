@@ -1,6 +1,6 @@
-"""CompactReplayBuffer: one that keeps observations once, as what comes after a frame is what the next one holds.
+"""CompactReplayBuffer: a buffer that keeps observations once, as the next frame holds a frame's next observation.
 
-Owns which entries are kept once, and when rows of what comes after an end are written. Reaches into private attributes
+Owns which entries are kept once, and when final observations are written. Reaches into private attributes
 of torchrl's buffers. May import torchrl, ``ends``, ``engine``, ``arriving`` and what it may.
 """
 
@@ -25,18 +25,18 @@ from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import COUNT_PATH, Roles, as_key, as_path, key_list
 
 SLOTS_PER_END = 16
-"""Slots for which there is one row of what comes after an end, unless told."""
+"""Slots per row in the ring of final observations, unless ``end_slots`` is given."""
 
 
 class CompactReplayBuffer(ArrivingReplayBuffer):
-    """One that may be ``compact``; if it is not, all entries are stored as they come."""
+    """A buffer that may be ``compact``; if it is not, it stores all entries as they come."""
 
     _end_slots: int | None = None
     _ends_keys_before: tuple[int, tuple[Any, ...]] = -1, ()
-    """The arguments that tell ends, and as of which change."""
+    """The result of :meth:`_ends_keys`, and the value of ``_changes`` for which it holds, first."""
 
     def _set_compact(self, compact: bool | Iterable[NestedKey], end_slots: int | None) -> None:
-        """Sets the arguments, which are not set again."""
+        """Checks and sets ``compact`` and ``end_slots``, once."""
         if isinstance(compact, bool):
             self._compact = compact
         else:
@@ -52,21 +52,21 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
 
     @property
     def compact(self) -> bool | list[NestedKey]:
-        """Whether observations are kept once, or which ones."""
+        """Whether observations are kept once, or the keys of those that are."""
         if isinstance(self._compact, bool):
             return self._compact
         return [as_key(path) for path in self._compact]
 
     @property
     def end_slots(self) -> int | None:
-        """Rows of what comes after ends, per environment; None for one for every 16 slots."""
+        """Rows for final observations per environment; None for one row for every 16 slots."""
         return self._end_slots
 
     def ends_lost(self) -> int:
-        """How many ends of trajectories among the frames that are stored have lost what comes after them.
+        """Counts the stored ends of trajectories whose final observations are lost.
 
-        Of those the rows were overwritten by those of later ends, as there are more than ``end_slots`` of an
-        environment. A window ends one frame earlier there. Waits for the device.
+        Later ends have overwritten their rows, as an environment has more than ``end_slots`` ends. A window ends one
+        frame before such an end. The host waits for the device.
         """
         order = self._order
         if order.ends is None or (position := order.position()) is None:
@@ -76,7 +76,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
     # What is kept
 
     def _ends(self) -> Ends | None:
-        """Those of the storage; after checks that they are what its frames need, if there are any."""
+        """Returns the storage's ends; if it holds frames, first checks that the ends fit them and the arguments."""
         order = self._order
         ends: Ends | None = order.ends
         if (ends is None and not self._compact) or order.stored() is None:
@@ -102,14 +102,14 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         return ends
 
     def _ends_keys(self) -> tuple[Any, ...]:
-        """The arguments that tell which frames are ends."""
+        """Returns the arguments that decide which frames are ends, as strings."""
         if self._ends_keys_before[0] != self._changes:
             names = ("done_key", "done_keys", "traj_key", "mask_key", "reward_keys")
             self._ends_keys_before = self._changes, tuple([repr(getattr(self, f"_{name}")) for name in names])
         return self._ends_keys_before[1]
 
     def _twins(self, roles: Roles, leaves: Leaves) -> list[KeyPath]:
-        """The entries under "next" that are kept once."""
+        """Finds the twins that this buffer keeps once."""
         twins = find_twins(roles, leaves)
         if isinstance(self._compact, bool):
             return twins
@@ -121,7 +121,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         return [path for path in twins if path[1:] in self._compact]
 
     def _make_ends(self, leaves: dict[KeyPath, Tensor], dims: int) -> Ends:
-        """Room for what comes after ends in data ``[T, *R]``."""
+        """Allocates the ends of a storage for data like leaves ``[T, *R, ...]``, with ``dims`` dimensions of frames."""
         if COUNT_PATH in leaves:
             raise ValueError(f"data must hold no entry {COUNT_PATH} with compact, which the buffer reads")
         roles = self._roles_in(leaves)
@@ -159,21 +159,21 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
             frames = data.unsqueeze(0) if time_dim is None else data.transpose(0, time_dim) if time_dim else data
             ends, leaves, ended, newest = self._find_ended(frames)
             if newest is None:
-                # No frame came before the first one, whose trajectory that could go on with.
+                # No frame came before the first one, which thus continues no trajectory.
                 ended = torch.cat((torch.ones_like(ended[:1]), ended[1:]))
             check_kept_once(ends, leaves, ended)
 
     def _find_ended(self, frames: TensorDictBase) -> tuple[Ends, dict[KeyPath, Tensor], Tensor, int | None]:
-        """Room for what comes after ends, leaves ``[T, *R]``, after which ones no frame comes, and the newest slot."""
+        """Returns ends, leaves ``[T, *R, ...]``, whether the frame before each frame is an end, and the newest slot."""
         storage, order = self._storage, self._order
         position, entries = order.position(), order.entries()
-        # Where it is to lie nobody but the storage knows before it has stored something.
+        # Before the storage has entries, its own device says where they will lie; "auto" is that of the data.
         to = storage.device if isinstance(storage.device, torch.device) else None
         leaves = {path: leaf.to(to or leaf.device) for path, leaf in tensors_of(frames).items()}
         known = self._ends()
         ends = known if known is not None and position is not None else self._make_ends(leaves, storage.ndim)
         if known is not None and known.is_like(ends):
-            # A graph may have captured them.
+            # A CUDA graph may have captured the tensors of ``known``.
             ends = known
         ring = {} if position is None or entries is None else leaves_of(entries, storage.ndim)
         newest = None if position is None else position.newest
@@ -189,14 +189,14 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         slot = 0 if newest is None else (newest + 1) % len(ends.count)
         keep = ends.find_writes(leaves, ended, newest, slot)
         index = write(data.exclude(*ends.rows))
-        # Where that fails, nobody knows what was overwritten.
+        # If ``keep`` fails, nobody knows which rows it has overwritten.
         order.ends_writes = -1
         keep()
         order.ends, order.ends_keys, order.ends_writes = ends, self._ends_keys(), order.writes
         return index
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Alters frames where they lie, as in torchrl, but for entries that are kept once."""
+        """Overwrites stored frames, as in torchrl; entries that are kept once raise a ValueError."""
         ends, entries = self._order.ends, value if isinstance(value, TensorDictBase) else {}
         if ends is not None and (kept := [path for path in ends.rows if entries.get(path, None) is not None]):
             raise ValueError(
@@ -205,7 +205,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         super().__setitem__(index, value)
 
     def _find_repeated(self, data: TensorDictBase, time_dim: int) -> RepeatedCall | None:
-        # What is promised of observations is verified where frames are stored call by call.
+        # "verify" checks what the user promises of observations in _check_new, which repeated calls skip.
         return None if self._compact and self._is_verified(data) else super()._find_repeated(data, time_dim)
 
     def _is_verified(self, data: TensorDictBase) -> bool:

@@ -1,4 +1,4 @@
-"""OrderedReplayBuffer: one whose storage is a ring in time.
+"""OrderedReplayBuffer: a buffer whose storage is a ring in time.
 
 Owns the parts of a buffer; knows no windows. Reaches into private attributes of torchrl's buffers,
 storages and writers. May import torchrl, ``neighbours``, ``stored``, ``storage_order`` and ``torchrl_internals``.
@@ -21,11 +21,11 @@ from multistep_triton.torchrl_internals import calls, transforms_in
 
 
 class _CollateOwn(NamedTuple):
-    """Collates samples of a buffer's own; an ensemble's are single steps."""
+    """Collates the buffer's own samples; raises for a ReplayBufferEnsemble, whose samples are single steps."""
 
     collate: Callable[[Any], Any]
     is_given: bool
-    """Whether it is the user's, and not torchrl's, which does nothing."""
+    """Whether the user gave ``collate``; torchrl's default changes nothing."""
 
     def __call__(self, data: Any) -> Any:
         mixing = calls().get("mix")
@@ -40,24 +40,24 @@ class _CollateOwn(NamedTuple):
 class OrderedReplayBuffer(ReplayBuffer):
     """A replay buffer whose storage is a ring in time: its frames lie in the order in which they came.
 
-    A base beside ``TensorDictReplayBuffer``, which calls ``_extend`` and ``_add`` when its transforms are through.
+    A base beside ``TensorDictReplayBuffer``, which calls ``_extend`` and ``_add`` after its transforms.
     """
 
     _changes = 0
-    """How often arguments were set."""
+    """How often an argument or the storage was set."""
     _checked_beside: tuple[Any, ...] = ()
-    """As of which change of the arguments transforms were checked, and what of them."""
+    """The value of ``_changes`` and the facts of the transforms at their last check."""
     _order: Order
-    """That of the storage."""
+    """The order of the storage's frames."""
     n_step_ordered = True
-    """Tells the order that the writer is set to the storage's position before it writes."""
+    """Tells ``Order`` that this buffer moves its writer to the storage's position before it writes."""
 
     def _check_transforms(self, transforms: list[Transform]) -> None:
         """Checks transforms that run when the buffer is sampled."""
         raise NotImplementedError
 
     def _check_neighbours(self) -> None:
-        """Checks all that do, if they or arguments have changed since."""
+        """Checks the buffer's transforms, if they or the arguments have changed since the last check."""
         transforms = transforms_in(self._transform)
         beside = self._changes, *map(facts_of, transforms)
         if beside != self._checked_beside:
@@ -65,19 +65,19 @@ class OrderedReplayBuffer(ReplayBuffer):
             self._checked_beside = beside
 
     def _check_room(self, rows: int | None = None) -> None:
-        """Checks that the storage has slots enough for each of so many rows, where that is known."""
+        """Checks that the storage has enough slots for each of ``rows`` environments, if their number is known."""
         raise NotImplementedError
 
     # Where frames lie
 
     @property
     def _generator(self) -> torch.Generator | None:
-        """What random numbers are drawn with."""
+        """The generator of random numbers; None for torch's own."""
         generator: torch.Generator | None = self._storage._rng
         return generator
 
     def _slots(self, rows: int | None = None) -> int | None:
-        """Slots of every environment, of which there are ``rows``; None if nobody can know yet."""
+        """Returns the number of slots of each of ``rows`` environments; None if it is not known yet."""
         if getattr(self, "_order", None) is None:
             return None
         entries, storage = self._order.entries(), self._storage
@@ -99,11 +99,11 @@ class OrderedReplayBuffer(ReplayBuffer):
             raise
 
     def _check_parts(self, storage: Storage, writer: Writer, sampler: Sampler) -> None:
-        """Checks that these may be the parts of the buffer."""
+        """Checks that the buffer can have these parts."""
         check_parts(storage, writer, sampler)
 
     def _adopt(self) -> None:
-        """Takes over the storage, at whose position every writer goes on."""
+        """Takes over the storage, and moves every writer to its position."""
         storage = self._storage
         self._check_parts(storage, self._writer, self._sampler)
         self._order = order_of(storage)
@@ -119,7 +119,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         self._check_room()
 
     def _leave(self) -> None:
-        """Is told no more of what is written into the storage."""
+        """Detaches this buffer from the storage, whose writers then report no more writes to it."""
         entities = self._storage._attached_entities
         if self in entities:
             entities.remove(self)
@@ -130,10 +130,10 @@ class OrderedReplayBuffer(ReplayBuffer):
         self._collate_fn: _CollateOwn = _CollateOwn(collate, collate_fn is not None)
 
     def set_storage(self, storage: Storage, collate_fn: Callable[..., Any] | None = None) -> Any:
-        """Exchanges the storage, as in torchrl, and goes on at its position; its sampler begins anew.
+        """Exchanges the storage, as in torchrl, goes on at the new one's position, and resets the sampler.
 
         Raises:
-            TypeError: the frames of the storage lie in no order.
+            TypeError, ValueError, RuntimeError: the new storage is no ``TensorStorage``, does not fit, or has no order.
         """
         self._check_parts(storage, self.writer, self.sampler)
         before, dim_extend, collate = self._storage, self.dim_extend, self._collate_fn
@@ -141,7 +141,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         def put(storage: Storage, dim_extend: int) -> None:
             self._leave()
             super(OrderedReplayBuffer, self).set_storage(storage, collate_fn)
-            # What torchrl leaves as it was.
+            # torchrl changes neither of these with the storage.
             self._dim_extend = dim_extend
             self._writer.register_storage(storage)
             self._adopt()
@@ -164,7 +164,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         """Exchanges the writer, as in torchrl; the new one goes on after the newest frame of the storage.
 
         Raises:
-            TypeError: it does not store in order.
+            TypeError: the writer does not store in order.
         """
         self._check_parts(self.storage, writer, self.sampler)
         with self._replay_lock:
@@ -173,17 +173,17 @@ class OrderedReplayBuffer(ReplayBuffer):
         return before
 
     def set_sampler(self, sampler: Sampler) -> Any:
-        """Exchanges the sampler, as in torchrl; one that consumes or alters what it samples is a TypeError."""
+        """Exchanges the sampler, as in torchrl; one that consumes or alters frames raises a TypeError."""
         self._check_parts(self.storage, self.writer, sampler)
         return super().set_sampler(sampler)
 
     def append_transform(self, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
-        """Appends a transform, as in torchrl; one that is wrong beside windows is a ValueError."""
+        """Appends a transform, as in torchrl; one that is wrong on n-step transitions raises a ValueError."""
         self._check_given(transform, invert)
         return super().append_transform(transform, invert=invert)
 
     def insert_transform(self, index: int, transform: Transform, *, invert: bool = False) -> ReplayBuffer:
-        """Inserts a transform, as in torchrl; one that is wrong beside windows is a ValueError."""
+        """Inserts a transform, as in torchrl; one that is wrong on n-step transitions raises a ValueError."""
         self._check_given(transform, invert)
         return super().insert_transform(index, transform, invert=invert)
 
@@ -192,7 +192,7 @@ class OrderedReplayBuffer(ReplayBuffer):
             self._check_transforms(transforms_in(transform))
 
     def empty(self, empty_write_count: bool = True) -> None:
-        """Empties the buffer, and drops what was prefetched from it."""
+        """Empties the buffer, as in torchrl, and drops its prefetched batches."""
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             super().empty(empty_write_count)

@@ -1,4 +1,4 @@
-"""What a sample holds: which entries of a storage, and which of those that windows give.
+"""What a sample holds: entries of a storage, and entries that windows add.
 
 May import ``base`` and what it may, ``ends``, ``eager_ends`` and ``repeated``.
 """
@@ -27,7 +27,7 @@ from multistep_triton.task import AFTER_END, CachedLeaves, Keys, Task
 
 
 class Selection(dict[KeyPath, bool]):
-    """Whether entries are among those that keys name, or in a group that is."""
+    """Whether the keys select an entry, by its path: they name it, or a group that it lies in."""
 
     def __init__(self, keys: Iterable[NestedKey]) -> None:
         super().__init__()
@@ -36,16 +36,16 @@ class Selection(dict[KeyPath, bool]):
             raise ValueError(f"outputs must name entries of a sample, or be None for all, got {keys!r}")
 
     def __missing__(self, path: KeyPath) -> bool:
-        """Finds it out."""
+        """Computes and keeps the value of a path."""
         self[path] = selected = any(path[: len(key)] == key for key in self.by)
         return selected
 
     def may_hold(self, path: KeyPath) -> bool:
-        """Whether a group has entries that come out."""
+        """Whether the group at a path is selected, or an entry in it."""
         return self[path] or any(key[: len(path)] == path for key in self.by)
 
     def check(self, stored: Iterable[KeyPath], roles: Roles, groups: list[Group]) -> None:
-        """Checks that all keys name something of what is stored, and of what windows of these groups give."""
+        """Checks that every key names an entry that is stored or that the windows of these groups add."""
         there = {*stored, *roles.originals.values(), INDEX}
         there.update(path for group in groups for paths, _ in group.written for path in paths)
         if len(roles.rewards) == 1:
@@ -55,12 +55,12 @@ class Selection(dict[KeyPath, bool]):
 
 
 def select_outputs(group: Group, roles: Roles, is_selected: Callable[[Any], bool], match_reward_shape: bool) -> Group:
-    """A group of which nothing is computed that nobody asks for; its windows are."""
+    """Returns a group without the outputs and n-step returns that are not selected; its windows stay as they are."""
     needed = set[KeyPath]()
     if is_selected(ORIGINAL_REWARD_PATH) and len(roles.rewards) == 1:
         needed.add(roles.originals[roles.rewards[0]])
     if group.written and group.agents:
-        # Windows are written in its shape.
+        # Windows take the shape of this flag.
         needed.add(group.flags[0])
 
     def selected(keys: Keys) -> Keys:
@@ -72,7 +72,7 @@ def select_outputs(group: Group, roles: Roles, is_selected: Callable[[Any], bool
 
 
 def stored_otherwise(group: Group, twins: Container[KeyPath], wide: Mapping[KeyPath, torch.dtype]) -> Group:
-    """A group of which entries are what comes after a window's end, or come out as another dtype."""
+    """Returns a group that reads its ``twins`` after a window's end, and casts narrowed entries to ``wide`` dtypes."""
 
     def otherwise(keys: Keys) -> Keys:
         outputs = [(out, key, AFTER_END if key in twins else at) for out, key, at in keys.outputs]
@@ -83,21 +83,21 @@ def stored_otherwise(group: Group, twins: Container[KeyPath], wide: Mapping[KeyP
 
 
 class StoredLayout(NamedTuple):
-    """What is known of the entries of a storage, all of which may be sampled, or those asked for."""
+    """The leaves, roles and groups of a storage, read once for samples of all entries or of the selected ones."""
 
     of: tuple[Any, ...]
-    """The entries, how often others wrote them, and how often arguments were set."""
+    """What the layout depends on: entries, ``Order.changes()``, ``_changes``, ``indexed``, ends and wide dtypes."""
     frames: Frames
     objects: dict[KeyPath, Any]
     roles: Roles
     groups: list[Group]
     indexed: bool
-    """Whether an entry holds every frame's slot."""
+    """Whether the writer keeps every frame's slot in the entry ``INDEX``."""
     ends: Ends | None
-    """Those of a storage that keeps observations once."""
+    """The ends of a storage that keeps observations once; else None."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of a buffer reads its own."""
+        """Reduces to None: a copy of a buffer reads its storage itself."""
         return type(None), ()
 
     @classmethod
@@ -111,13 +111,13 @@ class StoredLayout(NamedTuple):
         ends: Ends | None = None,
         wide: Mapping[KeyPath, torch.dtype] = MappingProxyType({}),
     ) -> StoredLayout:
-        """Reads a storage of ``ndim`` dimensions, by the arguments of a buffer."""
+        """Reads a storage of ``ndim`` dimensions, with the arguments of ``buffer``."""
         written = buffer._roles_in(()).written
-        # The writer's own entry says where a frame lies, which needs no reading.
+        # The writer's entry ``INDEX`` holds slots, which the samples tell without reading it.
         frames, objects = Frames.read_storage(of[0], ndim, written | {INDEX} if indexed else written)
         check_single_steps(frames.left_out)
         if ends is not None:
-            # An entry that is kept once is the one at the root, read elsewhere.
+            # A twin that is kept once is the root's entry, read at another frame.
             frames.leaves.update((path, frames.leaves[path[1:]]) for path in ends.rows)
             frames.leaves[COUNT_PATH] = ends.count
             frames.structure.layout = Layout.of_leaves(frames.leaves, ndim, frames.structure.layout.nodes)
@@ -146,9 +146,9 @@ class StoredLayout(NamedTuple):
     def sample(
         self, samples: Samples, high: int, buffer: MultiStepBase, selection: Selection | None, with_index: bool
     ) -> tuple[TensorDict, Tensor | None]:
-        """The n-step transitions of samples, of ``high`` steps at most, and where these lie, if they were drawn.
+        """Computes the n-step transitions of samples, of at most ``high`` steps, and their index, if it was drawn here.
 
-        That is an entry ``with_index``; without, it is the slot, if the storage has such an entry.
+        ``with_index``, the entry ``INDEX`` holds this index; otherwise the slot, if the storage has such an entry.
         """
         frames, objects, roles, groups, indexed, ends = self[1:]
         if ends is not None:

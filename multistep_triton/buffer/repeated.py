@@ -1,4 +1,4 @@
-"""Storing calls that are like one before, whose leaves need no checks again.
+"""Repeated calls: data like that of a call that was stored, whose leaves need no further checks.
 
 Owns what such calls have in common. May import ``layouts``, ``storage_order``, ``task`` and torchrl, by public names.
 """
@@ -18,41 +18,41 @@ from multistep_triton.layouts import KeyPath, Layout, is_plain, read_layout
 from multistep_triton.task import CachedLeaves
 
 INDEX = ("index",)
-"""Where a writer of tensordicts stores every frame's slot."""
+"""The entry in which a ``TensorDictRoundRobinWriter`` stores every frame's slot."""
 
 
 @dataclass(slots=True)
 class RepeatedCall:
-    """What calls have in common with one that was checked and stored."""
+    """What a call must have in common with a stored one to be stored without checks of its leaves."""
 
     storage: Storage
     writer: Writer
     entries: TensorDictBase
     layout: Layout
-    """That of the data."""
+    """The layout of the data."""
     rows: tuple[int, ...]
     """The number of batch dimensions, and ``*B``."""
     time_dim: int
     ring: CachedLeaves
-    """The storage's leaves of the data's paths."""
+    """The storage's leaves at the data's paths, without the twins that are kept once."""
     numbers: Tensor | None
-    """The one that holds every frame's slot."""
+    """The storage's entry ``INDEX``, int64, if the writer fills it."""
     other_writes: int
-    """How often anything else was written by then."""
+    """The value of ``Order.changes()`` when the call was stored."""
     most: int
-    """Of how many frames such a call may be: one less than there are slots where that of the newest is read."""
+    """The largest number of frames of such a call: the slots, less the newest frame's if observations are kept once."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of a buffer has seen nothing."""
+        """Reduces to None: a copy of a buffer remembers no call."""
         return type(None), ()
 
     def read(self, data: TensorDictBase) -> dict[KeyPath, Tensor] | None:
-        """The leaves of such a call; None if it is another."""
-        # A lazy stack is not stacked for this; a group that is one would be for its checks.
+        """Returns the leaves of data that is like that of the stored call; None for other data."""
+        # Reading a lazy stack would stack it; groups that are lazy stacks are stacked for the checks anyway.
         if type(data) is not TensorDict or _rows_of(data, self.time_dim) != self.rows:
             return None
         layout, values = read_layout(data, self.rows[0])
-        # torch keeps the graph of what is copied.
+        # torchrl's writer keeps the autograd graph of what it copies.
         if layout is not self.layout or any([value.requires_grad for value in values]):
             return None
         return dict(zip(layout.kinds, values, strict=True))
@@ -61,9 +61,9 @@ class RepeatedCall:
 def repeated_call(
     data: TensorDictBase, order: Order, writer: Writer, time_dim: int, priority_key: str
 ) -> RepeatedCall | None:
-    """What is to be remembered of a call that was stored; None if others like it are for torchrl to store."""
+    """Returns what to remember of a stored call; None if torchrl's writer must store calls like it, too."""
     storage, entries = order.storage, order.entries()
-    # Theirs and no other's, in whose place this would be.
+    # A subclass may do more in the methods that a repeated call bypasses.
     usual = type(storage).set is TensorStorage.set and type(writer) in (RoundRobinWriter, TensorDictRoundRobinWriter)
     is_asked_more = writer.tracks_generations or data.get(priority_key, None) is not None
     if entries is None or not usual or is_asked_more or not is_plain(data):

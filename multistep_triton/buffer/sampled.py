@@ -1,7 +1,7 @@
-"""SampledReplayBuffer: how a buffer is sampled of which something else than the frames themselves is.
+"""SampledReplayBuffer: a buffer whose samples are computed from frames, by methods of a subclass.
 
-Owns what is read under the buffer's locks, and what of that is prefetched. Reaches into private attributes of torchrl's
-buffers. May import torchrl, ``stored`` and ``checkpointed``.
+Owns what is read under the buffer's locks, and which prefetched batches are valid. Reaches into private attributes of
+torchrl's buffers. May import torchrl, ``stored`` and ``checkpointed``.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from multistep_triton.buffer.stored import Position, draws_alike
 
 
 class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
-    """One of which something else than the frames themselves is sampled: what that is is up to a subclass."""
+    """A buffer whose samples are computed from frames, by methods that a subclass supplies."""
 
     def _n_step_at(self, index: Any, position: Position) -> TensorDictBase:
-        """What is sampled of the frames at an index of the storage."""
+        """Computes the samples of the frames at an index of the storage."""
         raise NotImplementedError
 
     def _n_step_drawn(self, rows: Tensor, position: Position, with_index: bool) -> tuple[TensorDictBase, Tensor]:
-        """What is sampled of rows ``[N]`` of those that hold frames, and their index ``[N, ndim]``; it may be in it."""
+        """Computes the samples of rows ``[N]`` of :meth:`_draw`, maybe ``with_index``, and the index ``[N, ndim]``."""
         raise NotImplementedError
 
     def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
-        """As in torchrl, which copies the tensordict for transforms that it may not have."""
+        """Stores frames, as in torchrl; a repeated call skips torchrl's copy if the buffer has no transforms."""
         if self._repeated is not None and not len(self._transform) and self._order.pending is None:
             index = self._extend_repeated(tensordicts)
             if index is not None:
@@ -42,7 +42,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         return stored
 
     def sample(self, batch_size: int | None = None, return_info: bool = False, **kwargs: Any) -> Any:
-        """As in torchrl, which sets what a sampler tells of frames in the sample, one entry after the other."""
+        """Samples a batch, as in torchrl; a plain uniform draw skips torchrl's handling of info and transforms."""
         if not self.initialized:
             return super().sample(batch_size, return_info, **kwargs)
         size, usual = self._batch_size if batch_size is None else batch_size, self._batch_size
@@ -51,7 +51,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         if unusual or others or not self._draws():
             return super().sample(batch_size, return_info, **kwargs)
         with self._replay_lock, self._write_lock:
-            # There is no transform.
+            # Without transforms, no neighbours need a check.
             if (position := self._find_whole()) is None:
                 return super().sample(batch_size, return_info)
             data, index = self._n_step_drawn(self._draw(size, position), position, True)
@@ -61,9 +61,9 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
 
     def _set_index_in_td(self, tensordict: TensorDictBase, index: Tensor | int | None) -> None:
         if self._order.pending is not None:
-            # That of a call whose newest frame waits is of other frames.
+            # While a frame is pending, the index is not that of the call's own frames.
             return
-        # torchrl's takes the indices, which are those of frames with time first, for some with time last.
+        # torchrl's method assumes indices with time last, but they come with time first.
         ndim, dim = self._storage.ndim, self.dim_extend
         if ndim == 1 or not isinstance(index, Tensor):
             super()._set_index_in_td(tensordict, index)
@@ -71,7 +71,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         lead = [*tensordict.batch_size[:ndim]]
         single = len(lead) < ndim or index.shape[0] != tensordict.batch_size[:ndim].numel()
         if single:
-            # One frame, which has no time.
+            # A single frame has no time dimension.
             lead = lead[: ndim - 1]
             lead.insert(dim, 1)
         lead[0], lead[dim] = lead[dim], lead[0]
@@ -79,12 +79,12 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         tensordict.set("index", placed.squeeze(dim) if single else placed)
 
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
-        """As in torchrl, which takes the time of a frame for its place where there are several environments."""
+        """Updates priorities, as in torchrl, which would take time alone for the index of frames ``[num_envs, T]``."""
         index = data.get("index", None)
         super().update_tensordict_priority(data.reshape(-1) if index is not None and index.ndim > 2 else data)
 
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict[str, Any]]:
-        # Another process may have laid the storage out, which the sampler does not see.
+        # Another process may have made the entries; the sampler sees them once the order has found them.
         self._order.entries()
         with self._replay_lock, self._write_lock:
             position = self._check_whole()
@@ -104,21 +104,21 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         return self._finished(data, info)
 
     def _info_of(self, index: Tensor) -> dict[str, Any]:
-        """What a sampler would say of frames that were drawn."""
+        """Returns the info that a sampler would return for frames that the buffer has drawn."""
         return {"index": index.unbind(1) if self._storage.ndim > 1 else index.squeeze(1)}
 
     def _draws(self) -> bool:
-        """Whether frames are drawn here, all as likely, in one launch, and not by a sampler, in one per dimension."""
+        """Whether the buffer draws frames, uniformly in one launch; a sampler takes one launch per dimension."""
         return draws_alike(self._sampler) and self._sample_unit is None and not self._writer.tracks_generations
 
     def _draw(self, batch_size: int, position: Position) -> Tensor:
-        """Rows ``[N]`` of those that hold frames."""
+        """Draws rows ``[N]``, counted over the slots that hold frames."""
         storage = self._storage
         rows = storage.max_size // position.slots * position.live
         return torch.randint(rows, (batch_size,), generator=self._generator, device=storage.device)
 
     def _read(self, info: dict[str, Any], position: Position | None) -> TensorDictBase:
-        """What is sampled of the frames that lie where ``info`` says, which is told how old they are."""
+        """Computes the samples of the frames at the index in ``info``; adds their generations to it, if tracked."""
         if self._writer.tracks_generations:
             info["index_generation"] = self._writer.generations_of(info["index"])
         if position is None:
@@ -126,12 +126,12 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         return self._n_step_at(info["index"], position)
 
     def _check_whole(self) -> Position | None:
-        """Checks what is beside windows, and that all frames are there, in order, before anything is drawn."""
+        """Checks the transforms; returns the result of :meth:`_find_whole`. Runs before anything is drawn."""
         self._check_neighbours()
         return self._find_whole()
 
     def _find_whole(self) -> Position | None:
-        """Which slots hold frames, all of which are there, in order."""
+        """Finds which slots hold frames; raises a RuntimeError if they are in no order, or torn."""
         position, (first, torn) = self._order.position(), self._order.torn
         if torn:
             raise RuntimeError(
@@ -141,7 +141,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         return position
 
     def _finished(self, data: TensorDictBase, info: dict[str, Any]) -> tuple[TensorDictBase, dict[str, Any]]:
-        """What was read from the storage, as a sample of torchrl's buffer leaves it."""
+        """Collates, transforms and pins a sample, as torchrl's buffer does."""
         data = self._collate_fn(data)
         if self._transform is not None and len(self._transform):
             with data.unlock_(), set_dispatch_td_nn_modules(True):
@@ -152,11 +152,11 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
 
     @contextlib.contextmanager
     def _up_to_date(self, changes: int, anew: bool) -> Iterator[None]:
-        """Within, the next batch in the queue is one that was computed after so many changes, or ``anew``.
+        """Makes the next prefetched batch one that was computed after so many ``changes`` or, if ``anew``, now.
 
-        Batches of frames that are gone, since another buffer emptied the storage, are dropped.
+        Drops the batches whose frames are gone, since another buffer emptied the storage.
 
-        It is of the slots that were drawn for it, no sampler draws anew, and of the frames that lie there now.
+        A batch that is computed again keeps the slots that were drawn for it, and reads the frames there now.
         """
         if not self._prefetch:
             yield
@@ -165,7 +165,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
             queue, restarts = self._prefetch_queue, self._order.restarts
             if any(getattr(future, "restarts", restarts) != restarts for future in queue):
                 self._clear_prefetch_queue_locked()
-            # What was loaded may be of any arguments.
+            # A batch from a checkpoint has no ``changes``, and may have been computed with any arguments.
             of_before = [future for future in queue if getattr(future, "changes", None) != changes]
             while queue and (anew or queue[0] in of_before):
                 if queue[0].exception() is not None:

@@ -1,4 +1,4 @@
-"""Where the newest frame of a storage lies, and in which order the others do: one object for all buffers on it.
+"""The order of the frames in a storage: an ``Order`` tells all buffers on a storage where the newest frame lies.
 
 Reaches into private attributes of torchrl's storages and writers. May import torchrl and ``stored``.
 """
@@ -20,46 +20,46 @@ from multistep_triton.ends import Ends
 
 
 class Order:
-    """In which order frames lie in a storage, for all buffers on it; their writers tell it when they have written.
+    """The order of the frames in a storage, for all buffers on it; their writers report what they write to it.
 
-    The storage knows where the newest frame is, whoever wrote it.
+    The storage tells where the newest frame is, whichever buffer wrote it.
     """
 
     broken: str | None = None
-    """Why frames are in no order; None if they are in order."""
+    """Why the order of the frames is unknown; None if it is known."""
     torn: tuple[int, int] = (0, 0)
-    """The first and the number of slots in which a write that failed has left parts of two frames."""
+    """The first torn slot and the number of torn slots: a failed write left parts of two frames in each."""
     newest = -1
-    """The newest slot when the storage was last seen to be written to, by this process."""
+    """The slot of the newest frame after the last write that this process noticed; -1 before the first."""
     restarts = 0
-    """How often frames began anew."""
+    """How often :meth:`forget` was called, as frames began anew."""
     other_writes = 0
-    """How often anything was written otherwise than by :meth:`advance`, as of :meth:`changes`."""
+    """How often :meth:`changes` has found a write that :meth:`advance` did not record."""
     writes = 0
-    """How often a writer has written."""
+    """How often a writer has reported new frames to :meth:`mark_update`."""
     ends: Ends | None = None
-    """What comes after frames, if the storage keeps observations once."""
+    """The ends of trajectories and their final observations; None unless the storage keeps observations once."""
     wide_dtypes: Mapping[tuple[str, ...], torch.dtype] = MappingProxyType({})
-    """The dtypes that entries came as, of those that are stored as others."""
+    """The dtypes in which those entries arrived that are stored in narrower ones."""
     pending: TensorDictBase | None = None
-    """The newest frame, ``[*B, 1]``, where frames come without what comes after them."""
+    """The newest frame, ``[*B, 1]``, if it came without its next observation and waits for the next frame."""
     ends_keys: tuple[Any, ...] = ()
-    """The arguments that told which frames are ends."""
+    """The key arguments, as strings, by which ``ends`` was found."""
     ends_writes = 0
-    """How often a writer had written when those were written last."""
+    """The value of ``writes`` when ``ends`` was last updated; -1 after a write that failed."""
     checked_entries: TensorDictBase | None = None
-    """The storage's entries, once they were checked."""
+    """The storage's entries, once :func:`check_layout` has accepted them."""
     known_position: tuple[Position, int, int] | None = None
-    """The position, after how many changes of the storage and of how many frames it was found."""
+    """The position found last, with the storage's mutation revision and length at that time."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage, self.cursor, self.revision = storage, storage._last_cursor, storage._mutation_revision
         self.noticed_revision = self.revision
         self.lock = threading.RLock()
-        """That of all buffers on the storage, which take turns."""
+        """The lock that all buffers on the storage share, so that they take turns."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the lock, and what was checked in this process."""
+        """Returns all attributes but the lock and those that hold only in this process."""
         return {
             name: value
             for name, value in vars(self).items()
@@ -67,25 +67,25 @@ class Order:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What :meth:`__getstate__` returned, and a new lock."""
+        """Restores what :meth:`__getstate__` returned, with a new lock."""
         vars(self).update(state, lock=threading.RLock())
 
     def entries(self) -> TensorDictBase | None:
-        """The storage's entries, ``[slots, *R]``, whether frames are in them or not; None if it has none yet."""
+        """Returns the storage's entries, ``[slots, *R]``, with or without frames in them; None if it has none yet."""
         storage = self.storage
         if not storage.initialized and len(storage):
-            # Another process made the entries; torchrl looks for them when a frame is read.
+            # Another process made the entries; torchrl finds them when it reads a frame.
             storage.get(0)
-        # One that has loaded what an empty one saved has a tensordict of nothing.
+        # A storage that loaded an empty checkpoint is not initialized, but holds an empty tensordict.
         entries: TensorDictBase | None = storage._storage if storage.initialized else None
         return entries
 
     def stored(self) -> TensorDictBase | None:
-        """The storage's entries, or None if no frame is in them."""
+        """Returns the storage's entries, or None if no frame is in them."""
         return self.entries() if len(self.storage) else None
 
     def writers(self) -> list[tuple[ReplayBuffer, RoundRobinWriter]]:
-        """The writers of the storage, and the buffers whose they are; all that are on it take turns from then on."""
+        """Finds the writers of the storage and their buffers, and gives all buffers on it the shared lock."""
         found = []
         for buffer in self.storage._attached_entities:
             if getattr(buffer, "_replay_lock", self.lock) is not self.lock:
@@ -96,15 +96,15 @@ class Order:
         return found
 
     def writers_of_others(self) -> list[RoundRobinWriter]:
-        """Those of torchrl's buffers, if they have written."""
+        """Finds the writers of torchrl's own buffers that have already written."""
         writers = self.writers()
         return [each for buffer, each in writers if not hasattr(buffer, "n_step_ordered") and each._write_count]
 
     def position(self) -> Position | None:
-        """Which slots hold frames, and which one the newest; None if there are none.
+        """Finds which slots hold frames, and which one holds the newest; None if there are no frames.
 
         Raises:
-            RuntimeError: nobody can tell.
+            RuntimeError: the order of the frames is unknown.
         """
         storage = self.storage
         alone = not self.broken and len(storage._attached_entities) == 2
@@ -133,7 +133,7 @@ class Order:
         elif storage._last_cursor is not self.cursor:
             broken = f"slot {last} was the last one written, by a write that failed or past all buffers"
         elif not broken:
-            # Those of buffers like this one are set to the position before they write.
+            # OrderedReplayBuffers move their writers to the position before they write; torchrl's buffers do not.
             wrote = [writer for writer in self.writers_of_others() if writer._cursor != (newest + 1) % slots]
             if wrote:
                 broken = f"slot {newest} was the last one written, and a writer goes on at slot {wrote[0]._cursor}"
@@ -146,7 +146,7 @@ class Order:
         return Position(newest, live, slots)
 
     def take_position(self) -> Position | None:
-        """The position, at which every writer goes on."""
+        """Moves the cursor of every writer to the slot after the newest frame, and returns the position."""
         position = self.position()
         if position is None:
             self.forget()
@@ -156,20 +156,20 @@ class Order:
         return position
 
     def forget(self) -> None:
-        """Frames begin anew: what was known of those before is."""
+        """Drops what is known of the frames before, as frames begin anew."""
         self.broken, self.torn, self.known_position = None, (0, 0), None
         self.restarts += 1
 
     def changes(self) -> int:
-        """How often anything was written otherwise than by :meth:`advance`: entries may have come or gone."""
+        """Returns a count that rises after a write which :meth:`advance` did not record: entries may be new or gone."""
         if (revision := self.storage._mutation_revision) != self.noticed_revision:
             self.noticed_revision, self.other_writes = revision, self.other_writes + 1
         return self.other_writes
 
     def advance(self, position: Position, frames: int, writer: RoundRobinWriter) -> None:
-        """Frames were written after those of the position, by a buffer in the place of its writer.
+        """Records that a buffer, in place of its writer, has written ``frames`` frames after those of the position.
 
-        Nothing else was since :meth:`changes` was asked.
+        The caller must have called :meth:`changes` since the last write by anything else.
         """
         storage, (newest, before, slots, _) = self.storage, position
         rows = storage.max_size // slots
@@ -191,38 +191,38 @@ class Order:
         )
 
     def go_on(self, newest: int, slots: int) -> None:
-        """Makes every writer of the storage go on after the newest frame, whoever wrote it."""
+        """Moves the cursor of every writer of the storage to the slot after ``newest``."""
         storage = self.storage
         for _, writer in self.writers():
             writer._cursor = (newest + 1) % slots
             writer.n_step_seen = writer._write_count
         if isinstance(storage._last_cursor, int):
-            # An int may be the same object the next time.
+            # Two writes may leave the same int object, and ``is`` must tell their cursors apart.
             storage._last_cursor = torch.tensor([storage._last_cursor])
         self.newest, self.cursor, self.revision = newest, storage._last_cursor, storage._mutation_revision
 
     def set_last(self, newest: int | None) -> None:
-        """Tells the storage which frame is the newest."""
-        # An int may be the same object the next time.
+        """Sets the storage's last cursor to the slot of the newest frame, or to None."""
+        # Two writes may leave the same int object, and ``is`` must tell their cursors apart.
         self.storage._set_last_cursor(None if newest is None else range(newest, newest + 1))
         self.cursor = self.storage._last_cursor
 
     def mark_update(self, index: int | Tensor) -> None:
-        """Called by every writer of the storage when it has written: one that goes on elsewhere breaks the order."""
+        """Notes the write that a writer reports; one that did not go on after the newest frame breaks the order."""
         entries, storage, newest = self.entries(), self.storage, self.newest
         last = storage._last_cursor_index
         if entries is None or last is None or storage._last_cursor is self.cursor:
-            # Frames were altered where they lie.
+            # The write altered frames where they lie.
             return
         self.writes += 1
         slots, rows = entries.shape[0], max(entries.shape[1 : storage.ndim].numel(), 1)
         told = (len(index) if isinstance(index, Tensor) and index.ndim else 1) // rows
         wrote = sum(writer._write_count - getattr(writer, "n_step_seen", 0) for _, writer in self.writers())
         if told >= slots or len(storage) <= told * rows:
-            # All that is there.
+            # The write has replaced all frames.
             self.forget()
         elif wrote == told or storage._mutation_revision == self.revision + 1:
-            # All that was written since: no other process did.
+            # It is the only write since the last one noticed here: no other process has written.
             if (newest + told) % slots != last:
                 self.broken = f"a writer went on elsewhere than after slot {newest}, at which the newest frame was"
             self.torn = mended(self.torn, newest, told, slots)
@@ -236,7 +236,7 @@ def order_of(storage: Storage) -> Order:
         storage.attach(order)
         entries = order.stored()
         if entries is not None and storage._last_cursor_index is None and not storage._mutation_revision:
-            # It was given its frames when it was made, in order.
+            # The storage was made with its frames, which are in order.
             order.set_last(entries.shape[0] - 1)
         if len(order.writers_of_others()) > 1:
             order.broken = "several buffers have written into it, each at a cursor of its own"

@@ -1,4 +1,4 @@
-"""What is stored: the parts of a buffer whose frames lie in order, and the data that goes on from what is there.
+"""Checks of the parts of a buffer whose frames lie in order, and of data that continues the stored frames.
 
 Owns these checks; knows no windows. May import ``layouts`` and torchrl, by its public names alone.
 """
@@ -17,30 +17,30 @@ from torchrl.data.replay_buffers.samplers import ConsumingSampler, Sampler, Slic
 from multistep_triton.layouts import KeyPath
 
 Leaves = dict[KeyPath, Any]
-"""Tensors, and what is none."""
+"""Leaves by path: tensors and non-tensors."""
 
 
 class Position(NamedTuple):
     """Which slots of a storage hold frames."""
 
     newest: int
-    """The slot of the newest frame, after which comes the oldest, or nothing yet."""
+    """The slot of the newest frame; the slot after it holds the oldest frame, or no frame yet."""
     live: int
-    """Slots that hold frames: all, or those up to the newest."""
+    """The number of slots that hold frames: all slots, or those up to the newest."""
     slots: int
     written: Tensor | None = None
-    """How many frames of an environment were ever written, int64 on the device, where the host need not know."""
+    """The device's write count, int64, if it replaces ``newest`` and ``live``; see ``CapturableReplayBuffer``."""
 
 
 def draws_alike(sampler: Sampler | None) -> bool:
-    """Whether a sampler draws every frame as likely, as torchrl's does; one that overrides this draws for itself."""
+    """Whether a sampler draws all frames with equal probability: its ``sample`` is that of ``RandomSampler``."""
     return getattr(sampler.sample, "__func__", None) is RandomSampler.sample if sampler else False
 
 
 def check_parts(storage: Storage, writer: Writer | None, sampler: Sampler | None, of_other: bool = False) -> None:
-    """Checks that frames lie in the storage in the order in which they came, and that a sampler leaves them alone.
+    """Checks that storage and writer keep frames in the order of arrival, and that the sampler leaves them unchanged.
 
-    The sampler may be that of another buffer on the storage, whose samples are no concern.
+    With ``of_other`` the parts belong to another buffer on the storage, whose sampler may write into its samples.
     """
     if not isinstance(storage, TensorStorage):
         raise TypeError(f"storage must be a TensorStorage, such as LazyTensorStorage, got {type(storage).__name__}")
@@ -59,14 +59,14 @@ def check_parts(storage: Storage, writer: Writer | None, sampler: Sampler | None
 
 
 def mended(torn: tuple[int, int], newest: int, frames: int, slots: int) -> tuple[int, int]:
-    """Slots that hold parts of two frames, the first and how many, after ``frames`` were written from the newest on."""
+    """Returns the torn slots, the first and their number, that remain after a write of ``frames`` after ``newest``."""
     first, count = torn
     overwritten = frames - (first - newest - 1) % slots
     return ((first + overwritten) % slots, max(count - overwritten, 0)) if count and overwritten > 0 else torn
 
 
 def check_dims(data: TensorDictBase, dims: int, ndim: int) -> None:
-    """Checks that data has the batch dimensions of the storage's index."""
+    """Checks that data has ``dims`` batch dimensions, as a storage of ``ndim`` dimensions needs."""
     if data.batch_dims == dims:
         return
     kind = "[*B, T]" if dims == ndim else "[*B]"
@@ -82,7 +82,7 @@ def check_dims(data: TensorDictBase, dims: int, ndim: int) -> None:
 
 
 def check_time_dim(data: TensorDictBase, storage: Storage, dim_extend: int) -> None:
-    """Checks that time, the last batch dimension of data, is what a storage of tensors is extended along."""
+    """Checks that a ``TensorStorage`` is extended along time, the last batch dimension of data."""
     if isinstance(storage, TensorStorage) and data.ndim and data.ndim - 1 != dim_extend:
         raise ValueError(
             f"data must have time where the buffer is extended, in dimension {dim_extend}, and last, got "
@@ -91,7 +91,7 @@ def check_time_dim(data: TensorDictBase, storage: Storage, dim_extend: int) -> N
 
 
 def check_layout(storage: Storage, entries: TensorDictBase) -> None:
-    """Checks that the dimensions of the storage's index are those of its entries, and counted as its frames."""
+    """Checks that entries have the storage's ``ndim`` batch dimensions, and that its ``max_size`` counts all frames."""
     ndim = storage.ndim
     if not is_tensor_collection(entries):
         raise TypeError(f"storage must hold a tensordict, got {type(entries).__name__}")
@@ -109,7 +109,7 @@ def check_layout(storage: Storage, entries: TensorDictBase) -> None:
 
 
 def check_index(index: Any, ndim: int, device: torch.device) -> list[Tensor]:
-    """Checks what a sampler drew: integers for every dimension of the storage."""
+    """Checks that a sampler drew integers for every dimension of the storage, and returns them as int64."""
     dims = index if isinstance(index, tuple) else (index,)
     if len(dims) != ndim or any(isinstance(dim, slice) for dim in dims):
         raise TypeError(
@@ -123,7 +123,7 @@ def check_index(index: Any, ndim: int, device: torch.device) -> list[Tensor]:
 
 
 def check_slots(n_steps: int, slots: int, max_size: int, rows: int) -> None:
-    """Checks that a full window finds room in the slots of each of so many rows."""
+    """Checks that a full window fits into the slots of each of ``rows`` environments."""
     if n_steps > slots:
         each = f" for all {rows} of them" if rows > 1 else ""
         raise ValueError(
@@ -133,7 +133,7 @@ def check_slots(n_steps: int, slots: int, max_size: int, rows: int) -> None:
 
 
 def check_continues(new: Leaves, stored: Leaves, new_dims: int, dims: int, like: str = "as what is stored") -> None:
-    """Checks that entries of the data have the dtypes and trailing shapes of those that are stored."""
+    """Checks that entries of the data have the dtypes and trailing shapes of the stored entries of their paths."""
     for path in new.keys() & stored.keys():
         kinds = [_kind_of(leaf, ndim) for leaf, ndim in ((new[path], new_dims), (stored[path], dims))]
         if kinds[0] != kinds[1]:
@@ -146,9 +146,9 @@ def _kind_of(leaf: Any, ndim: int) -> tuple[Any, ...]:
 
 
 def leaves_of(data: TensorDictBase, dims: int) -> Leaves:
-    """The leaves of a tensordict, by path; of a lazy stack over its first ``dims`` dimensions, those of an element."""
+    """Returns leaves by path; of a lazy stack along one of the first ``dims`` dimensions, those of one element."""
     if isinstance(data, LazyStackedTensorDict) and data.stack_dim < dims and data.tensordicts:
-        # Its entries would be stacked for this; an element's tell, with a dimension that says nothing.
+        # Reading its entries would stack them; one element has the same kinds, here with a dimension of size 1.
         first, *others = (leaves_of(element, dims - 1) for element in data.tensordicts)
         for other in others:
             if odd := sorted(first.keys() ^ other.keys()):
@@ -160,5 +160,5 @@ def leaves_of(data: TensorDictBase, dims: int) -> Leaves:
 
 
 def versions_of(leaves: Iterable[Any]) -> list[int | None]:
-    """How often each was written to; None where that is not counted, as of what was made in inference mode."""
+    """Returns torch's version counter of every tensor; None for inference tensors, which have no counter."""
     return [None if leaf.is_inference() else leaf._version for leaf in leaves if isinstance(leaf, Tensor)]

@@ -1,7 +1,7 @@
-"""StoringReplayBuffer: one whose frames are stored in order, and whole calls or none.
+"""StoringReplayBuffer: a buffer that stores frames in order, the frames of a call wholly or not at all.
 
-Owns what is stored, by torchrl's writer or, of calls like one before, at once; knows no windows. Reaches into private
-attributes of torchrl's buffers, storages and writers. May import torchrl, ``ordered``, ``layouts``, ``stored``,
+Owns how frames are written: by torchrl's writer or, in repeated calls, by the engine; knows no windows. Reaches into
+private attributes of torchrl's buffers, storages and writers. May import torchrl, ``ordered``, ``layouts``, ``stored``,
 ``repeated`` and ``engine``.
 """
 
@@ -24,23 +24,23 @@ from multistep_triton.layouts import KeyPath
 
 
 class StoringReplayBuffer(OrderedReplayBuffer):
-    """A replay buffer that goes on at its storage's position, whoever wrote there.
+    """A replay buffer that writes after its storage's newest frame, whichever buffer wrote that.
 
-    A base beside ``TensorDictReplayBuffer``, which calls ``_extend`` and ``_add`` when its transforms are through.
+    A base beside ``TensorDictReplayBuffer``, which calls ``_extend`` and ``_add`` after its transforms.
     """
 
     _repeated: RepeatedCall | None = None
-    """A call that was stored, whose like are stored at once."""
+    """A stored call; the engine stores calls like it directly. None if torchrl's writer must store the next call."""
     _backend: Backend
 
     def _check_call(self) -> None:
-        """Checks of a call that stores frames what depends on neither its data nor the buffer's transforms."""
+        """Checks that frames may be stored by the functions that are calling, whatever the data and the transforms."""
         raise NotImplementedError
 
     def _check_data(
         self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
     ) -> None:
-        """Checks data before it is written; its leaves, those of the storage, and whether there are frames in it."""
+        """Checks data before it is written, by its leaves, those of the storage, and whether that holds frames."""
         raise NotImplementedError
 
     def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
@@ -61,13 +61,13 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             return index
 
         def write() -> Tensor:
-            # Of several frames for one slot, torch might keep any.
+            # torch may keep any of several frames for one slot, so that no part has more frames than slots.
             slots = self._slots(data.numel() // frames) or 1
             indices = []
             for part in data.split(slots, time_dim) if frames > slots else [data]:
                 part = part.transpose(time_dim, 0) if time_dim else part
                 if not self._storage.initialized and type(part) is TensorDict:
-                    # Entries are laid out as those of the first frames lie.
+                    # torchrl allocates entries in the memory layout of the first frames.
                     part = part.apply(Tensor.contiguous)
                 indices.append(self._put(part, put))
             return indices[0] if len(indices) == 1 else torch.cat(indices)
@@ -78,29 +78,29 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         return stored
 
     def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
-        """Data of the dtypes that it is stored as."""
+        """Returns data in the dtypes in which it is stored."""
         return data
 
     def _kept_once(self) -> Leaves:
-        """Rows of entries that are stored elsewhere than in the storage."""
+        """Returns the leaves of entries that are kept once, outside of the storage's tensordict."""
         return {}
 
     def _put(self, data: TensorDictBase, write: Callable[[TensorDictBase], Any]) -> Any:
-        """Writes frames ``[T, *R]``, or a single one ``[*R]``, where the writer goes on."""
+        """Writes frames ``[T, *R]``, or a single one ``[*R]``, at the writer's cursor."""
         return write(data)
 
     def _find_repeated(self, data: TensorDictBase, time_dim: int) -> RepeatedCall | None:
-        """What is to be remembered of a call that was stored."""
+        """Returns what to remember of a call that was just stored; see :func:`repeated_call`."""
         return repeated_call(data, self._order, self._writer, time_dim, getattr(self, "priority_key", ""))
 
     def _extend_repeated(self, data: TensorDictBase) -> Tensor | None:
-        """Stores what is like a call before it at once; None if it is for torchrl to store, after all checks."""
+        """Stores data like that of the remembered call; returns None if all checks and torchrl's writer are needed."""
         call = self._repeated
         if call is None or (leaves := call.read(data)) is None:
             return None
         with self._replay_lock, self._write_lock:
             order, storage, writer = self._order, self._storage, self._writer
-            # Whoever else wrote may have added entries; who is told of what is written may ask anything.
+            # Other writers may have added entries, or track generations, which this path does not count.
             known = call.storage is storage and call.writer is writer and call.entries is order.entries()
             if not known or call.other_writes != order.changes() or writer._generation is not None:
                 return None
@@ -108,7 +108,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             return self._store(call, leaves, data.batch_size[call.time_dim])
 
     def _store(self, call: RepeatedCall, leaves: dict[KeyPath, Tensor], frames: int) -> Tensor | None:
-        """Stores frames that are like those of ``call``; None if there are none, or more than slots."""
+        """Stores frames like those of ``call``; returns the index, or None for 0 or more than ``call.most`` frames."""
         order, storage, writer = self._order, self._storage, self._writer
         position = order.position()
         if position is None or not 0 < frames <= call.most:
@@ -116,16 +116,16 @@ class StoringReplayBuffer(OrderedReplayBuffer):
 
         kept, rows = [] if order.ends is None else order.ends.rows.values(), storage.max_size // position.slots
         stored = [*call.ring.values(), *kept]
-        # The last that changes is the write count.
+        # None: the write count needs no restoring, as it changes last.
         before, index = (position.live * rows, position.newest, order.writes, None, versions_of(stored)), None
         try:
             index = self._store_at(call, leaves, (position.newest + 1) % position.slots)
             order.advance(position, frames, writer)
         except BaseException:
-            # What kernels have written torch does not count.
+            # torch's version counters do not count what kernels write.
             wrote = index is not None
             if wrote or before[-1][len(call.ring) :] != versions_of(kept):
-                # What comes after the newest frame is that of one which is not there.
+                # The row for the newest frame now belongs to a frame that is not stored.
                 order.ends_writes = -1
             self._undo(before, position, stored, frames, wrote)
             raise
@@ -136,7 +136,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         return index
 
     def _store_at(self, call: RepeatedCall, leaves: dict[KeyPath, Tensor], slot: int | Tensor) -> Tensor:
-        """The index of frames that are stored from a slot on, as a writer returns it."""
+        """Stores frames from ``slot`` on, and returns their index in the form in which a writer returns it."""
         ndim = self._storage.ndim
         ends: Ends | None = self._order.ends
         index = store_frames(leaves, call.ring, call.numbers, ndim, call.time_dim, slot, self._backend, ends)
@@ -145,7 +145,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
     def _add(self, data: TensorDictBase) -> Any:
         check_dims(data, self._storage.ndim - 1, self._storage.ndim)
         if self.dim_extend > 1:
-            # As extend lays out a frame of every environment.
+            # The order of dimensions in which extend stores one frame of every environment.
             data = data.unsqueeze(self.dim_extend).transpose(self.dim_extend, 0)[0]
         data = self._narrowed(data)
 
@@ -160,7 +160,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         return self._write(write, data, None, 1)
 
     def _write(self, write: Callable[[], Any], data: TensorDictBase, time_dim: int | None, frames: int) -> Any:
-        """Checks data, and writes it at the storage's position; where that fails, the newest frame stays the newest."""
+        """Checks data, and writes it after the newest frame, which stays the newest if the write fails."""
         with self._replay_lock, self._write_lock:
             order, storage = self._order, self._storage
             entries = order.entries()
@@ -169,7 +169,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             return self._whole(write, order.take_position(), stored.values(), frames)
 
     def _whole(self, write: Callable[[], Any], position: Position | None, stored: Collection[Any], frames: int) -> Any:
-        """Writes into leaves of the storage; where that fails, the newest frame is the one it was."""
+        """Calls ``write``, which writes into the ``stored`` leaves, and undoes its bookkeeping if it fails."""
         storage, count = self._storage, getattr(self._writer, "_write_count", None)
         before = storage._len, storage._last_cursor_index, self._order.writes, count, versions_of(stored)
         try:
@@ -181,7 +181,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
     def _undo(
         self, before: Any, position: Position | None, stored: Collection[Any], frames: int, wrote: bool = False
     ) -> None:
-        """Puts back what a write that failed has changed: length, newest frame, writes and, if told, write count."""
+        """Restores length, newest frame, ``writes`` and, unless None, write count; notes the slots that are torn."""
         order, (length, newest, writes, count, versions) = self._order, before
         self._storage._len, order.writes = length, writes
         order.set_last(newest)
@@ -208,7 +208,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         check_continues(new, stored, dims, ndim)
 
     def _tear(self, position: Position | None, frames: int) -> None:
-        """Remembers the slots of frames that a write of more has overwritten in part."""
+        """Records as torn the slots whose frames a failed write of ``frames`` frames may have overwritten in part."""
         if position is None:
             return
         free = position.slots - position.live

@@ -1,4 +1,4 @@
-"""Twins: entries under "next" that are at the root, too, so that the next frame holds what comes after one.
+"""Twins: entries under "next" that also exist at the root, so that the next frame holds their values.
 
 May import ``frames``, ``layouts``, ``roles`` and ``repeated``.
 """
@@ -18,7 +18,7 @@ from multistep_triton.roles import Roles
 
 
 def find_twins(roles: Roles, leaves: Leaves) -> list[KeyPath]:
-    """The entries under "next" that can be kept once: no rewards or flags, and alike at the root."""
+    """Finds the twins that can be kept once: neither rewards nor flags, of the dtype and shape of the root's entry."""
 
     def is_twin(path: KeyPath, leaf: Any) -> bool:
         twin = leaves.get(path[1:]) if path[0] == "next" and len(path) > 1 else None
@@ -31,12 +31,12 @@ def find_twins(roles: Roles, leaves: Leaves) -> list[KeyPath]:
 
 
 def marks_of(roles: Roles, leaves: Leaves) -> tuple[tuple[KeyPath, ...], KeyPath | None, KeyPath | None]:
-    """What tells ends: the done flags of all groups, and mask and trajectory ids, if there are such."""
+    """Finds the paths that define ends: the done flags of all groups; mask and trajectory ids, each None if absent."""
     mask, traj = (path if path in leaves else None for path in (roles.mask, roles.traj))
     return tuple([path for path, leaf in leaves.items() if roles.is_flag(path, leaf)]), mask, traj
 
 
 def tensors_of(data: TensorDictBase) -> dict[KeyPath, Tensor]:
-    """The tensors of frames, by path, stacked where they are lazy."""
+    """Returns the tensors of frames by path; it stacks lazy stacks."""
     frames = Frames.read(data)
     return {path: leaf for path, leaf in frames.leaves.items() if path not in frames.structure.objects}
