@@ -48,5 +48,5 @@ def _count_sharing(mark: Tensor, inner: Sequence[int], time_dim: int, at: int) -
     """Returns over how many innermost environments a mark is expanded; 1 if its other dimensions lie out of order."""
     shared = list(itertools.takewhile(lambda dim: mark.shape[dim] == 1 or not mark.stride(dim), reversed(inner)))
     each = mark[tuple([0 if dim in shared else slice(None) for dim in range(mark.ndim)])]
-    alone = each.movedim(time_dim and -1, at).is_contiguous()
+    alone = each.movedim(time_dim - sum(dim < time_dim for dim in shared), at).is_contiguous()
     return math.prod([mark.shape[dim] for dim in shared]) if alone else 1

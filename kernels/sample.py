@@ -111,7 +111,7 @@ def _prepare(
     levels, piece, _ = windows.shape_blocks(longest, count, True)
     tile = tile_of(longest, piece, (keys.mask, keys.traj, keys.count) != (None, None, None))
     where = 1 < inner < lead.numel(), True, agents > 1
-    check_fits(max(count, first.shape[:dims].numel()), 0)
+    check_fits(max(count, lead.numel() * max(first.shape[0], 0 if ends is None else ends.slots + 1)), 0)
 
     def like(features: tuple[int, ...], dtype: torch.dtype, rows: int = count) -> Tensor:
         return torch.empty(1, dtype=dtype, device=device).expand(rows, *features)

@@ -155,7 +155,7 @@ def store_frames(
     if (plan := plans.get(addresses)) is None:
         both = *_find_job(data, stored, dims), *_find_job(data, kept, dims)
         plan = plans[addresses] = _Plan(*both, max([unit[2] for unit in (*both[2], *both[5])], default=0), {})
-    check_fits(max(slots * envs, count), count * plan.widest)
+    check_fits(max(envs * max(slots, 0 if ends is None else ends.slots + 1), count), count * plan.widest)
     index = torch.empty(count, dims, dtype=torch.int64, device=device)
     slot, written = (0, slot) if isinstance(slot, Tensor) else (slot, None)
     jobs = [plan.take(data), plan.ring, plan.take_after(data), plan.kept]

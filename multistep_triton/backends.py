@@ -1,7 +1,7 @@
-"""Backends: which one runs, and why another cannot.
+"""Backends: chooses the one that runs, and says why another cannot.
 
-The one place that looks for Triton, and only when a backend other than the reference is in question. The logger
-``multistep_triton`` is told once what runs and why; a fallback on an accelerator is a warning.
+Only this module looks for Triton, and only if a backend other than the reference may run. It tells the logger
+``multistep_triton`` once which backend runs and why; it logs a fallback on an accelerator as a warning.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ _logger = logging.getLogger("multistep_triton")
 
 
 class Choice(NamedTuple):
-    """A backend that runs, and why it is that one."""
+    """The backend that runs, and the reason."""
 
     backend: str
     """``"reference"``, ``"triton"`` or ``"verify"``."""
     why: str
     level: int = logging.INFO
-    """How loudly to say so."""
+    """The level to log the choice at."""
 
 
 class EquivalenceError(RuntimeError):
-    """What ``backend="verify"`` says where a backend and the specification differ.
+    """The error that ``backend="verify"`` raises where a backend and the specification differ.
 
     The message names the entry, the first frame that differs, both values and the tolerance, and shows the rewards,
-    flags and steps of the frame's window. After it the frames held back are those before the call.
+    flags and steps of the frame's window. The call that raises it leaves the frames held back as they were.
 
     Attributes:
         key: the leaf's key, or ``"steps_to_next_obs"``, ``"nonterminal"`` or ``"gamma"``, the discount.
-        what: which tensor of that key: the n-step return of a reward, the leaf itself, or the leaf held back.
-        frame: indices ``(*b, t)`` of the first frame that differs, in that tensor; with a done flag per agent,
-            ``(*b, agent, t)``; of a sample, its number.
-        kernels, reference: the two values of the first element that differs there: that of the kernels or, where they
-            cannot run, of the reference, and that of the specification.
+        what: the tensor of that key: the n-step return of a reward, the leaf itself, or the leaf held back.
+        frame: the indices ``(*b, t)`` of the first frame that differs, in that tensor; with a done flag per agent,
+            ``(*b, agent, t)``; for samples, the sample's number.
+        kernels, reference: the values of the first element that differs in that frame. ``kernels`` is the value of
+            the kernels or, where they cannot run, of the reference; ``reference`` is that of the specification.
         tolerance: how far apart they may be; 0 where they must be equal.
 
     Example:
@@ -68,7 +68,7 @@ class EquivalenceError(RuntimeError):
         self.__dict__.update(attributes)
 
 
-# What the kernels sum.
+# The reward dtypes that the kernels sum.
 _REWARDS = frozenset(
     getattr(torch, name)
     for name in (
@@ -86,7 +86,7 @@ def check_backend(value: str, name: str = "backend") -> Backend:
 
 
 def resolve_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[Tensor] = ()) -> str:
-    """The backend that :func:`choose_backend` chooses; the logger is told, once."""
+    """Returns the backend that :func:`choose_backend` chooses; logs each choice once."""
     choice = choose_backend(backend, tensors, rewards)
     if _logger.isEnabledFor(choice.level) and choice not in _told:
         _told.add(choice)
@@ -95,15 +95,15 @@ def resolve_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable
 
 
 def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[Tensor] = ()) -> Choice:
-    """The backend that runs on ``tensors``, of which ``rewards`` are summed.
+    """Chooses the backend that runs on ``tensors``, of which it sums ``rewards``.
 
-    ``"auto"``, if the environment variable does not say otherwise, is Triton for tensors on an accelerator where
-    Triton can run, else the reference. ``"verify"`` always runs: where the kernels cannot, of the
-    reference.
+    ``"auto"``, unless the environment variable names a backend, is Triton for tensors on an accelerator where Triton
+    can run, else the reference. ``"verify"`` verifies the reference where the kernels cannot run; inside transforms of
+    torch.func and on the device meta, where values cannot be compared, the reference runs unverified.
 
     Raises:
-        ValueError: the name, or the one in the environment variable, is none of ``BACKENDS``.
-        RuntimeError: ``"triton"`` cannot run.
+        ValueError: ``backend``, or the value of the environment variable, is none of ``BACKENDS``.
+        RuntimeError: the caller or the variable asks for ``"triton"``, which cannot run.
     """
     check_backend(backend)
     asker = f"backend={backend!r}"
@@ -130,7 +130,7 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
 
 
 def circumstances(backend: str) -> tuple[Any, ...]:
-    """All that a choice depends on besides the tensors."""
+    """Returns all that a choice depends on besides the tensors."""
     return backend, backend == "auto" and os.environ.get(BACKEND_VARIABLE), torch.is_grad_enabled(), is_transformed()
 
 
@@ -140,7 +140,7 @@ def _asked_for(backend: str, asker: str) -> Choice:
 
 
 def find_obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str | None:
-    """Why the kernels cannot run on these tensors, and what would help; None if they can."""
+    """Returns why the kernels cannot run on these tensors, and a remedy; None if they can."""
     device_type, obstacle = _triton_device_type()
     if device_type is None:
         return obstacle
@@ -165,8 +165,8 @@ def find_obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str
 
 @functools.cache
 def _triton_device_type() -> tuple[str | None, str]:
-    """The type of the devices whose memory the kernels reach, and why it is that one, or else why there is none."""
-    # Triton and its drivers fail in more ways than they document, and none of them may keep the reference from running.
+    """Returns the type of the devices whose memory the kernels reach, or None if there is none, and the reason."""
+    # Triton and its drivers fail in more ways than they document, and no failure may stop the reference from running.
     try:
         from triton.runtime import driver
 

@@ -1,4 +1,4 @@
-"""The carry: frames held back between calls, in slots that the next call may go on writing into.
+"""The carry: frames held back between calls, in slots that the next call may write into.
 
 Owns which frame lies in which slot, and no maths. Imports torch only.
 """
@@ -16,12 +16,12 @@ from torch import Tensor
 
 @dataclass(slots=True, eq=False)
 class Carry:
-    """Frames held back.
+    """Frames held back, in a ring of slots.
 
-    A leaf ``[*B, C, ...]`` has ``C`` slots. The oldest of ``count`` frames lies in slot ``first``, every other one in
-    the slot after that of the frame before it, and after the last slot comes the first. A call that goes on from a
-    carry writes into slots that are free, or into the memory of the carry before it, and returns another carry: if it
-    fails, the frames of the one before are there. After the next call they may not be.
+    A leaf ``[*B, C, ...]`` has ``C`` slots. The oldest of ``count`` frames lies in slot ``first``, each other frame in
+    the slot after its predecessor's, and the first slot follows the last. A call that continues a carry writes into
+    its free slots, its spare leaves or new memory, and returns another carry. It leaves the frames of the given carry
+    as they are, even if it fails; the next call may overwrite them.
     """
 
     leaves: dict[Any, Tensor]
@@ -29,31 +29,31 @@ class Carry:
     count: int
     capacity: int
     time_first: bool = False
-    """Whether the frames of a slot lie side by side in memory, ``[C, *B, ...]``, and not those of an environment."""
+    """Whether memory holds the frames slot by slot, ``[C, *B, ...]``, and not environment by environment."""
     free: bool = True
-    """Whether the slots that hold no frame may be written into."""
+    """Whether a call may write into the slots that hold no frame."""
     spare: dict[Any, Tensor] = field(default_factory=dict)
-    """Leaves of a carry before it, laid out alike, whose frames nobody asks for any more."""
+    """Leaves of an earlier carry, laid out alike in memory, whose frames nobody needs any more."""
     structure: Any = None
-    """What the leaves are of, for whoever builds tensordicts of them."""
+    """The ``Structure`` of the leaves, from which a caller builds tensordicts; backends do not read it."""
     stream: Any = None
-    """The stream of an accelerator on which they were written; None on the CPU."""
+    """The accelerator's stream that wrote the leaves; None on the CPU."""
 
     @classmethod
     def of(cls, leaves: Mapping[Any, Tensor], count: int, structure: Any = None) -> Carry:
-        """A copy of these leaves, ``[*B, count, ...]``."""
+        """Copies leaves ``[*B, count, ...]`` into a carry."""
         copies = {key: leaf.clone(memory_format=torch.contiguous_format) for key, leaf in leaves.items()}
         return cls(copies, 0, count, count, structure=structure, stream=current_stream(copies.values()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is written on the stream that is current where it is made; streams themselves are not copied."""
+        """Pickles all but the stream and spare leaves; a copy takes the stream that is current where it is made."""
         self.follow()
         return _copied, (self.leaves, self.first, self.count, self.capacity, self.time_first, self.structure)
 
     def follow(self) -> None:
-        """Makes what is launched from now on come after what wrote the frames, on whatever stream either is.
+        """Makes the current stream wait for the one that wrote the frames, and records it as a user of their memory.
 
-        The user sees neither their memory nor when it is freed.
+        Users cannot do so: they see neither the leaves nor when their memory is freed.
         """
         if self.stream is not None and (stream := current_stream(self.leaves.values())) != self.stream:
             stream.wait_stream(self.stream)
@@ -61,46 +61,46 @@ class Carry:
                 leaf.record_stream(stream)
 
     def may_write(self, frames: Iterable[Tensor]) -> bool:
-        """Whether leaves of these frames may be written into the free slots."""
+        """Returns whether a call may write leaves ``frames`` into the free slots."""
         if not self.free or any([frame.requires_grad for frame in frames]):
             return False
-        # What was made in inference mode cannot be written into outside of it.
+        # torch does not write into inference tensors outside of inference mode.
         mine = *self.leaves.values(), *self.spare.values()
         return torch.is_inference_mode_enabled() or not any([leaf.is_inference() for leaf in mine])
 
     def view(self, leaves: dict[Any, Tensor], free: bool = True) -> Carry:
-        """The same slots of other leaves."""
+        """Returns a carry with the same slots and other leaves."""
         return replace(self, leaves=leaves, free=free, spare={})
 
     def clone(self) -> Carry:
-        """A copy, free slots and all."""
+        """Returns a copy, including the free slots."""
         return self.view({key: leaf.clone() for key, leaf in self.leaves.items()}, self.free)
 
     def compact(self) -> Carry:
-        """A copy, of the frames alone, in order."""
+        """Returns a copy of the frames alone, oldest first."""
         self.follow()
         count, dim = self.count, self.structure.time_dim
         return Carry.of({key: self.frames(key, dim) for key in self.leaves}, count, self.structure)
 
     def arrange(self, leaf: Tensor, time_dim: int) -> Tensor:
-        """A leaf ``[*B, C, ...]`` in memory whose order is that of the carry's leaves."""
+        """Returns a leaf ``[*B, C, ...]`` whose order in memory is that of the carry's leaves."""
         return leaf.movedim(time_dim, 0).contiguous().movedim(0, time_dim) if self.time_first else leaf.contiguous()
 
     def runs(self, begin: int, count: int) -> list[tuple[int, int]]:
-        """First slot and length of the stretches of slots for ``count`` frames from frame ``begin`` on."""
+        """Returns first slot and length of each run of slots that ``count`` frames from ``begin`` on occupy."""
         slot = (self.first + begin) % max(self.capacity, 1)
         length = min(count, self.capacity - slot)
         return [run for run in ((slot, length), (0, count - length)) if run[1]]
 
     def pieces(self, key: Hashable, time_dim: int, begin: int = 0, count: int | None = None) -> list[Tensor]:
-        """Views ``[*B, k, ...]`` of the frames from ``begin`` on, in order."""
+        """Returns views ``[*B, k, ...]`` of the frames from ``begin`` on, oldest first."""
         leaf, count = self.leaves[key], self.count - begin if count is None else count
         if count == self.capacity and not self.first:
             return [leaf]
         return [leaf.narrow(time_dim, *run) for run in self.runs(begin, count)]
 
     def frames(self, key: Hashable, time_dim: int) -> Tensor:
-        """The frames, ``[*B, count, ...]``, in order; a view where they lie in order."""
+        """Returns the frames, ``[*B, count, ...]``, oldest first; a view if they lie in one run of slots."""
         pieces = self.pieces(key, time_dim) or [self.leaves[key].narrow(time_dim, 0, 0)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, time_dim)
 
@@ -113,7 +113,7 @@ def _copied(
 
 
 def current_stream(leaves: Iterable[Tensor]) -> Any:
-    """The stream on which work on these leaves is launched; None if they are on the CPU, or if there are none."""
+    """Returns the current stream of the leaves' device; None if that is the CPU or meta, or if there are no leaves."""
     leaf = next(iter(leaves), None)
     if leaf is None or leaf.device.type in ("cpu", "meta"):
         return None
@@ -121,17 +121,17 @@ def current_stream(leaves: Iterable[Tensor]) -> Any:
 
 
 class Slots(NamedTuple):
-    """Where a call puts the frames that it holds back: frame ``f`` of carry and data into slot ``first + f``."""
+    """The slots of the frames that a call holds back: frame ``f`` of carry and data goes into slot ``first + f``."""
 
     first: int
-    """Modulo ``capacity``."""
+    """The slot of frame 0, modulo ``capacity``."""
     capacity: int
     stay: int
-    """Frames of the carry that lie there already; 0 where the slots are in new memory."""
+    """Frames of the carry that lie in these slots already; 0 if the slots are in other memory than the carry's."""
     time_first: bool
 
     def empty(self, leaf: Tensor, time_dim: int) -> Tensor:
-        """New memory for the slots of a leaf ``[*B, T, ...]``."""
+        """Allocates the slots of a leaf ``[*B, T, ...]``."""
         shape = leaf.shape
         sizes = (*shape[:time_dim], self.capacity, *shape[time_dim + 1 :])
         strides = _strides(sizes, time_dim if self.time_first else 0)
@@ -140,14 +140,14 @@ class Slots(NamedTuple):
     def carry(
         self, leaves: dict[Any, Tensor], emitted: int, known: int, spare: dict[Any, Tensor] | None = None
     ) -> Carry:
-        """The frames held back, from frame ``emitted`` on."""
+        """Returns the carry of the frames held back, from frame ``emitted`` on."""
         first = (self.first + emitted) % self.capacity
         return Carry(leaves, first, known - emitted, self.capacity, self.time_first, spare=spare or {})
 
 
 @functools.lru_cache(maxsize=1024)
 def _strides(sizes: tuple[int, ...], first: int = 0) -> tuple[int, ...]:
-    """Strides of sizes that lie one inside the other in memory, in order but for the dimension that lies ``first``."""
+    """Returns strides of contiguous memory whose outermost dimension is ``first``, with the others in order."""
     order = (first, *(dim for dim in range(len(sizes)) if dim != first)) if sizes else ()
     strides, step = [0] * len(sizes), 1
     for dim in reversed(order):
@@ -157,10 +157,10 @@ def _strides(sizes: tuple[int, ...], first: int = 0) -> tuple[int, ...]:
 
 
 def find_slots(carry: Carry | None, frames: Collection[Tensor], new: int, n_steps: int) -> Slots:
-    """Where to put the frames held back after ``new`` ones came, whose leaves are ``frames``.
+    """Chooses the slots of the frames held back after ``new`` frames came, whose leaves are ``frames``.
 
-    Calls of fewer than ``n_steps`` frames write these into the slots that are free, so that a frame is written twice,
-    whatever ``n_steps``: there, and when it comes out. In longer calls all that is held back is new.
+    Calls of fewer than ``n_steps`` frames write these into the free slots, so that each frame is written twice,
+    whatever ``n_steps``: into a slot, and into an output. Longer calls hold back new frames alone.
     """
     carried = carry.count if carry else 0
     known = carried + new
@@ -181,9 +181,9 @@ def next_carry(
     n_steps: int,
     time_dim: int,
 ) -> tuple[Carry, int]:
-    """The carry of leaves ``held`` after ``new`` frames, ``data``, came, to be written; how many lie there already.
+    """Returns the carry of leaves ``held`` after ``new`` frames ``data``, for the caller to fill, and ``Slots.stay``.
 
-    Longer calls, after which all that is held back is new, write it into the memory of two carries in turn.
+    Calls of ``n_steps`` frames or more, which hold back new frames alone, use the memory of two carries in turn.
     """
     slots, known = find_slots(carry, data.values(), new, n_steps), new + (carry.count if carry else 0)
     memory: dict[Any, Tensor] = {}
@@ -193,6 +193,6 @@ def next_carry(
     elif carry and carry.free and (slots.capacity, slots.time_first) == (carry.capacity, carry.time_first):
         memory, spare = carry.spare, carry.leaves
     if not (spare and memory):
-        # Spare memory, of a carry with the same leaves, is taken over as it is.
+        # Spare memory belongs to a carry with the same leaves, and is reused as it is.
         memory = {key: memory[key] if memory else slots.empty(data[key], time_dim) for key in held}
     return slots.carry(memory, max(known - n_steps, 0), known, spare), slots.stay

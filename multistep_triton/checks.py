@@ -1,4 +1,4 @@
-"""Checks: what an argument must be, said with the value that it is not. May import torch only."""
+"""Checks of arguments: errors say what an argument must be, and what it is. May import torch only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_positive_int(name: str, value: int) -> int:
 
 
 def check_steps(name: str, value: int | tuple[int, int]) -> int | tuple[int, int]:
-    """Checks that ``value`` is an int >= 1, or a pair of such, the smaller one first."""
+    """Checks that ``value`` is an int >= 1, or a pair ``(low, high)`` of them with ``low <= high``."""
     pair = value if isinstance(value, tuple | list) else (value, value)
     if len(pair) != 2 or not all(isinstance(each, int) and not isinstance(each, bool) for each in pair):
         raise ValueError(f"{name} must be an int >= 1 or a pair of them, (low, high), got {value!r}")
@@ -66,7 +66,7 @@ def check_ids(name: str, ids: Tensor, lead: torch.Size) -> None:
 
 
 def check_reward(name: str, reward: Tensor, lead: torch.Size) -> None:
-    """Checks that ``reward`` is a real ``[*B, T, *F]`` for ``lead = [*B, T]``."""
+    """Checks that ``reward`` is not complex, and ``[*B, T, *F]`` for ``lead = [*B, T]``."""
     if reward.is_complex():
         raise TypeError(f"{name} must be floating point, integer or bool, got {reward.dtype}")
     if reward.shape[: len(lead)] != lead:
@@ -74,7 +74,7 @@ def check_reward(name: str, reward: Tensor, lead: torch.Size) -> None:
 
 
 def check_n_step_return(reward: Tensor, done: Tensor, mask: Tensor | None) -> torch.Size:
-    """Checks the tensors of :func:`multistep_triton.n_step_return`, but not what is in them; returns ``[*B, T]``."""
+    """Checks the tensors of :func:`multistep_triton.n_step_return`, but not their values; returns ``[*B, T]``."""
     flags = {"done": done} if mask is None else {"done": done, "mask": mask}
     _check_tensors(reward=reward, **flags)
     lead = _lead(reward, done)
@@ -87,7 +87,7 @@ def check_n_step_return(reward: Tensor, done: Tensor, mask: Tensor | None) -> to
 
 
 def check_gather_future(value: Tensor, steps: Tensor) -> None:
-    """Checks the tensors of :func:`multistep_triton.gather_future`, but not what is in them."""
+    """Checks the tensors of :func:`multistep_triton.gather_future`, but not their values."""
     _check_tensors(value=value, steps=steps)
     if steps.dtype != torch.int64:
         raise TypeError(f"steps must be int64, got {steps.dtype}")
@@ -99,7 +99,7 @@ def check_gather_future(value: Tensor, steps: Tensor) -> None:
 
 
 def check_not_captured(call: str) -> None:
-    """Checks that no CUDA graph is being captured: it would repeat a call whose place in the stream the host knows."""
+    """Checks that no CUDA graph is being captured: its replays would not move the host's position in the stream."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{call} must be called outside of the capture of a CUDA graph: how far the stream of frames has come the "
@@ -112,9 +112,9 @@ def is_per_frame(value: Tensor, lead: torch.Size) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether tensors may hold more than their own memory: tangents, or the dimensions and levels of ``torch.func``.
+    """Returns whether tensors may carry forward-mode tangents, or be wrapped by transforms of ``torch.func``.
 
-    Not in ``backends``: torch's compiler takes a file whose path ends so for Triton's, and looks into none of them.
+    This is not in ``backends``: torch.compile takes a path with "triton/backends" for Triton's own, and skips it.
     """
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
@@ -128,7 +128,7 @@ def _check_per_frame(name: str, value: Tensor, lead: torch.Size, otherwise: str 
 
 
 def _lead(reward: Tensor, done: Tensor) -> torch.Size:
-    """``[*B, T]``: all of ``done``'s shape if the reward's begins with it and goes on, else less a last 1."""
+    """Returns ``[*B, T]``: ``done.shape`` if the reward's is longer and begins with it, else that without a last 1."""
     begins = done.ndim < reward.ndim and reward.shape[: done.ndim] == done.shape
     return done.shape if begins or done.ndim == 1 or done.shape[-1:] != (1,) else done.shape[:-1]
 

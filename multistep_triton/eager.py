@@ -1,6 +1,6 @@
-"""The fast path in eager PyTorch, on any device; held to ``spec`` by the tests and by ``backend="verify"``.
+"""The fast path in eager PyTorch, on any device; the tests and ``backend="verify"`` compare it with ``spec``.
 
-Calls of fewer than n frames write these into the free slots of the carry, and read all that comes out there.
+A call of fewer than n frames writes them into the free slots of the carry, and reads its outputs from the slots.
 Keys are opaque. May import torch, ``task``, ``carry``, ``eager_ring`` and ``windows``.
 """
 
@@ -20,12 +20,12 @@ from multistep_triton.eager_ring import store_frames as store_frames
 from multistep_triton.task import Leaves, Results, Task, return_dtype
 from multistep_triton.windows import discounts, find_windows, index_dtype, take_rows, write_runs
 
-# Up to this many bytes, joining carry and data costs less than the calls it takes to read them where they lie.
+# Up to this many bytes, joining carry and data costs less than the further calls that read both where they lie.
 JOIN_BYTES = 1 << 16
 
 
 class _Joined(NamedTuple):
-    """The frames carried and then the new ones."""
+    """The carried frames, followed by the new ones."""
 
     carry: Carry | None
     data: Leaves
@@ -34,11 +34,11 @@ class _Joined(NamedTuple):
     known: int
 
     def old(self, key: Hashable, begin: int = 0, count: int | None = None) -> list[Tensor]:
-        """Views of the frames carried, from ``begin`` on."""
+        """Returns views of the carried frames, from ``begin`` on."""
         return self.carry.pieces(key, self.time_dim, begin, count) if self.carry else []
 
     def join(self, *keys: Hashable, time_first: bool) -> Tensor:
-        """All frames, of several flags any; a view where there is nothing to join."""
+        """Returns all frames of a leaf or, given several flags, their logical or; a view of a leaf without a carry."""
         of_each, dim = zip(*([*self.old(key), self.data[key]] for key in keys), strict=True), self.time_dim
         views = [functools.reduce(torch.bitwise_or, views) for views in of_each]
         if time_first:
@@ -46,7 +46,7 @@ class _Joined(NamedTuple):
         return views[0] if len(views) == 1 else torch.cat(views, dim)
 
     def split(self, key: Hashable, at: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of the frames before frame ``at``, and of the others."""
+        """Returns views of the frames before frame ``at``, and views of the others."""
         leaf = self.data[key]
         if at < self.carried:
             return self.old(key, 0, at), [*self.old(key, at), leaf]
@@ -62,7 +62,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     known = carried + new
     emitted = max(known - n_steps, 0) if hold else known
     both, slots = _Joined(carry, data, time_dim, carried, known), find_slots(carry, data.values(), new, n_steps)
-    # If so, new frames are written into the carry, and what comes out is read there.
+    # If frames stay, the call writes new ones into the carry's slots, and reads its outputs there.
     ring = carry if slots.stay else None
     n_steps = max(min(n_steps, known), 1)
     join = functools.partial(both.join, time_first=ring is not None)
@@ -70,7 +70,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     goes_on, lengths, totals = find_windows(join, task._replace(n_steps=n_steps), shape, dim)
 
     def come_out(value: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of every frame that comes out, ``[*B, E, *F]``, in new memory."""
+        """Returns the emitted frames of ``value``, ``[*B, E, *F]``, in new memory."""
         value = value[:emitted].movedim(0, time_dim) if ring else value.narrow(time_dim, 0, emitted)
         return value.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
@@ -99,7 +99,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
 
 
 def _gather_in_ring(ring: Carry, lengths: Tensor, emitted: int) -> Callable[[Hashable], Tensor]:
-    """What is read at the ends of windows ``[E, *B]`` in slots that hold carry and data."""
+    """Returns a function that reads a leaf at the ends of windows ``[E, *B]``, in slots that hold carry and data."""
     _, *lead = lengths.shape
     envs, time_dim = math.prod(lead), len(lead)
     begin, dtype = (ring.first - 1) * envs, index_dtype((ring.first + lengths.shape[0] + ring.capacity) * envs)
@@ -110,10 +110,10 @@ def _gather_in_ring(ring: Carry, lengths: Tensor, emitted: int) -> Callable[[Has
 
 
 def _gather_in_joined(both: _Joined, lengths: Tensor, emitted: int, n_steps: int) -> Callable[[Hashable], Tensor]:
-    """What is read at the ends of windows ``[*B, S]``, of which ``emitted`` come out.
+    """Returns a function that reads a leaf at the ends of windows ``[*B, S]``, of which ``emitted`` come out.
 
-    Those that begin in the carry may end there, and are read from it and the new frames near it; the others are read
-    from the data, so that no copy of it is made, unless that is small.
+    Windows that begin in the carry may end there: the function reads them from the carry joined with the new frames
+    near it. It reads the other windows from the data, which it copies only if the data is small.
     """
     _, data, dim, carried, known = both
     *lead, _ = lengths.shape
@@ -124,7 +124,7 @@ def _gather_in_joined(both: _Joined, lengths: Tensor, emitted: int, n_steps: int
     if seam < emitted:
         data_rows = _end_rows(lengths.narrow(dim, 0, emitted), known - carried, -carried)
         if seam:
-            # Windows that end in the carry have no row in the data; they get any.
+            # Windows that end in the carry have no row in the data; they get any row, which gather overwrites.
             data_rows = data_rows.clamp(min=0)
 
     def gather(key: Hashable) -> Tensor:
@@ -144,7 +144,7 @@ def _gather_in_joined(both: _Joined, lengths: Tensor, emitted: int, n_steps: int
 
 
 def _end_rows(lengths: Tensor, frames: int, offset: int) -> Tensor:
-    """Rows at the ends of windows in a source of so many frames per environment, of which ``offset`` is the first."""
+    """Returns rows of window ends in a source of ``frames`` per environment; window 0 begins at frame ``offset``."""
     *lead, count = lengths.shape
     envs = math.prod(lead)
     span = max(envs - 1, 0) * frames + count
@@ -160,7 +160,7 @@ def gather_future(value: Tensor, steps: Tensor) -> Tensor:
 
 
 def _lay_out(pieces: list[Tensor], slots: Slots, time_dim: int) -> Tensor:
-    """Frames ``[*B, k, ...]`` one after the other from slot 0 on, in new memory and without an autograd graph."""
+    """Copies frames ``[*B, k, ...]`` one after the other, from slot 0 on, into new memory without an autograd graph."""
     pieces = [piece.detach() if piece.requires_grad else piece for piece in pieces]
     if not slots.time_first:
         return torch.cat(pieces, time_dim)

@@ -1,4 +1,4 @@
-"""The fast path in eager PyTorch where frames lie in a ring: stored there, and sampled.
+"""The fast path in eager PyTorch for frames in a ring: stores frames there, and samples them.
 
 Keys are opaque. May import torch, ``task``, ``samples``, ``ends``, ``eager_ends`` and ``windows``.
 """
@@ -32,7 +32,7 @@ from multistep_triton.windows import (
 
 @sampled_where_frames_are
 def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
-    """Computes :func:`multistep_triton.engine.n_step_sample` of frames that are all there."""
+    """Computes :func:`multistep_triton.engine.n_step_sample` of indices that all point at frames."""
     keys, live, sizes = task.keys, samples.live, next(iter(data.values())).shape[: len(samples.indices)]
     if task.n_steps > live:
         task = task._replace(n_steps=live)
@@ -44,7 +44,7 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
         own, lost = counted.rows, counted if counted.has_lost else None
     first: dict[Any, Tensor] = {}
     if samples.n_steps is None and lost is None and 2 * live * envs <= 3 * n_steps * len(own):
-        # They are joined of each other, and cost less than as many that are found one by one.
+        # Joining the windows of all frames of the ring costs less than reading so many sampled windows frame by frame.
         length, returns, nonterminal = _windows_of_ring(task, samples, data, own, envs)
     else:
         length, returns, nonterminal, first = _windows_of_frames(task, samples, data, own, take, envs, lost)
@@ -75,21 +75,21 @@ def _windows_of_frames(
     envs: int,
     lost: EndCounts | None,
 ) -> tuple[Tensor, dict[Any, Tensor], Tensor, dict[Any, Tensor]]:
-    """Of windows of rows, how many frames come after the first, returns, nonterminal, and first frames of some keys.
+    """Returns ``steps - 1``, returns and nonterminal of the windows that begin at ``own``, and first frames by key.
 
-    They end before ends that are ``lost``.
+    Windows end before ends whose rows are ``lost``.
     """
     keys, n_steps, live = task.keys, task.n_steps, samples.live
-    # One frame more tells whether the trajectory goes on after the first and, where ends may be gone, after the last.
+    # One frame more tells whether the trajectory goes on after the first and, if ends are gone, after the last frame.
     count = min(max(n_steps, 2) + (lost is not None), live)
     ahead: Tensor = compute_once(data, ("ahead", count), lambda: torch.arange(count, device=own.device).unsqueeze(1))
-    # First all first frames, then the next ones, and so on.
+    # The first frames of all windows come first, then the second ones, and so on.
     walk = move_rows(own, ahead, live, envs)
     rows = walk.view(-1)
     marks = [key for key in (*keys.done, keys.mask, keys.traj) if key is not None]
     read = {key: take[key](rows) for key in dict.fromkeys((*marks, *keys.rewards))}
     flags = {key: read[key].view(walk.shape) for key in marks}
-    # Without flags, its n and the newest frame end a window.
+    # Without flags, only n and the newest frame end a window.
     dones = [flags[key] for key in keys.done] or [torch.zeros_like(walk, dtype=torch.bool)]
     done = functools.reduce(torch.bitwise_or, dones)
     boundary = find_boundaries(done, flags.get(keys.mask), flags.get(keys.traj), 0)
@@ -97,7 +97,7 @@ def _windows_of_frames(
     last = boundary | is_newest
     nonterminal = ~last[0]
     if lost is not None:
-        # A window ends before an end that is gone, of whatever group.
+        # A window ends before an end that is gone, of any group.
         last[:-2] |= lost.are_lost(walk[1:], lost.count(walk[1:]))
     last |= ahead >= (n_steps if samples.n_steps is None else samples.n_steps) - 1
     length = last.max(0).indices
@@ -105,7 +105,7 @@ def _windows_of_frames(
     for key in keys.rewards:
         reward = read[key].view(*walk.shape, *read[key].shape[1:]).to(summed_dtype(data[key]))
         # A boundary selects, it never multiplies, so that a NaN or Inf after it does not reach the frames before it.
-        # What is selected away adds nothing, not even to -0.0.
+        # The -0.0 in the place of frames beyond the window changes no sum, not even one of -0.0.
         known = reward.masked_fill(beyond.view(*walk.shape, *[1] * (reward.ndim - 2)), -0.0)
         returns[key] = _discounted_sum(known.unbind()[:n_steps], task.gamma).to(return_dtype(data[key]))
     return length, returns, nonterminal, {key: each[: len(own)] for key, each in read.items()}
@@ -114,7 +114,7 @@ def _windows_of_frames(
 def _windows_of_ring(
     task: Task, samples: Samples, data: Leaves, own: Tensor, envs: int
 ) -> tuple[Tensor, dict[Any, Tensor], Tensor]:
-    """The same but first frames, of the windows of all frames of the ring, from the oldest one on."""
+    """Returns the same without first frames, by joining the windows of all frames of the ring, oldest first."""
     keys, live, dims = task.keys, samples.live, len(samples.indices)
     oldest, sizes = (samples.newest + 1) % live, (live, *next(iter(data.values())).shape[1:dims])
 
@@ -130,7 +130,7 @@ def _windows_of_ring(
 
 
 def _discounted_sum(rewards: Sequence[Tensor], gamma: float) -> Tensor:
-    """The sum of rewards, one after the other, as of windows that are joined in :func:`sum_windows`."""
+    """Returns the discounted sum of consecutive rewards, added in the order in which :func:`sum_windows` joins."""
     if len(rewards) == 1:
         return rewards[0]
     half = 1 << (len(rewards) - 1).bit_length() - 1
@@ -173,5 +173,5 @@ def store_frames(
 
 @functools.lru_cache(maxsize=16)
 def _frames_in_order(*sizes: int, device: torch.device) -> Tensor:
-    """The index of every frame of ``sizes``, time first."""
+    """Returns the index of every frame of ``sizes``, time first."""
     return torch.cartesian_prod(*[torch.arange(size, device=device) for size in sizes]).view(-1, len(sizes))

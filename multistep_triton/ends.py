@@ -1,9 +1,9 @@
-"""Ends: what follows the frames of a storage that keeps observations once, where no other frame's entry is it.
+"""Ends: the rows after frames of a storage that keeps observations once, where the next frame does not hold them.
 
-What comes after a frame is what the next frame holds, but at an end, after which no frame of its trajectory comes, and
-at the newest frame. Rows of what comes after the newest frame are kept until the next frame has come; if it was an end,
-they are then passed on to a ring of so many rows, in which they stay until as many other ends have come. Keys are
-opaque. May import torch, ``task`` and ``windows``.
+The next frame holds the row after a frame, except after an end, which no frame of its trajectory follows, and after
+the newest frame. The last row of ``Ends`` follows the newest frame until the next frame comes. If the newest frame was
+an end, that row is then passed on to the ring of the other rows, where it stays until a later end overwrites it. Keys
+are opaque. May import torch, ``task`` and ``windows``.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from multistep_triton.windows import bits, runs_of, write_runs
 
 @dataclass(slots=True, eq=False)
 class Ends:
-    """Of a storage ``[C, *R]`` of ``C`` slots."""
+    """The ends of a storage ``[C, *R]`` of ``C`` slots."""
 
     count: Tensor
-    """int32 ``[C, *R]``: how many ends were passed on before each frame came. One more than for the frame before says
-    that that was an end; the count of an end is its number."""
+    """int32 ``[C, *R]``: the number of ends passed on before each frame came. A frame is an end if the next frame's
+    count is greater by one; the count of an end is its number ``k``."""
     rows: dict[Any, Tensor]
-    """``[E + 1, *R, ...]``: of end ``k`` in row ``k % E``, and in the last row what comes after the newest frame."""
+    """``[E + 1, *R, ...]``: row ``k % E`` follows end ``k``, and the last row follows the newest frame."""
     done: tuple[Hashable, ...]
-    """Flags, any element of any of which makes a frame an end."""
+    """Flags; a frame is an end if any element of any of them is True."""
     mask: Hashable | None = None
     traj: Hashable | None = None
 
     @property
     def slots(self) -> int:
-        """How many ends there are rows for."""
+        """The number ``E`` of ends that have rows."""
         return next(iter(self.rows.values())).shape[0] - 1
 
     def is_like(self, other: Ends) -> bool:
-        """Whether these have room for the same."""
+        """Returns whether ``other`` has the same flags, mask, ids, and kinds and shapes of rows."""
         kinds = [
             (
                 each.done,
@@ -53,11 +53,10 @@ class Ends:
         return kinds[0] == kinds[1] and self.count.shape == other.count.shape
 
     def find_ended(self, data: Leaves, ring: Leaves, newest: int | None) -> Tensor:
-        """Whether the frame before each was an end, bool ``[T, *R]``; arguments as for :meth:`find_writes`.
+        """Returns whether the frame before each was an end, bool ``[T, *R]``; arguments as for :meth:`find_writes`.
 
-        ``ring`` holds the storage's leaves as they are before any of these frames is stored; the result may be a view
-        of them. If no frame came before the first one, what this says of it only passes on a row that no frame asks
-        for.
+        ``ring`` holds the storage's leaves before any of these frames is stored; the result may be a view of them. If
+        no frame came before the first one, its result is arbitrary: True only passes on a row that no frame reads.
         """
         lead, frames = self.count.shape[1:], next(iter(data.values())).shape[0]
 
@@ -77,24 +76,24 @@ class Ends:
         return ended
 
     def find_writes(self, data: Leaves, ended: Tensor, newest: int | None, slot: int) -> Callable[[], None]:
-        """What remains to be done when frames ``[T, *R, ...]`` have been stored, at most ``C`` of them.
+        """Returns a function that writes counts and rows, to call when frames ``[T, *R, ...]`` have been stored.
 
         Args:
-            data: leaves of the frames.
-            ended: what :meth:`find_ended` found.
-            newest: the slot of the frame before, or None if there is none.
-            slot: that of the first frame.
+            data: leaves of the frames, at most ``C`` of them.
+            ended: the result of :meth:`find_ended`.
+            newest: the slot of the frame before the first one, or None if there is none.
+            slot: the slot of the first frame.
         """
         slots, frames, ends = self.count.shape[0], len(ended), self.slots
         count = ended.cumsum(0, dtype=torch.int32)
         if newest is not None:
             count += self.count[newest]
-        # Of more ends than there are rows, the newest stay.
+        # If there are more ends than rows, only the newest ones keep theirs.
         found: Any = torch.nonzero(ended if frames <= ends else ended & (count[-1] - count < ends), as_tuple=True)
         time, *envs = found
         held = 0
         if len(time):
-            # In order of time: that of the frame before these, which is held in the last row, comes first.
+            # ``found`` is in order of time: ends of the frame before these, whose row is the last one, come first.
             row, held = (count[found] - 1) % ends, int((time == 0).sum())
             of_held, of_data = [[each[part] for each in (row, *envs)] for part in (slice(held), slice(held, None))]
 
@@ -111,6 +110,6 @@ class Ends:
         return write
 
     def lost(self, newest: int, live: int) -> Tensor:
-        """How many ends among the live frames of every environment are gone, int64 ``[*R]``."""
+        """Returns how many ends among the live frames of each environment have lost their row, int64 ``[*R]``."""
         oldest = (newest + 1) % live
         return (self.count[newest] - self.count[oldest] - self.slots).clamp(min=0).to(torch.int64)

@@ -1,6 +1,6 @@
-"""The engine: one task, one backend. Leaves in, leaves out, by whichever backend runs on them.
+"""The engine: runs a task on the backend that the caller names or that fits the leaves.
 
-Every backend computes the same four functions: :func:`n_step_extend` of carry and data, :func:`n_step_sample` of a
+Every backend implements the same four functions: :func:`n_step_extend` of carry and data, :func:`n_step_sample` of a
 storage, :func:`store_frames` into one, and :func:`gather_future`. May import ``task``, ``carry``, ``samples``,
 ``backends``, ``eager`` and, inside the branch that runs them, the kernels and what verifies them.
 """
@@ -23,18 +23,18 @@ from multistep_triton.task import Leaves, Results, Task, compute_once
 
 
 def n_step_extend(task: Task, carry: Carry | None, data: Leaves, backend: str = "auto") -> Results:
-    """One step of the stream: ``c`` carried frames and ``T`` new ones in, the ``c + T - n_steps`` oldest out.
+    """Takes ``c`` carried and ``T`` new frames; emits the ``c + T - n_steps`` oldest or, without ``hold``, all.
 
     Args:
-        task: what is to be computed; one done key at least.
-        carry: the ``c`` frames held back by the call before, or None. Its free slots and its spare leaves may be
-            written into.
-        data: leaves ``[*B, T, ...]``, the same keys, dtypes, devices and trailing shapes.
+        task: the parameters, with one done key at least.
+        carry: the ``c`` frames that the call before held back, or None. The call may write into its free slots and
+            its spare leaves.
+        data: leaves ``[*B, T, ...]`` with the keys, dtypes, devices and trailing shapes of the carry's.
         backend: one of ``BACKENDS``.
 
     Returns:
-        Results: in new memory, but an output of a call that does not hold back, and is not read at the window's end,
-            is the data's own. Neither the frames of ``carry`` nor ``data`` are modified.
+        Results: in new memory, except that a call without ``hold`` returns the data's own leaf for an output read at
+            the window's first frame. The call modifies neither the frames of ``carry`` nor ``data``.
     """
     keys, graph = task.keys, torch.is_grad_enabled() and any([leaf.requires_grad for leaf in data.values()])
     chosen: str = keys.compute_once(
@@ -46,19 +46,19 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves, backend: str = 
 
 
 def n_step_sample(task: Task, samples: Samples, data: Leaves, backend: str = "auto") -> Results:
-    """n-step transitions of sampled frames; no window goes beyond the newest frame.
+    """Computes n-step transitions of sampled frames; no window goes beyond the newest frame.
 
     Args:
-        task: what is to be computed, with ``[C, *R]`` in place of ``[*B, T]``.
-        samples: the frames.
-        data: leaves of the storage, ``[C, *R, ...]``; only slots that hold frames are read.
+        task: the parameters, with ``[C, *R]`` in place of ``[*B, T]``.
+        samples: the frames to sample.
+        data: leaves of the storage, ``[C, *R, ...]``; the call reads only slots that hold frames.
         backend: one of ``BACKENDS``.
 
     Returns:
         Results: ``[N]`` in place of ``[*B, E]``, in new memory, and no carry.
 
     Raises:
-        IndexError: an index is that of no frame, on the CPU. On an accelerator the host does not wait to know: such a
+        IndexError: an index on the CPU points at no frame. On an accelerator the host does not wait to check: such a
             sample has 0 steps, NaN as its return, discount 1, and zeros for all else.
     """
     chosen = _resolve(backend, data, samples.indices, task.keys.rewards)
@@ -83,22 +83,22 @@ def store_frames(
     backend: str = "auto",
     ends: Ends | None = None,
 ) -> Tensor:
-    """Stores frames in slots one after the other, from one on, beginning anew after the last.
+    """Stores frames in consecutive slots, from ``slot`` on; the first slot follows the last.
 
     Args:
-        data: leaves ``[*B, T, ...]`` of at most as many frames as there are slots or, with ends, fewer.
-        ring: leaves of a storage ``[C, *R, ...]`` that lie in order in memory, the same keys, dtypes and devices but
-            for those of which ends have rows.
+        data: leaves ``[*B, T, ...]``; ``T`` is at most the number of slots or, with ``ends``, less.
+        ring: contiguous leaves of a storage ``[C, *R, ...]`` with the keys, dtypes and devices of the data's, except
+            the leaves that ``ends`` has rows for.
         numbers: int64 ``[C, *R]``, an entry of the storage that holds every frame's slot; or None.
-        dims: dimensions of ``[C, *R]``; those of the data are the same, with the first one and time exchanged.
+        dims: the number of dimensions of ``[C, *R]``; the data has the same ones, with the first and time swapped.
         time_dim: the position of the time dimension in ``[*B, T]``.
-        slot: of the first frame; or int64 on the device, how many frames of an environment were ever written, for the
-            kernels alone.
+        slot: the slot of the first frame; or, for the kernels alone, the number of frames ever written per
+            environment, int64 on the device.
         backend: one of ``BACKENDS``.
-        ends: those of a storage that keeps observations once; a frame lies in the slot before.
+        ends: the ends of a storage that keeps observations once; the slot before ``slot`` then holds a frame.
 
     Returns:
-        Tensor: int64 ``[T * R, dims]``, where every frame lies, time first.
+        Tensor: int64 ``[T * R, dims]``, the index of every frame, time first.
     """
     chosen = _resolve(backend, ring, data.values())
     index: Tensor = implementation_of(chosen).store_frames(data, ring, numbers, dims, time_dim, slot, ends)
@@ -106,27 +106,27 @@ def store_frames(
 
 
 def check_kept_once(ends: Ends, data: Leaves, ended: Tensor) -> None:
-    """For ``"verify"``: checks that frames hold what came after the ones before, unless these have ended.
+    """Checks for ``"verify"`` that each frame holds the row after the frame before it, unless that was an end.
 
     Args:
-        ends: those of the storage, as of before.
+        ends: the ends of the storage before it stores the frames.
         data: leaves of the frames, ``[T, *R, ...]``.
-        ended: what :meth:`Ends.find_ended` found.
+        ended: the result of :meth:`Ends.find_ended`.
 
     Raises:
-        EquivalenceError: a frame does not.
+        EquivalenceError: a frame holds another row.
     """
     implementation_of("verify").check_kept_once(ends, data, ended)
 
 
 def gather_future(value: Tensor, steps: Tensor, backend: str = "auto") -> Tensor:
-    """:func:`multistep_triton.gather_future` of windows that lie within their rows; the kernels cut others."""
+    """Computes :func:`multistep_triton.gather_future` of windows within their rows; the kernels cut other windows."""
     future: Tensor = implementation_of(resolve_backend(backend, (value, steps))).gather_future(value, steps)
     return future
 
 
 def _resolve(backend: str, data: Leaves, others: Iterable[Tensor], rewards: Sequence[Hashable] = ()) -> str:
-    """The backend that runs on leaves and others on their device; looked for once of leaves that are known."""
+    """Returns the backend that runs on ``data`` and ``others``; caches it for ``CachedLeaves``."""
     chosen: str = compute_once(
         data,
         ("backend", *circumstances(backend)),
@@ -136,14 +136,14 @@ def _resolve(backend: str, data: Leaves, others: Iterable[Tensor], rewards: Sequ
 
 
 def implementation_of(backend: str) -> Any:
-    """The module that computes what a backend does."""
-    # The compiler does not look into caches.
+    """Returns the module that implements a backend."""
+    # torch.compile does not trace cached functions.
     return eager if backend == "reference" else _import(backend)
 
 
 @functools.cache
 def _import(backend: str) -> Any:
-    """The kernels or what verifies, which are imported where they run alone; an import takes its time in every call."""
+    """Imports the kernels or ``verify`` when they first run; the cache spares later calls the import statement."""
     if backend == "verify":
         from multistep_triton.debug import verify
 
@@ -154,7 +154,7 @@ def _import(backend: str) -> Any:
 
 
 def _check_indices(samples: Samples, sizes: torch.Size) -> None:
-    """Checks that frames lie where they were drawn, but on an accelerator, for which the host would wait."""
+    """Checks that indices on the CPU point at frames; for an accelerator's, the host would have to wait."""
     for index, size in zip(samples.indices, (samples.live, *sizes[1:]), strict=False):
         if index.is_cpu and index.numel():
             low, high = (int(each) for each in index.aminmax())

@@ -1,7 +1,7 @@
-"""Frames: a rollout as flat leaves, and back.
+"""Frames: converts a rollout into flat leaves and back.
 
-Reads a tensordict of batch shape ``[*B, T]``, nested in any way, into one flat dict of tensors, and builds a
-tensordict of the same structure from such a dict. Owns the structure (nested batch dimensions, names, devices,
+The module reads a tensordict of batch shape ``[*B, T]``, nested in any way, into one flat dict of tensors, and builds
+a tensordict of the same structure from such a dict. It owns the structure (nested batch dimensions, names, devices,
 tensorclasses, non-tensor entries) and no maths. May import tensordict, torch, ``carry`` and ``layouts``.
 """
 
@@ -26,13 +26,13 @@ from multistep_triton.layouts import KeyPath, Layout, read_layout
 
 @dataclass(slots=True)
 class Structure:
-    """What a rollout has besides its leaves, and what it takes to build the tensordict again."""
+    """Everything in a rollout except its leaves; builds a tensordict again from leaves."""
 
     batch: torch.Size
-    """``*B``."""
+    """The batch dimensions before time, ``*B``."""
     layout: Layout
     objects: dict[KeyPath, list[Any]] = field(default_factory=dict)
-    """The objects that the leaf of a non-tensor entry, int64 ``[*B, T]``, counts into."""
+    """The objects of each non-tensor entry. Its leaf, int64 ``[*B, T, ...]``, holds indices into this list."""
 
     @property
     def time_dim(self) -> int:
@@ -40,7 +40,7 @@ class Structure:
         return len(self.batch)
 
     def differences(self, other: Structure) -> Iterator[str]:
-        """Why frames of this structure cannot go on from those of another."""
+        """Yields the reasons why frames of this structure cannot continue frames of ``other``."""
         if self.batch != other.batch:
             yield f"*B must be {list(other.batch)}, got {list(self.batch)}"
         carried, new = other.layout.kinds, self.layout.kinds
@@ -50,7 +50,7 @@ class Structure:
                 yield f"{path} must be {_describe(expected)}, got {_describe(got)}"
 
     def build(self, leaves: Mapping[KeyPath, Tensor], batch_size: torch.Size) -> TensorDict:
-        """A tensordict ``[*B, E]`` of this structure; ``leaves`` may hold more entries than were read."""
+        """Builds a tensordict ``[*B, E]`` of this structure; ``leaves`` may hold entries that were not read."""
         built: list[Any] = [*leaves.values()]
         if self.objects:
             built = [self._stack_objects(*each) if each[0] in self.objects else each[1] for each in leaves.items()]
@@ -59,10 +59,10 @@ class Structure:
             shape = torch.Size((*batch_size, *node.tail)) if node.tail else batch_size
             names = node.names and [*node.names]
             held = {name: built[at] for name, at in entries}
-            # The constructor would check every entry once more, and with a device look for one of Apple's.
+            # The constructor would check every entry once more and, given a device, look for one of Apple's.
             each: Any = TensorDict._new_unsafe(held, shape, None, names, nested=False)
             each._device = node.device
-            # A tensorclass has no room for what is written besides.
+            # A tensorclass cannot hold written entries that are none of its fields; a tensordict then replaces it.
             kind: Any = node.kind if node.kind and held.keys() <= node.kind.__dataclass_fields__.keys() else None
             built.append(each if kind is None else kind.from_tensordict(each))
         return cast(TensorDict, built[-1])
@@ -77,18 +77,18 @@ class Structure:
 
 @dataclass(slots=True)
 class Frames:
-    """The leaves of a rollout by path, and its structure."""
+    """A rollout as leaves by path, and its structure."""
 
     batch_size: torch.Size
-    """``[*B, T]``."""
+    """The batch dimensions and time, ``[*B, T]``."""
     leaves: dict[KeyPath, Tensor]
     structure: Structure
     left_out: list[KeyPath] = field(default_factory=list)
-    """Entries that are there and were not to be read."""
+    """Entries that the tensordict holds and :meth:`read` was told to leave out."""
 
     @classmethod
     def read(cls, data: TensorDictBase, without: frozenset[KeyPath] = frozenset()) -> Frames:
-        """Reads a tensordict, ``without`` some entries; the leaves are its own tensors, stacked where they are lazy.
+        """Reads a tensordict except the entries ``without``; the leaves are its own tensors, stacked if it is lazy.
 
         Raises:
             TypeError: an entry is neither a tensor nor a tensordict nor a non-tensor.
@@ -103,11 +103,11 @@ class Frames:
     def read_storage(
         cls, data: TensorDictBase, ndim: int, without: frozenset[KeyPath]
     ) -> tuple[Frames, dict[KeyPath, Any]]:
-        """Reads the tensordict of a storage of ``ndim`` dimensions; its non-tensor entries apart, as they are."""
+        """Reads the tensordict of an ``ndim``-dimensional storage; returns non-tensor entries apart, as they are."""
         frames = cls._read_all(data, ndim, without)
         layout = frames.structure.layout
         non_tensors = {path: frames.leaves.pop(path) for path in layout.objects}
-        # What is sampled has one dimension in the place of these, which has no name.
+        # A sample ``[N]`` has one dimension in place of the storage's, and it has no name.
         nodes = {path: node._replace(names=None) for path, node in layout.nodes.items()}
         frames.structure.layout = Layout.of_leaves(frames.leaves, ndim, nodes)
         return frames, non_tensors
@@ -123,7 +123,7 @@ class Frames:
         return cls(sizes[:ndim], leaves, Structure(sizes[: ndim - 1], layout), left_out)
 
     def _read_objects(self, value: Any, path: KeyPath) -> None:
-        """Counts into the objects of an entry."""
+        """Stores the objects of a non-tensor entry and, as its leaf, the indices into them."""
         shape = value.batch_size
         device = next((leaf.device for leaf in self.leaves.values() if isinstance(leaf, Tensor)), None)
         if isinstance(value, NonTensorStack):
@@ -134,10 +134,10 @@ class Frames:
         self.structure.objects[path], self.leaves[path] = objects, indices
 
     def follow(self, carry: Carry) -> None:
-        """Makes these frames the ones after the carry's: one index counts into the objects of both, the carry's first.
+        """Makes these frames continue the carry's: puts the carry's objects before theirs, and shifts their indices.
 
         Raises:
-            ValueError: they cannot be joined to the carry's.
+            ValueError: ``*B`` or the kinds of the leaves differ from the carry's.
         """
         mine, carried = self.structure, carry.structure
         if mine.batch != carried.batch or (
@@ -156,13 +156,13 @@ class Frames:
 
 
 def hold_back(carry: Carry, structure: Structure) -> Carry:
-    """A carry that was written just now, of this structure, with no more objects than its frames count into."""
+    """Completes a carry that a call has written: sets structure and stream, and drops objects that no frame uses."""
     if structure.objects:
         structure = replace(structure, objects=dict(structure.objects))
     for path, objects in structure.objects.items():
         if len(objects) > 1:
             used = carry.frames(path, structure.time_dim).unique()
-            # Free slots hold anything.
+            # Free slots hold arbitrary numbers, which bucketize accepts.
             counted = torch.bucketize(carry.leaves[path].contiguous(), used)
             carry.leaves[path] = carry.arrange(counted, structure.time_dim)
             structure.objects[path] = [objects[index] for index in used.tolist()]
@@ -171,13 +171,13 @@ def hold_back(carry: Carry, structure: Structure) -> Carry:
 
 
 def frames_of(carry: Carry) -> Frames:
-    """A copy of the frames of a carry, ``[*B, c]``, in order."""
+    """Returns a copy of the frames of a carry, ``[*B, c]``, oldest first."""
     copy = carry.compact()
     return Frames(torch.Size((*copy.structure.batch, copy.count)), copy.leaves, copy.structure)
 
 
 def moved(carry: Carry, device_of: Callable[[Tensor], torch.device]) -> Carry:
-    """A carry with each leaf on another device."""
+    """Returns a carry whose leaves lie on the devices that ``device_of`` returns for them."""
     carry.follow()
     leaves = {path: leaf.to(device_of(leaf)) for path, leaf in carry.leaves.items()}
     device = next((leaf.device for leaf in leaves.values()), None)
@@ -196,7 +196,7 @@ def _describe(kind: tuple[Any, ...] | None) -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether one object can stand for the other, which is asked only of what cannot change; 0.0 is not -0.0."""
+    """Returns whether two objects are one, or equal strings, bytes or numbers of one type; 0.0 is not -0.0."""
     return one is other or (
         type(one) is type(other) and isinstance(one, str | bytes | int | float) and repr(one) == repr(other)
     )

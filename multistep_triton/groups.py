@@ -1,10 +1,9 @@
-"""Groups: entries whose windows end alike, as one set of done flags governs them.
+"""Groups: entries whose windows end at the same frames, because the same done flags govern them.
 
-A group under "next" that has a done flag of its own is governed by it, and by the other done keys of its shape beside
-it; any other entry by the flags of the nearest group above. Where the flags are one per agent, each agent is a row of
-its own: leaves ``[*B, T, *A, ...]`` are read as ``[*B, *A, T, ...]``, views in another order, so that what computes
-windows knows rows and neither groups nor agents. May import ``roles``, ``layouts``, ``frames``, ``carry``, ``task``,
-``samples``, ``checks`` and ``engine``.
+The done flags of one shape in a group under "next" govern the entries of that group; the flags of the nearest group
+above govern the entries of a group without flags. Where each agent has flags, each agent becomes a row: backends get
+views ``[*B, *A, T, ...]`` of leaves ``[*B, T, *A, ...]``, and know neither groups nor agents. May import ``roles``,
+``layouts``, ``frames``, ``carry``, ``task``, ``samples``, ``checks`` and ``engine``.
 """
 
 from __future__ import annotations
@@ -27,27 +26,27 @@ from multistep_triton.task import Keys, Leaves, Results, Task
 
 
 class Group(NamedTuple):
-    """Entries whose windows end alike."""
+    """Entries governed by the same done flags."""
 
     flags: tuple[KeyPath, ...]
-    """The done flags, of one shape, any of which ends a window."""
+    """The done flags, all of one shape; each of them ends windows."""
     agents: torch.Size
-    """The agents' dimensions, ``A``, where each agent has flags, ``[*B, T, *A]`` or ``[*B, T, *A, 1]``; else none."""
+    """The agents' dimensions ``A`` if each agent has flags, ``[*B, T, *A]`` or ``[*B, T, *A, 1]``; else empty."""
     paths: list[KeyPath]
     shared: bool = False
-    """Whether the entries are those that agents share: their windows end where that of any agent ends."""
+    """Whether agents share the entries, whose windows then end where the window of any agent ends."""
     marks: tuple[KeyPath, ...] = ()
-    """What is read beside the entries: the mask and the ids, which hold for all groups, and the flags of agents."""
+    """Leaves to read beside ``paths``: mask, trajectory ids, count of ends and, if ``shared``, the agents' flags."""
     keys: Keys = Keys((), ())
-    """Which of entries and marks is what."""
+    """The roles of ``paths`` and ``marks`` in calls that extend."""
     sampled: Keys = Keys((), ())
-    """The same where they are sampled."""
+    """Their roles in calls that sample."""
     written: Sequence[tuple[Sequence[KeyPath], KeyPath]] = ()
-    """The entries that the windows are written as, and the reward whose shape these take if they are to match it."""
+    """The paths to write the windows to, and the reward whose shape they take with ``match_reward_shape``."""
 
     @property
     def counted(self) -> tuple[KeyPath, ...]:
-        """The mark that counts the ends of a storage which keeps observations once."""
+        """The mark that counts ends, if a storage keeps observations once."""
         return tuple([mark for mark in self.marks if mark == COUNT_PATH])
 
 
@@ -56,12 +55,12 @@ Windows = tuple[Tensor, Tensor, Tensor]
 
 
 def find_groups(frames: Frames, roles: Roles, match_reward_shape: bool = False) -> list[Group]:
-    """Checks the entries that play a role, and finds the groups of all; the first one is that of the done key.
+    """Checks the entries that play a role, and finds all groups; the first one is that of the done key.
 
     Raises:
-        KeyError: an entry that is needed is not there.
-        TypeError: one is of the wrong kind.
-        ValueError: one has the wrong shape.
+        KeyError: the data lacks an entry that is needed.
+        TypeError: an entry has the wrong dtype, or is no dense tensor.
+        ValueError: an entry has the wrong shape, or a group's windows cannot be written.
     """
     _check_entries(frames, roles)
     lead, leaves = frames.batch_size, frames.leaves
@@ -89,11 +88,11 @@ def find_groups(frames: Frames, roles: Roles, match_reward_shape: bool = False) 
 
 
 def _with_written(groups: list[Group], frames: Frames, roles: Roles, match_reward_shape: bool) -> list[Group]:
-    """Groups, with where their windows are written.
+    """Adds to each group the paths that its windows are written to.
 
-    Those of the done key's group are at the root; those of another, ``("next", *name)``, under its name if it has flags
-    of its own and rewards, of agents or, if there are none, those that agents share. If they are to be in the shape of
-    the first reward, its are at the root.
+    The windows of the done key's group go to the root; with ``match_reward_shape``, those of the first reward's group
+    do. Windows of any other group ``("next", *name)`` with rewards go to ``name``: those of its agents or, if no agent
+    has a reward, those of what agents share.
     """
     first, root, leaves = groups[0], 0, frames.leaves
     if match_reward_shape:
@@ -148,7 +147,7 @@ def _check_entries(frames: Frames, roles: Roles) -> None:
 
 
 def _find_agents(frames: Frames, roles: Roles, path: KeyPath) -> torch.Size:
-    """The agents' dimensions of a done flag; that of the done key is per agent if a reward beside it is."""
+    """Returns the agents' dimensions of a done flag; checks that ``done`` per agent is shaped as a reward beside it."""
     lead, shape = frames.batch_size, frames.leaves[path].shape
     if is_per_frame(frames.leaves[path], lead):
         return torch.Size()
@@ -162,17 +161,17 @@ def _find_agents(frames: Frames, roles: Roles, path: KeyPath) -> torch.Size:
 def n_step_extend_groups(
     task: Task, groups: Sequence[Group], carry: Carry | None, data: Leaves, backend: str
 ) -> tuple[Results, list[Windows]]:
-    """:func:`multistep_triton.engine.n_step_extend` for every group.
+    """Calls :func:`multistep_triton.engine.n_step_extend` for every group.
 
     Args:
-        task: what is to be computed, of the keys of the first group.
-        groups: to which the leaves belong.
-        carry, data, backend: as there.
+        task: the task of the first group; the other groups change its keys.
+        groups: the groups of all leaves.
+        carry, data, backend: as for that function.
 
     Returns:
-        Results: of all leaves; steps, discount and nonterminal are those of the first group. Leaves of agents are
-            views in another order of dimensions.
-        list: the same three of every group.
+        Results: all leaves and returns; steps, discount and nonterminal of the first group. Leaves of agents are
+            views with permuted dimensions.
+        list: steps, discount and nonterminal of every group.
     """
     if len(groups) == 1 and not groups[0].agents:
         results = n_step_extend(task, carry, data, backend)
@@ -180,10 +179,10 @@ def n_step_extend_groups(
     time_dim = task.time_dim
 
     def move(leaf: Tensor, source: int, to: int) -> Tensor:
-        # What does not change is passed through as it is.
+        # Where time stays in place, the leaf itself is passed on, and no view.
         return leaf if source == to else leaf.movedim(source, to)
 
-    # All write into the carry, or none.
+    # Either all groups write into the carry's memory, or none does.
     free = carry is not None and carry.may_write(data.values())
     leaves: dict[Any, Tensor] = {}
     returns: dict[Any, Tensor] = {}
@@ -214,7 +213,7 @@ def n_step_extend_groups(
 def n_step_sample_groups(
     task: Task, groups: Sequence[Group], samples: Samples, data: Leaves, backend: str
 ) -> tuple[Results, list[Windows]]:
-    """:func:`multistep_triton.engine.n_step_sample` for every group; arguments and results as those of extend."""
+    """Calls :func:`multistep_triton.engine.n_step_sample` for every group, as :func:`n_step_extend_groups` does."""
     if len(groups) == 1 and not groups[0].agents:
         results = n_step_sample(task, samples, data, backend)
         return results, [results[2:5]]
@@ -227,7 +226,7 @@ def n_step_sample_groups(
     for group in groups:
         picked, shape = samples, torch.Size([count])
         if group.shared:
-            # The shortest window of an agent is that of the frame, whatever ended it.
+            # The shortest window of any agent is the window of what agents share, whatever ended it.
             picked = samples._replace(n_steps=shortest[group.flags][0])
         elif group.agents:
             shape = torch.Size([count, *group.agents])
@@ -245,19 +244,19 @@ def n_step_sample_groups(
 
 
 def steps_at(path: KeyPath, groups: Sequence[Group], windows: Sequence[Windows]) -> Tensor:
-    """Steps ``[N]`` of the windows of an entry that is no leaf: of those of agents, the shortest."""
+    """Returns the steps ``[N]`` of a non-tensor entry's windows: of agents' windows, those of the shortest."""
     above = [g for g, group in enumerate(groups) if path[: len(group.flags[0]) - 1] == group.flags[0][:-1]]
     nearest = max(above, key=lambda g: len(groups[g].flags[0]), default=0)
     return windows[nearest][0].flatten(1).amin(1) if windows[nearest][0].ndim > 1 else windows[nearest][0]
 
 
 def _view(group: Group, marks: Iterable[KeyPath], data: Mapping[Any, Tensor], dims: int) -> dict[Any, Tensor]:
-    """The leaves of a group, whose first ``dims`` dimensions are those of frames, and beside them its marks."""
+    """Returns a group's leaves, ``dims`` dimensions of frames first, and its ``marks``, shaped to fit the leaves."""
     leaves = {path: data[path] for path in group.paths}
     for key in marks:
         leaves[key] = data[key]
         if key in group.flags:
-            # What agents share ends where any of them does.
+            # Trajectories of what agents share end where that of any agent ends.
             leaves[key] = data[key].flatten(dims).any(-1)
         elif group.agents and not group.shared:
             mark = data[key].flatten(dims - 1)[(..., *[None] * len(group.agents))]
@@ -266,7 +265,7 @@ def _view(group: Group, marks: Iterable[KeyPath], data: Mapping[Any, Tensor], di
 
 
 def _with_keys(group: Group, leaves: Mapping[Any, Tensor], dims: int, roles: Roles) -> Group:
-    """A group that has its entries, with which of them and of its marks is what."""
+    """Returns a group with its marks, and with the roles of its entries and marks."""
     mask, traj, count = (key if key in leaves else None for key in (roles.mask, roles.traj, COUNT_PATH))
     flags = group.flags if group.shared else ()
     group = group._replace(marks=tuple(key for key in (mask, traj, *flags, count) if key is not None))
@@ -282,13 +281,13 @@ def _with_keys(group: Group, leaves: Mapping[Any, Tensor], dims: int, roles: Rol
         count=count,
     )
     extend = keys(_view(group, group.marks, leaves, dims), done=group.flags, mask=mask, traj=traj)
-    # Of samples, windows of what agents share are as long as the shortest of an agent, and need no flags.
+    # When sampling, the agents' shortest window is also that of what they share, which needs no flags.
     sample = keys(_view(group, group.counted, leaves, dims), done=()) if group.shared else extend
     return group._replace(keys=extend, sampled=sample)
 
 
 def _every_agent(samples: Samples, shape: torch.Size) -> Samples:
-    """Every agent of the frames sampled, ``[N, *A]`` in a row."""
+    """Returns samples of every agent of the sampled frames, ``[N, *A]`` flattened."""
     grid = torch.meshgrid(*(torch.arange(size, device=samples.indices[0].device) for size in shape), indexing="ij")
     frame, *agent = (each.flatten() for each in grid)
     return samples._replace(

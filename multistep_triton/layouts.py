@@ -1,6 +1,6 @@
-"""Layouts: what tensordicts have but their frames, found out by one reading.
+"""Layouts: the entries of tensordicts without their values; one reading of a tensordict finds its layout.
 
-Owns names, kinds, devices and nested batch dimensions; no values. May import tensordict, torch and ``task``.
+Owns names, kinds, devices and nested batch dimensions. May import tensordict, torch and ``task``.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from multistep_triton.task import Cache
 
 KeyPath = tuple[str, ...]
 Kind = tuple[Any, ...]
-"""dtype, trailing shape and device of a leaf; of a non-tensor, ``OBJECT`` in place of the dtype, and no device."""
+"""The dtype, trailing shape and device of a leaf; for a non-tensor, ``OBJECT``, its trailing shape and None."""
 OBJECT = "non-tensor"
 
 
 class Node(NamedTuple):
-    """What a (nested) tensordict has besides its entries; ``tail`` is its batch shape beyond ``[*B, T]``."""
+    """A (nested) tensordict without its entries; ``tail`` is its batch shape beyond ``[*B, T]``."""
 
     kind: type | None
-    """The tensorclass to build, if it is one."""
+    """The tensorclass to build; None for a tensordict."""
     tail: tuple[int, ...]
     names: tuple[str | None, ...] | None
     device: torch.device | None
 
 
 class Layout(Cache):
-    """What tensordicts have but their frames. Those of equal kinds can be joined; equal ones are mostly one object."""
+    """Kinds and nodes of tensordicts. Frames of equal kinds can be joined; equal layouts are mostly one object."""
 
     def __init__(self, kinds: tuple[tuple[KeyPath, Kind], ...], nodes: tuple[tuple[KeyPath, Node], ...]) -> None:
         super().__init__()
         self.kinds, self.nodes = dict(kinds), dict(nodes)
-        """Of every leaf, and of every tensordict; parents come before their children."""
+        """The kind of every leaf and the node of every tensordict, by path; parents come before their children."""
         self.objects = [path for path, kind in kinds if kind[0] == OBJECT]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is the same object where the kinds are known, and holds nothing that was found out elsewhere."""
+        """Pickles kinds and nodes without the cache; a process that knows the layout unpickles its own object."""
         return _layout, (tuple(self.kinds.items()), tuple(self.nodes.items()))
 
     @classmethod
     def of(cls, kinds: Mapping[KeyPath, Kind], nodes: Mapping[KeyPath, Node]) -> Layout:
-        """The layout of these kinds and nodes, which is one object for all that ask."""
+        """Returns the layout of these kinds and nodes; equal arguments mostly give the same object."""
         return _layout(tuple(kinds.items()), tuple(nodes.items()))
 
     @classmethod
@@ -64,14 +64,14 @@ class Layout(Cache):
         nodes: Mapping[KeyPath, Node],
         objects: Collection[KeyPath] = (),
     ) -> Layout:
-        """That of leaves whose first ``dims`` dimensions are those of frames, some of which count into ``objects``."""
+        """Returns the layout of leaves with ``dims`` dimensions of frames first; ``objects`` are the non-tensors."""
         kinds: dict[KeyPath, Kind]
         kinds = {path: (leaf.dtype, leaf.shape[dims:], leaf.device) for path, leaf in leaves.items()}
         kinds.update({path: (OBJECT, kinds[path][1], None) for path in objects})
         return cls.of(kinds, nodes)
 
     def without(self, paths: Collection[KeyPath]) -> tuple[Layout, list[KeyPath], list[KeyPath]]:
-        """The layout of what is left without some paths; the leaves that go; and which of the paths there are."""
+        """Returns the layout without ``paths``, the leaves that this removes, and those of ``paths`` that exist."""
 
         def is_left(path: KeyPath) -> bool:
             return not any(path[:names] in paths for names in range(1, len(path) + 1))
@@ -82,10 +82,10 @@ class Layout(Cache):
         return Layout.of(kinds, nodes), [path for path in self.kinds if path not in kinds], left_out
 
     def arrange(self, leaves: tuple[KeyPath, ...]) -> list[tuple[Node, list[tuple[str, int]]]]:
-        """In which order to build nodes, children first, those that leaves lie in besides: with names of their entries.
+        """Returns the nodes to build, children before parents, each with ``(name, position)`` of its entries.
 
-        Beside each name is where the entry is found, counted over all leaves and then the nodes built by then. Entries
-        that were read come in the order in which they were.
+        A position counts through ``leaves`` and then the nodes built so far. Groups that only ``leaves`` mention get a
+        node. In a node, leaves that were read come first, in the order of reading.
         """
         order = [*self.kinds, *(path for path in leaves if path not in self.kinds)]
         paths = dict.fromkeys(self.nodes)
@@ -96,7 +96,7 @@ class Layout(Cache):
         for path in (*sorted(leaves, key=order.index), *nodes):
             if path:
                 entries[path[:-1]].append((path[-1], at[path]))
-        # A group that nothing was read of may have been written to.
+        # A group may hold written entries alone: reading found no node for it.
         written = Node(None, (), None, self.nodes[()].device)
         return [(self.nodes.get(path, written), each) for path, each in entries.items()]
 
@@ -107,18 +107,18 @@ def _layout(kinds: tuple[tuple[KeyPath, Kind], ...], nodes: tuple[tuple[KeyPath,
 
 
 def is_plain(data: Any) -> bool:
-    """Whether it is a tensordict of tensors and such tensordicts alone, none of them lazy or a tensorclass."""
+    """Returns whether ``data`` is a TensorDict of tensors and plain TensorDicts alone, no lazy stack or tensorclass."""
     return type(data) is TensorDict and all(isinstance(each, Tensor) or is_plain(each) for each in data.values())
 
 
 def read_layout(data: TensorDictBase, ndim: int) -> tuple[Layout, list[Any]]:
-    """The layout of a tensordict of ``ndim`` batch dimensions, and its leaves in the same order."""
+    """Returns the layout of a tensordict of ``ndim`` batch dimensions, and its leaves in the layout's order."""
     values: list[Any] = []
     return _layout_of(_read(data, ndim, values)), values
 
 
 def _read(data: Any, ndim: int, values: list[Any], above: KeyPath = ()) -> tuple[Any, ...]:
-    """What is to be known of a tensordict: its node, then ``(name, *kind)`` of a leaf, ``(name, read)`` of a group."""
+    """Returns a tensordict's node, ``(name, *kind)`` per leaf, ``(name, read)`` per group; fills ``values``."""
     names, sizes, items = data.names, data.batch_size, data.items
     kind = None
     if type(data) is not TensorDict:
@@ -158,7 +158,7 @@ def _layout_of(read: tuple[Any, ...]) -> Layout:
 
 
 def _lazy_items(data: LazyStackedTensorDict, path: KeyPath) -> Iterator[tuple[str, Any]]:
-    """The entries of a lazy stack, which itself passes over those that not every element has."""
+    """Yields the entries of a lazy stack; raises for those that some elements lack, which the stack would skip."""
     keys = [set(element.keys()) for element in data.tensordicts]
     if some := set.union(*keys) - set.intersection(*keys):
         entries = [(*path, key) for key in sorted(some)]

@@ -1,6 +1,6 @@
-"""Roles: which entry of the data is what, and which ones are written.
+"""Roles: which entries are rewards, done flags, mask and trajectory ids, and which ones a call writes.
 
-Owns the keys; no maths. May import ``layouts``.
+Owns the keys, and no maths. May import ``layouts``.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ STEPS_KEY = "steps_to_next_obs"
 WINDOW_PATHS = ((STEPS_KEY,), ("gamma",), ("nonterminal",))
 ORIGINAL_REWARD_PATH = ("next", "original_reward")
 COUNT_PATH = ("n_step_ends",)
-"""What the count of ends is called among the entries of a storage that keeps observations once."""
+"""The path of the count of ends among the entries of a storage that keeps observations once."""
 AUTO = "auto"
 DEFAULT_MASK_KEY = "mask"
 TRAJ_PATH = ("collector", "traj_ids")
-"""Where torchrl's collectors write trajectory ids, and its samplers look for them."""
+"""The path at which torchrl's collectors write trajectory ids, and its samplers look for them."""
 MASK_PATH = ("collector", "mask")
-"""Where collectors write the mask with ``split_trajs=True``."""
+"""The path at which torchrl's collectors write the mask with ``split_trajs=True``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Roles:
-    """Paths of the entries that play a role; the same object for the same keys."""
+    """Paths of the entries that play a role; equal keys mostly give the same object."""
 
     done: KeyPath
     mask: KeyPath
     traj: KeyPath | None
     rewards: tuple[KeyPath, ...]
     needed: tuple[KeyPath, ...]
-    """Entries that must be there."""
+    """Entries that the data must hold."""
     dones: tuple[KeyPath, ...]
     """The done keys, ``done`` first."""
     flags: tuple[str, ...]
-    """The names of done flags, that of ``done`` first: an entry of such a name in any group under "next" is one."""
+    """The names of done flags, that of ``done`` first: a bool entry of such a name anywhere under "next" is a flag."""
     originals: dict[KeyPath, KeyPath]
-    """Of rewards, and of done keys that are gathered, the entries that keep them as they came."""
+    """For each reward, and each done key that is gathered, the path at which a call writes its original value."""
     at_start: frozenset[KeyPath]
-    """Entries under "next" that are not gathered."""
+    """Entries under "next" that are not read at the window's end: rewards and, with ``done_at="start"``, done keys."""
     written: frozenset[KeyPath]
-    """Entries that are written, and not read where they are there already."""
+    """Entries that a call writes; it does not read them where the data holds them already."""
 
     def is_flag(self, path: KeyPath, leaf: Any) -> bool:
-        """Whether an entry may end windows; one of another kind that happens to be called like a flag does not."""
+        """Returns whether an entry is a done flag: ``done`` itself, or a bool tensor under "next" named like a flag."""
         named = path[0] == "next" and path[-1] in self.flags and path not in self.rewards
         return path == self.done or (named and isinstance(leaf, Tensor) and leaf.dtype == torch.bool)
 
     def is_role(self, path: KeyPath, leaf: Any) -> bool:
-        """Whether an entry plays a role in data that holds it."""
+        """Returns whether an entry plays a role in data that holds it."""
         role = path in self.needed or path == self.mask or path in self.originals or self.is_flag(path, leaf)
         return role or path in self.at_start
 
     def is_gathered(self, path: KeyPath) -> bool:
-        """Whether an entry is read at the end of the window; a done key may name a whole group that is not."""
+        """Returns whether an entry is read at the window's end; one in a group that ``at_start`` names is not."""
         if path[0] != "next" or path in self.at_start:
             return False
         return len(path) == 2 or not any(path[:names] in self.at_start for names in range(2, len(path)))
@@ -78,10 +78,10 @@ def find_roles(
     done_keys: tuple[NestedKey, ...],
     done_at: str,
 ) -> Roles:
-    """The roles that these keys give.
+    """Finds the roles that these keys assign.
 
     Raises:
-        ValueError: a key names an entry that is written besides.
+        ValueError: a key names an entry that a call writes.
     """
     done, mask = as_path("next", done_key), as_path(mask_key)
     traj = None if traj_key is None else as_path(traj_key)
@@ -101,11 +101,11 @@ def find_roles(
 
 
 def check_entries(roles: Roles, new: Mapping[KeyPath, Any], stored: Mapping[KeyPath, Any], is_filled: bool) -> None:
-    """Checks that data whose entries are ``new`` has those that are needed, and goes on from those stored.
+    """Checks that ``new`` has all needed and stored entries and, if ``is_filled``, no further one that plays a role.
 
     Raises:
-        KeyError: one is missing.
-        ValueError: there are frames without one that plays a role.
+        KeyError: an entry is missing.
+        ValueError: ``is_filled``, and the stored frames lack an entry that plays a role.
     """
     if missing := sorted(({*roles.needed} | stored.keys() - roles.written - {("index",)}) - new.keys()):
         message = f"data must hold {', '.join(map(str, missing))}, got the entries {list(new)}"
@@ -120,7 +120,7 @@ def check_entries(roles: Roles, new: Mapping[KeyPath, Any], stored: Mapping[KeyP
 
 
 def check_single_steps(entries: Container[KeyPath]) -> None:
-    """Checks that what is to be made n-step transitions of is none already."""
+    """Checks that the data holds single steps, and no n-step transitions yet."""
     if (STEPS_KEY,) in entries:
         raise ValueError(
             f"data must hold single steps, got n-step transitions, which hold {STEPS_KEY!r}: an n-step transform or "
@@ -129,13 +129,13 @@ def check_single_steps(entries: Container[KeyPath]) -> None:
 
 
 def as_path(*keys: NestedKey) -> KeyPath:
-    """The key as a flat tuple of names."""
+    """Joins keys to one flat tuple of names."""
     key = unravel_key(keys)
     return (key,) if isinstance(key, str) else key
 
 
 def as_key(path: KeyPath) -> NestedKey:
-    """The path as a user names it."""
+    """Returns the path as a user writes it: as a string if it has one name."""
     return path[0] if len(path) == 1 else path
 
 

@@ -1,4 +1,4 @@
-"""Samples: which frames of a storage are asked for, and what comes of an index of none.
+"""Samples: the frames to sample from a storage, and the results where an index points at no frame.
 
 May import ``ends`` and ``task``.
 """
@@ -18,29 +18,29 @@ from multistep_triton.task import Leaves, Results, Task
 
 
 class Samples(NamedTuple):
-    """Frames that were sampled from a storage ``[C, *R]``, a ring of ``C`` slots."""
+    """Frames sampled from a storage ``[C, *R]``, a ring of ``C`` slots."""
 
     indices: Sequence[Tensor]
-    """Where they lie: of every dimension, time first, int64 ``[N]``, on the device of the leaves."""
+    """The indices of the frames: int64 ``[N]`` per dimension, time first, on the leaves' device; but see ``sizes``."""
     newest: int
-    """The slot of the newest frame, after which comes the oldest, or nothing yet."""
+    """The slot of the newest frame. The next slot holds the oldest frame, or none yet."""
     live: int
-    """Slots that hold frames: all, or those up to the newest."""
+    """The number of slots that hold frames: all, or those up to the newest."""
     n_steps: Tensor | None = None
-    """int64 ``[N]``: frames in the full window of each, if that is not one number for all."""
+    """Frames in the full window of each sample, int64 ``[N]``; None if that is ``Task.n_steps`` for all."""
     sizes: tuple[int, ...] | None = None
-    """``[C, *R]`` where frames were drawn here and not by a sampler: ``indices`` is then one tensor of rows of those
-    that hold frames, counted over all dimensions, int64, or of shares of them in [0, 1), float64."""
+    """``[C, *R]`` if the buffer drew the frames without a sampler. ``indices`` is then one tensor: int64 rows, counted
+    over ``[live, *R]``, or float64 fractions in [0, 1) of the number of these rows."""
     rows: Tensor | None = None
-    """Their rows, int64 ``[N]``, if these are known."""
+    """The rows of the frames, int64 ``[N]``, counted over ``[C, *R]``, if known."""
     written: Tensor | None = None
-    """How many frames of an environment were ever written, int64 on the device, where the host does not know; ``live``
+    """The number of frames ever written per environment, int64 on the device, if the host does not know it; ``live``
     is then ``C``, and ``newest`` the last slot."""
     ends: Ends | None = None
-    """Those of a storage that keeps observations once."""
+    """The ends of a storage that keeps observations once."""
 
     def found(self) -> Samples:
-        """These, with an index for every dimension, which launches operators on the device, and nothing else."""
+        """Returns these samples with an index per dimension; launches operators, and does not wait for the device."""
         if self.sizes is None:
             return self
         (row,), (slots, *lead) = self.indices, self.sizes
@@ -55,7 +55,7 @@ class Samples(NamedTuple):
         return self._replace(indices=[slot, *reversed(others)], sizes=None, rows=row)
 
     def rows_in(self, sizes: Sequence[int]) -> Tensor:
-        """Their rows, int64 ``[N]``, counted over ``sizes``."""
+        """Returns the rows of the frames, int64 ``[N]``, counted over ``sizes``."""
         if self.rows is not None:
             return self.rows
         row, *others = self.indices
@@ -64,7 +64,7 @@ class Samples(NamedTuple):
         return row
 
     def read(self) -> Samples:
-        """These, with what the host did not know, for which it waits."""
+        """Returns these samples with ``newest`` and ``live`` from ``written``, for which the host waits."""
         if self.written is None:
             return self
         written, slots = int(self.written), self.live
@@ -72,7 +72,7 @@ class Samples(NamedTuple):
 
 
 def sampled_where_frames_are(compute: Callable[[Task, Samples, Leaves], Results]) -> Callable[..., Results]:
-    """Of samples on an accelerator, which nobody has checked: those of no frame come out blank."""
+    """Makes ``n_step_sample`` blank the samples of no frame on an accelerator, where the host checks no indices."""
 
     @functools.wraps(compute)
     def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
@@ -85,7 +85,7 @@ def sampled_where_frames_are(compute: Callable[[Task, Samples, Leaves], Results]
 
 
 def find_there(samples: Samples, sizes: Sequence[int]) -> tuple[Tensor, Samples]:
-    """Which samples are of a frame, bool ``[N]``, and samples of which the others are of the first frame."""
+    """Returns which indices point at a frame, bool ``[N]``, and samples whose other indices are 0."""
     there = torch.ones_like(samples.indices[0], dtype=torch.bool)
     for index, size in zip(samples.indices, (samples.live, *sizes[1:]), strict=False):
         there = there & (index >= 0) & (index < size)
@@ -93,13 +93,13 @@ def find_there(samples: Samples, sizes: Sequence[int]) -> tuple[Tensor, Samples]
 
 
 def blanked(results: Results, there: Tensor) -> Results:
-    """What was sampled, with 0 steps and NaN as the return where there is no frame, and zeros for all else."""
+    """Returns results with 0 steps, NaN returns, discount 1, and zeros for all else where no frame is ``there``."""
 
     def blank(value: Tensor, other: float) -> Tensor:
         return torch.where(there.view(-1, *[1] * (value.ndim - 1)), value, other)
 
     def zero(leaf: Tensor) -> Tensor:
-        # By their bytes, as torch selects among few of the dtypes.
+        # Selects bytes, because torch.where does not know all dtypes.
         return blank(leaf.unsqueeze(-1).view(torch.uint8), 0).view(leaf.dtype).squeeze(-1)
 
     return Results(

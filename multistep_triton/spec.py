@@ -1,8 +1,8 @@
 """The specification: n-step transitions in the plainest PyTorch, formula by formula, on any device.
 
-It is what the other backends are held to, by the tests and by ``backend="verify"``. Flags are ``[*B, S]``, time last,
-leaves ``[*B, S, *F]``. ``x.roll(-1)`` is the next frame's ``x``; the last frame's is the first one's, which nobody
-reads, as the last frame that is known is a boundary. Boundaries select: a NaN beyond one reaches nothing before it.
+The tests and ``backend="verify"`` compare the other backends with it. Flags are ``[*B, S]``, time last, leaves
+``[*B, S, *F]``. ``x.roll(-1)`` gives each frame the next frame's ``x``; the last known frame gets the first one's, but
+no result uses that, as this frame is a boundary. Boundaries select: a NaN beyond one reaches nothing before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from multistep_triton.task import Keys, Leaves, Results, Task, return_dtype, sum
 
 
 def find_boundaries(last: Tensor, leaves: Leaves, keys: Keys) -> Tensor:
-    """Frames after which nothing of the trajectory follows: the ``last``, done, padding or before it or another id."""
+    """Returns the boundaries: frames that are ``last``, done or padding, or that padding or another id follows."""
     boundary = last
     for key in keys.done:
         boundary = boundary | leaves[key].reshape(last.shape)
@@ -31,7 +31,7 @@ def find_boundaries(last: Tensor, leaves: Leaves, keys: Keys) -> Tensor:
 
 
 def count_steps(boundary: Tensor, n_steps: int) -> Tensor:
-    """``steps(t)``: 1 at a boundary or where n is 1, else 1 more than the next frame's of n - 1 steps."""
+    """Returns ``steps(t)``: 1 at a boundary or if n is 1, else 1 more than the next frame's with n - 1."""
     steps = torch.ones_like(boundary, dtype=torch.int64)
     for _ in range(min(n_steps, boundary.shape[-1]) - 1):
         steps = torch.where(boundary, 1, 1 + steps.roll(-1, -1))
@@ -39,7 +39,7 @@ def count_steps(boundary: Tensor, n_steps: int) -> Tensor:
 
 
 def sum_rewards(reward: Tensor, boundary: Tensor, task: Task) -> Tensor:
-    """``R(t)``: ``r(t)`` at a boundary or where n is 1, else ``r(t) + gamma R(t + 1)`` of n - 1 steps."""
+    """Returns ``R(t)``: ``r(t)`` at a boundary or if n is 1, else ``r(t) + gamma R(t + 1)``, that with n - 1."""
     dim = boundary.ndim - 1
     boundary = boundary.view(*boundary.shape, *[1] * (reward.ndim - boundary.ndim))
     total = now = reward.to(summed_dtype(reward))
@@ -49,13 +49,13 @@ def sum_rewards(reward: Tensor, boundary: Tensor, task: Task) -> Tensor:
 
 
 def gather_future(value: Tensor, steps: Tensor) -> Tensor:
-    """``value(e(t))`` with ``e(t) = t + steps(t) - 1``."""
+    """Returns ``value(e(t))`` with ``e(t) = t + steps(t) - 1``."""
     frames = torch.arange(steps.numel(), device=steps.device).view(steps.shape)
     return value.flatten(0, steps.ndim - 1)[frames + steps - 1]
 
 
 def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
-    """The windows of the frames carried and the new ones, as far as they are known, and what is held back."""
+    """Returns the windows of carried and new frames as far as they are known, and the frames held back."""
     dim, keys = task.time_dim, task.keys
     stream = {key: torch.cat((carry.frames(key, dim), leaf), dim) if carry else leaf for key, leaf in data.items()}
     shape = next(iter(stream.values())).shape[: dim + 1]
@@ -74,7 +74,7 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
 
 @sampled_where_frames_are
 def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
-    """The windows of sampled frames: each is the first one of the row of frames that follow it, up to the newest."""
+    """Returns the window of each sampled frame, the first one in the row of frames from it up to the newest."""
     samples, data, gone = with_next(samples, data, task.keys)
     keys, live, (time, *others) = task.keys, samples.live, samples.indices
     ahead = torch.arange(min(task.n_steps + 1, live), device=time.device)

@@ -1,4 +1,4 @@
-"""The specification of a ring: which frames a window may have and, if observations are kept once, what follows them."""
+"""The specification of a ring: the frames of a window and, if observations are kept once, the rows after them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from multistep_triton.task import AFTER_END, Keys, Leaves
 
 
 def with_next(samples: Samples, data: Leaves, keys: Keys) -> tuple[Samples, Leaves, Tensor]:
-    """Frames that are sampled, leaves of the frames that are there, and which of them are ends whose rows are gone.
+    """Returns samples, leaves of the live frames, and which of these frames are ends whose rows are gone.
 
-    A frame that is sampled and gone is replaced by the one before or, if that is no frame of its trajectory or gone,
-    too, by the newest.
+    In a leaf kept once, each frame has the row after it. The frame before replaces a sampled end that is gone; if that
+    is an end, too, or no frame is there, the newest frame does.
     """
     time, *others = samples.indices
     if samples.ends is None or keys.count is None:
@@ -38,9 +38,9 @@ def with_next(samples: Samples, data: Leaves, keys: Keys) -> tuple[Samples, Leav
 
 
 def rows_of(samples: Samples, count: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Index ``[N, count]`` of sampled frames and those after them, and ``[N]``, how many newer ones there are.
+    """Returns the index ``[N, count]`` of sampled frames and those after them, and how many newer ones exist, ``[N]``.
 
-    In the place of frames that have not come yet is the newest.
+    The newest frame replaces frames that have not come yet.
     """
     time, *others = samples.indices
     after = (samples.newest - time) % samples.live

@@ -1,4 +1,4 @@
-"""Tasks: what is to be computed, which is all that travels to a backend beside the frames. May import torch only."""
+"""Tasks: what a backend receives beside the frames, and the results that it returns. May import torch only."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from multistep_triton.carry import Carry
 
 Leaves = Mapping[Any, Tensor]
-"""Tensors of the same frames, by keys that mean nothing to what computes."""
+"""Tensors of the same frames, by keys that backends do not interpret."""
 
 
 OWN, AT_END, AFTER_END = range(3)
-"""Of a window, its first frame, its last, and the one after that, for which another row may stand; see ``Ends``."""
+"""Frames of a window to read: the first, the last, or the one after, which a row of ``Ends`` may replace."""
 
 
 _MOST_FOUND = 256
 
 
 class Cache:
-    """What is the same call after call, of which is kept what was found out."""
+    """An object that stays the same call after call, and caches what is computed from it."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, Any] = {}
 
     def compute_once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What is found out under a key, once, unless that is None, or much else was found out since."""
+        """Returns the cached value of a key, or computes and caches it; never caches None, and empties a full cache."""
         if (found := self._found.get(key)) is None:
             found = compute()
             if len(self._found) >= _MOST_FOUND:
@@ -40,7 +40,7 @@ class Cache:
 
 
 class CachedLeaves(Cache, dict[Any, Tensor]):
-    """Leaves that are the same tensors call after call."""
+    """Leaves that are the same tensors call after call, with a cache."""
 
     def __init__(self, leaves: Leaves) -> None:
         dict.__init__(self, leaves)
@@ -48,42 +48,42 @@ class CachedLeaves(Cache, dict[Any, Tensor]):
 
 
 def compute_once(leaves: Leaves, key: Hashable, compute: Callable[[], Any]) -> Any:
-    """What is found out about leaves: of those that are known, once."""
+    """Returns what ``compute`` returns; calls it once per key for ``CachedLeaves``, and every time for others."""
     return leaves.compute_once(key, compute) if isinstance(leaves, CachedLeaves) else compute()
 
 
 @dataclass(frozen=True, eq=False)
 class Keys(Cache):
-    """Which of the leaves of a call is what.
+    """The roles of the leaves of a call.
 
-    Keys are of leaves of one layout, on the same devices, and the same object call after call.
+    One object describes leaves of one layout, on the same devices, call after call.
     """
 
     kinds: tuple[tuple[Hashable, torch.dtype, tuple[int, ...]], ...]
-    """Key, dtype and features, which are the dimensions beyond those of frames, of every leaf."""
+    """Key, dtype and features (the sizes of dimensions beyond those of frames) of every leaf."""
     done: tuple[Hashable, ...]
-    """Flags, bool ``[*B, T]`` or ``[*B, T, 1]``, any of which ends a trajectory."""
+    """Flags, bool ``[*B, T]`` or ``[*B, T, 1]``; each of them ends trajectories."""
     rewards: tuple[Hashable, ...] = ()
-    """Leaves whose n-step return is wanted."""
+    """Leaves whose n-step returns the backend computes."""
     outputs: tuple[tuple[Hashable, Hashable, int], ...] = ()
-    """What comes out: under which key, which leaf, and where it is read: ``OWN``, ``AT_END`` or ``AFTER_END``.
+    """The key of each output, the leaf to read, and the frame to read it at: ``OWN``, ``AT_END`` or ``AFTER_END``.
 
-    A leaf that does not come out is only read, and is not held back; a mask or ids that agents share may be expanded.
+    A call does not hold back a leaf that no output reads; a mask or ids that agents share may be expanded views.
     """
     mask: Hashable | None = None
     """The leaf, shaped as a flag, that is False where a frame is padding."""
     traj: Hashable | None = None
-    """The leaf, shaped as a flag, of integers that tell trajectories apart."""
+    """The leaf, shaped as a flag, of integer trajectory ids."""
     count: Hashable | None = None
-    """The leaf, shaped as a flag, that is ``Ends.count``, if observations are kept once."""
+    """The leaf, shaped as a flag, that holds ``Ends.count``, if observations are kept once."""
     wide_dtypes: Mapping[Hashable, torch.dtype] = field(default_factory=dict)
-    """The floating dtypes that leaves come out as, of those that are stored as others."""
+    """The output dtypes of leaves that the storage holds as other floating dtypes."""
     held: tuple[Hashable, ...] = field(init=False)
-    """Leaves that come out, each once."""
+    """Leaves that outputs read, each once."""
     has_complex: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        """Finds them."""
+        """Sets ``held`` and ``has_complex``, and makes the cache."""
         object.__setattr__(self, "has_complex", any([dtype.is_complex for _, dtype, _ in self.kinds]))
         object.__setattr__(self, "_found", {})
         object.__setattr__(self, "held", tuple(dict.fromkeys([key for _, key, _ in self.outputs])))
@@ -95,48 +95,48 @@ class Keys(Cache):
 
     @classmethod
     def of(cls, leaves: Leaves, dims: int, done: tuple[Hashable, ...], **others: Any) -> Keys:
-        """Keys of leaves such as these, whose first ``dims`` dimensions are those of frames."""
+        """Returns the keys of leaves whose first ``dims`` dimensions are those of frames."""
         return cls(tuple([(key, leaf.dtype, tuple(leaf.shape[dims:])) for key, leaf in leaves.items()]), done, **others)
 
 
 class Task(NamedTuple):
-    """What is to be computed."""
+    """The parameters of a call."""
 
     keys: Keys
     n_steps: int
-    """Frames in a full window; where sampled frames have numbers of their own, the largest."""
+    """Frames in a full window; if each sampled frame has its own number, the largest of them."""
     gamma: float
-    """Discount per step."""
+    """The discount per step."""
     time_dim: int
     """The position of the time dimension in ``[*B, T]``, ``len(B)``."""
     hold: bool = True
-    """Whether the last ``n_steps`` frames are held back. If not, windows are cut at the last frame."""
+    """Whether the call holds back the last ``n_steps`` frames. If not, it cuts windows at the last frame."""
 
 
 class Results(NamedTuple):
-    """What comes of a call: ``E`` frames ``[*B, E]``, or of ``N`` samples ``[N]``."""
+    """The result of a call that emits ``E`` frames, ``[*B, E]``, or samples ``N`` frames, ``[N]``."""
 
     leaves: dict[Any, Tensor]
-    """The outputs of the keys, ``[*B, E, ...]``: from frame ``e(t)`` or from frame ``t``."""
+    """The outputs, ``[*B, E, ...]``: leaves at the window's end ``e(t)``, its first frame ``t``, or ``e(t) + 1``."""
     returns: dict[Any, Tensor]
     """The n-step return ``[*B, E, *F]`` of every reward."""
     steps: Tensor
-    """``[*B, E]``, int64."""
+    """The frames in the window, int64 ``[*B, E]``."""
     discount: Tensor
-    """``[*B, E]``, float32: ``gamma ** steps``."""
+    """``gamma ** steps``, float32 ``[*B, E]``."""
     nonterminal: Tensor
-    """``[*B, E]``, bool: False where the frame is a boundary."""
+    """False where the frame is a boundary, bool ``[*B, E]``."""
     carry: Carry | None = None
     """The ``min(n_steps, c + T)`` frames held back."""
     indices: Tensor | None = None
-    """int64 ``[N, 1 + len(R)]``: where frames lie that were drawn."""
+    """The indices of the frames that the call drew, int64 ``[N, 1 + len(R)]``."""
 
 
 def return_dtype(reward: Tensor) -> torch.dtype:
-    """That of the n-step return of a reward."""
+    """Returns the dtype of a reward's n-step return."""
     return reward.dtype if reward.is_floating_point() else torch.get_default_dtype()
 
 
 def summed_dtype(reward: Tensor) -> torch.dtype:
-    """That in which a reward is summed."""
+    """Returns the dtype in which a reward is summed."""
     return torch.float64 if return_dtype(reward) == torch.float64 else torch.float32

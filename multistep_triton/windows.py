@@ -1,6 +1,6 @@
-"""Windows in eager PyTorch: where they end and what they sum, for the fast path. May import torch and ``task``.
+"""Windows in eager PyTorch: finds for the fast path where windows end, and sums their rewards.
 
-Windows of 1, 2, 4, ... frames are joined, so that sums take as many operators as n has binary digits, or twice as many.
+It joins windows of 1, 2, 4, ... frames: one or two joins per binary digit of n. May import torch and ``task``.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import Tensor
 from multistep_triton.task import Leaves, Task, compute_once, summed_dtype
 
 Taker: TypeAlias = Callable[[Tensor], Tensor]
-"""Takes rows ``[N]`` of a leaf, bit for bit: ``[N, *F]`` in new memory; no other row is read."""
+"""Copies rows ``[N]`` of a leaf, bit for bit, into new memory ``[N, *F]``; reads no other row."""
 Windows: TypeAlias = tuple[Tensor, list[Tensor]]
-"""Lengths, int32, and discounted sums of the rewards."""
+"""The lengths of windows, int32, and the discounted sum of each reward."""
 
-# Of others torch selects and overwrites no single rows.
+# The dtypes whose rows torch can select and overwrite.
 SELECTED = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 SELECTED |= {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(leaf: Tensor) -> Tensor:
-    """A leaf whose rows torch selects and overwrites: if not those of its dtype, integers of the same bits."""
+    """Returns a leaf whose rows torch can select and overwrite: itself, or a view as integers of the same bits."""
     return leaf if leaf.dtype in SELECTED else leaf.view(BITS[leaf.itemsize])
 
 
 def find_boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, dim: int) -> Tensor:
-    """Boundaries: done, or invalid, or followed by an invalid frame or by one of another trajectory."""
+    """Returns the boundaries: frames that are done or padding, or that padding or another trajectory follows."""
     boundary, frames = done, done.shape[dim]
     before = max(frames - 1, 0)
     if mask is not None:
@@ -47,9 +47,9 @@ def find_boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, dim:
 def find_windows(
     join: Callable[..., Tensor], task: Task, shape: Sequence[int], dim: int
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Of windows that begin at frames of this shape, time in ``dim``: which go on, lengths, and sums of rewards.
+    """Returns which frames of ``shape``, time in ``dim``, are no boundaries, and their windows' lengths and sums.
 
-    ``join`` gives the frames of a leaf or, of several flags, any of them.
+    ``join`` returns the frames of a leaf or, given several flags, their logical or.
     """
     keys, n_steps, gamma, _, hold = task
     known = shape[dim]
@@ -58,21 +58,21 @@ def find_windows(
     goes_on = ~find_boundaries(done, mask, traj, dim)
     rewards = [join(key) for key in keys.rewards]
     if not hold and known:
-        # All windows come out, those at the end cut.
+        # All windows come out; the padding cuts those at the end.
         goes_on = _pad(goes_on.narrow(dim, 0, known - 1), n_steps, dim)
         rewards = [_pad(reward, n_steps - 1, dim) for reward in rewards]
     return goes_on, *sum_windows(goes_on, rewards, n_steps, gamma, dim)
 
 
 def _pad(value: Tensor, frames: int, dim: int) -> Tensor:
-    """``value`` followed by frames of zeros, which no window reads."""
+    """Returns ``value`` followed by frames of zeros, which no window reads."""
     if not frames:
         return value
     return torch.cat((value, value.new_zeros((*value.shape[:dim], frames, *value.shape[dim + 1 :]))), dim)
 
 
 def sum_windows(goes_on: Tensor, rewards: Sequence[Tensor], n_steps: int, gamma: float, dim: int) -> Windows:
-    """The windows of ``n_steps`` of ``S`` frames, time in dimension ``dim``: of the first ``S - n_steps + 1``.
+    """Returns the windows of ``n_steps`` frames that begin at the first ``S - n_steps + 1`` of ``S``, time in ``dim``.
 
     ``goes_on`` is False at boundaries.
     """
@@ -91,7 +91,7 @@ def sum_windows(goes_on: Tensor, rewards: Sequence[Tensor], n_steps: int, gamma:
 
 
 def _append(on: Tensor, first: Windows, then: Windows, shift: int, weight: float, dim: int) -> Windows:
-    """Windows of ``first`` which, where the trajectory is ``on`` to their end, go on with those of ``then``.
+    """Extends windows ``first`` by windows ``then``, ``shift`` frames later, where the trajectory is ``on`` to there.
 
     A boundary selects, it never multiplies, so that a NaN or Inf after it does not reach the frames before it.
     """
@@ -107,12 +107,12 @@ def _append(on: Tensor, first: Windows, then: Windows, shift: int, weight: float
 
 
 def discounts(steps: Tensor, n_steps: int, gamma: float) -> Tensor:
-    """``gamma ** steps``, float32, each power rounded once."""
+    """Returns ``gamma ** steps``, float32, each power rounded once."""
     return powers_of(gamma, n_steps, steps.device).index_select(0, steps.view(-1)).view(steps.shape)
 
 
 def powers_of(gamma: float, n_steps: int, device: torch.device) -> Tensor:
-    """``gamma ** k`` for ``k = 0 .. n_steps``, float32."""
+    """Returns ``gamma ** k`` for ``k = 0 .. n_steps``, float32."""
     return torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=torch.float32, device=device)
 
 
@@ -121,12 +121,12 @@ def index_dtype(largest: int) -> torch.dtype:
 
 
 def move_rows(rows: Tensor, slots: int | Tensor, live: int, envs: int) -> Tensor:
-    """The rows of so many slots further on in a ring of ``live`` slots, each of ``envs`` rows."""
+    """Returns the rows ``slots`` slots after ``rows`` in a ring of ``live`` slots of ``envs`` rows each."""
     return torch.add(rows, slots, alpha=envs) % (live * envs)
 
 
 def runs_of(slot: int, frames: int, slots: int) -> list[tuple[int, int]]:
-    """First slot and length of the runs of slots that frames go to, from a slot on; after the last comes the first."""
+    """Returns first slot and length of each run that frames from ``slot`` on fill; the first slot follows the last."""
     near = min(frames, slots - slot)
     return [(slot, near)] if near == frames else [(slot, near), (0, frames - near)]
 
@@ -139,13 +139,13 @@ def write_runs(leaf: Tensor, frames: Tensor, runs: list[tuple[int, int]], time_d
 
 
 def take_rows(value: Tensor, rows: Tensor) -> Tensor:
-    """Rows of ``value`` ``[N, *F]``, bit for bit, in new memory."""
+    """Copies rows of ``value`` ``[S, *F]``, bit for bit, into new memory."""
     return _taker(value, value.shape[:1])(rows)
 
 
 def takers(data: Leaves, sizes: torch.Size) -> Mapping[Any, Taker]:
-    """What takes rows of each leaf ``[*sizes, *F]``, counted over ``sizes``."""
-    # Of what requires grad, the graph is not kept.
+    """Returns the taker of each leaf ``[*sizes, *F]``, which counts rows over ``sizes``."""
+    # A cached taker would keep the autograd graph of a leaf that requires grad.
     known: Leaves = {} if any([leaf.requires_grad for leaf in data.values()]) else data
     found: Mapping[Any, Taker]
     found = compute_once(known, ("takers", sizes), lambda: {key: _taker(leaf, sizes) for key, leaf in data.items()})
@@ -162,6 +162,6 @@ def _taker(leaf: Tensor, sizes: torch.Size) -> Taker:
     flat, features = leaf.flatten(0, len(sizes) - 1), leaf.shape[len(sizes) :]
     if not features or flat.numel() != flat.shape[0] or not flat.numel():
         return lambda rows: flat.index_select(0, rows)
-    # torch selects elements in a fraction of the time that it takes for rows of one element.
+    # torch selects elements in a fraction of the time that it needs for rows of one element.
     elements = flat.flatten()
     return lambda rows: elements.index_select(0, rows).view(-1, *features)

@@ -1,5 +1,6 @@
 """The kernels where tiles, strides, dtypes and lengths make a difference: interpreted on a CPU, compiled on a GPU."""
 
+import itertools
 import weakref
 
 import numpy
@@ -454,6 +455,27 @@ def test_batch_dimensions_of_one(batch, time):
         for key, leaf in rollout(batch, 5).items()
     }
     check(rollout(batch, 2, seed=1), data, 2)
+
+
+@pytest.mark.parametrize("trailing", [False, True])
+@pytest.mark.parametrize("time_first", [False, True])
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))], ids=str)
+def test_a_mask_that_environments_share_wherever_it_lies(order, time_first, trailing):
+    """In memory, dimensions of the reward lie in this order, and those of the mask with time first or last."""
+    reward, done = (
+        leaf.permute(order).contiguous().permute([order.index(dim) for dim in range(3)])
+        for leaf in (torch.arange(24.0).view(2, 3, 4), flags((2, 3, 4), 0.2, 0))
+    )
+    mask = torch.tensor([[True, True, False, True], [True, False, True, True]]).unsqueeze(1)
+    if time_first:
+        mask = mask.movedim(-1, 0).contiguous().movedim(0, -1)
+    mask = mask.unsqueeze(-1).expand(2, 3, 4, 1) if trailing else mask.expand(2, 3, 4)
+    got, expected = (
+        n_step_return(reward, done, gamma=GAMMA, n_steps=3, mask=mask, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    assert torch.equal(got.steps, expected.steps)
+    assert torch.allclose(got.reward, expected.reward)
 
 
 def test_views_whose_bytes_are_not_their_values():
