@@ -2,6 +2,7 @@
 
 Only this module looks for Triton, and only if a backend other than the reference may run. It tells the logger
 ``multistep_triton`` once which backend runs and why; it logs a fallback on an accelerator as a warning.
+May import ``checks``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The carry: frames held back between calls, in slots that the next call may write into.
 
-Owns which frame lies in which slot, and no maths. Imports torch only.
+Owns which frame lies in which slot, and no maths. May import torch only.
 """
 
 from __future__ import annotations

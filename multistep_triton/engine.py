@@ -2,7 +2,7 @@
 
 Every backend implements the same four functions: :func:`n_step_extend` of carry and data, :func:`n_step_sample` of a
 storage, :func:`store_frames` into one, and :func:`gather_future`. May import ``task``, ``carry``, ``samples``,
-``backends``, ``eager`` and, inside the branch that runs them, the kernels and what verifies them.
+``ends``, ``backends``, ``eager`` and, inside the branch that runs them, the kernels and what verifies them.
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ class OwnedTransform(CarryingTransform):
             del owner
             gc.collect()
             owner = self._find_owner()
-        if owner not in (None, buffer) or (self._owner and owner is None and self._carry is not None):
+        # Torchrl asks twice before it appends a transform to its list.
+        is_known = self._owner is None or owner is buffer or self._owner() is buffer
+        if owner not in (None, buffer) or (not is_known and self._carry is not None):
             remedy = "clear() it, as the other one is gone" if owner is None else "give each a transform of its own"
             raise ValueError(
                 f"a MultiStepTransform must belong to one replay buffer, as it holds back frames of one stream, got a "

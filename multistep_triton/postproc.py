@@ -1,4 +1,7 @@
-"""MultiStep: turns rollouts into n-step transitions as a collector's postproc. May import ``base`` and what it may."""
+"""MultiStep: turns rollouts into n-step transitions as a collector's postproc.
+
+May import ``base`` and what it may, and ``backends``.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """NStepReplayBuffer: a buffer that stores single steps and samples n-step transitions.
 
 Owns what is computed from sampled frames, and which data may be stored. May import ``base`` and what it may,
-``samples``, ``neighbours``, ``stored``, ``sampled`` and ``torchrl_internals``.
+``backends``, ``capturable``, ``neighbours``, ``outputs``, ``repeated``, ``samples``, ``stored``, ``torchrl_internals``.
 """
 
 from __future__ import annotations

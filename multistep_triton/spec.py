@@ -3,6 +3,7 @@
 The tests and ``backend="verify"`` compare the other backends with it. Flags are ``[*B, S]``, time last, leaves
 ``[*B, S, *F]``. ``x.roll(-1)`` gives each frame the next frame's ``x``; the last known frame gets the first one's, but
 no result uses that, as this frame is a boundary. Boundaries select: a NaN beyond one reaches nothing before it.
+May import ``task``, ``carry``, ``samples`` and ``spec_ring``.
 """
 
 from __future__ import annotations

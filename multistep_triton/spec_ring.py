@@ -1,4 +1,7 @@
-"""The specification of a ring: the frames of a window and, if observations are kept once, the rows after them."""
+"""The specification of a ring: the frames of a window and, if observations are kept once, the rows after them.
+
+May import ``task`` and ``samples``.
+"""
 
 from __future__ import annotations
 

@@ -27,45 +27,38 @@ def test_every_mutation_alters_a_line_that_is_there():
     assert all(mutate.line_number(mutation) > 0 for mutation in mutate.MUTATIONS)
 
 
-# What a module of the core may import of the core, besides what those may; see ARCHITECTURE.md.
-IMPORTS = {
-    "checks": (),
-    "carry": (),
-    "task": ("carry",),
-    "ends": ("task", "windows"),
-    "samples": ("ends", "task"),
-    "windows": ("task",),
-    "spec": ("carry", "samples", "spec_ring", "task"),
-    "spec_ring": ("samples", "task"),
-    "eager": ("carry", "eager_ring", "task", "windows"),
-    "eager_ends": ("ends", "samples", "task", "windows"),
-    "eager_ring": ("eager_ends", "ends", "samples", "task", "windows"),
-    "backends": ("checks",),
-    "engine": ("backends", "carry", "eager", "ends", "samples", "task"),
-    "functional": ("backends", "checks", "engine", "task"),
-    "layouts": ("task",),
-    "frames": ("carry", "layouts"),
-    "roles": ("layouts",),
-    "groups": ("carry", "checks", "engine", "frames", "layouts", "roles", "samples", "task"),
-}
-
-
 def imported(path):
     """The modules of this package that a file imports when it is imported, and those it imports in a function."""
     at_once, later = set(), set()
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("multistep_triton"):
-            names = [f"{node.module}.{each.name}" for each in node.names]
-            parts = {name.split(".")[1] for name in names} - set(multistep_triton.__all__)
+            names = [f"{node.module}.{each.name}".split(".")[1:] for each in node.names]
+            folders = {"buffer", "debug"}
+            parts = {part for first, *more in names for part in (first, *more[: first in folders])}
+            parts -= {"__version__", *multistep_triton.__all__}
             (at_once if node in tree.body else later).update(parts)
     return at_once, later
 
 
-@pytest.mark.parametrize("module", IMPORTS)
-def test_a_module_imports_what_it_may(module):
-    at_once, _ = imported(ROOT / "multistep_triton" / f"{module}.py")
-    assert at_once <= set(IMPORTS[module])
+CORE = {path.stem: path for path in (ROOT / "multistep_triton").rglob("*.py") if not path.stem.startswith("__")}
+
+
+def may_import(module):
+    """The modules that a module's docstring says it may import, and those that they may where it says so."""
+    doc = ast.get_docstring(ast.parse(CORE[module].read_text()))
+    said = " ".join(doc[doc.index("May import") :].split())
+    allowed = {*CORE} if "the package" in said else {*re.findall(r"``(\w+)``", said)}
+    for names, pronoun in re.findall(r"((?:``\w+``(?:, | and )?)+) and what (it|they) may", said):
+        others = re.findall(r"``(\w+)``", names)
+        allowed.update(*map(may_import, others if pronoun == "they" else others[-1:]))
+    return allowed
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_a_module_imports_what_its_docstring_says(module):
+    at_once, _ = imported(CORE[module])
+    assert at_once - {"buffer", "debug"} <= may_import(module)
 
 
 def test_the_core_imports_the_kernels_and_the_tools_where_they_run_alone():

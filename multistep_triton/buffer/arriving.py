@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 
 from multistep_triton.buffer.stored import check_continues, check_dims, leaves_of
 from multistep_triton.buffer.storing import StoringReplayBuffer
@@ -50,10 +51,13 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         return {as_key(path): dtype for path, dtype in self._store_as.items()}
 
     def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
-        data, pending = self._completed(data)
-        index = super()._extend(data, update_priority=update_priority)
-        if pending is not None:
-            self._order.pending = pending
+        if not self._compact:
+            return super()._extend(data, update_priority=update_priority)
+        with self._replay_lock:
+            data, pending = self._completed(data)
+            index = super()._extend(data, update_priority=update_priority)
+            if pending is not None:
+                self._order.pending = pending
         return index
 
     def _add(self, data: TensorDictBase) -> Any:
@@ -96,6 +100,11 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
             )
         if getattr(self, "_capturable", False):
             raise ValueError("capturable must be False where frames come without what comes after them")
+        if isinstance(self._sampler, PrioritizedSampler) and as_path(key := getattr(self, "priority_key", "")) in every:
+            raise ValueError(
+                f"data must hold no priorities, {key!r}, where frames come without what comes after them, as the "
+                f"newest is stored with the next one: delete the entry, and update the priorities of what is sampled"
+            )
         if objects := [path for path, leaf in every.items() if not isinstance(leaf, Tensor)]:
             raise TypeError(
                 f"data must hold tensors alone where frames come without what comes after them, got {objects}"
@@ -109,6 +118,8 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
                 raise ValueError(
                     f"data must not hold both {path} and {('next', *path[1:])}, which comes after every frame"
                 )
+        # The newest frame is stored, and checked as what is stored, with the next one.
+        self._check_data(data, self.dim_extend, every, {}, False)
         if pending is None:
             return
         before = leaves_of(pending, pending.batch_dims)

@@ -146,18 +146,20 @@ class OrderedReplayBuffer(ReplayBuffer):
             self._writer.register_storage(storage)
             self._adopt()
 
-        with self._futures_lock, self._replay_lock:
+        # Batches that are being prefetched take the replay lock.
+        with self._futures_lock:
             self._clear_prefetch_queue_locked()
-            try:
-                put(storage, dim_extend if storage.ndim == before.ndim else storage.ndim - 1)
-            except BaseException:
+            with self._replay_lock:
                 try:
-                    put(before, dim_extend)
-                finally:
-                    self._collate_fn = collate
-                raise
-            self._sampler._empty()
-            self.set_rng(self._rng)
+                    put(storage, dim_extend if storage.ndim == before.ndim else storage.ndim - 1)
+                except BaseException:
+                    try:
+                        put(before, dim_extend)
+                    finally:
+                        self._collate_fn = collate
+                    raise
+                self._sampler._empty()
+                self.set_rng(self._rng)
         return before
 
     def set_writer(self, writer: Writer) -> Any:
@@ -195,5 +197,6 @@ class OrderedReplayBuffer(ReplayBuffer):
         """Empties the buffer, as in torchrl, and drops its prefetched batches."""
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
-            super().empty(empty_write_count)
-            self._order.take_position()
+            with self._replay_lock:
+                super().empty(empty_write_count)
+                self._order.take_position()

@@ -1,6 +1,6 @@
 """What a sample holds: entries of a storage, and entries that windows add.
 
-May import ``base`` and what it may, ``ends``, ``eager_ends`` and ``repeated``.
+May import ``base`` and what it may, ``samples``, ``ends``, ``eager_ends`` and ``repeated``.
 """
 
 from __future__ import annotations

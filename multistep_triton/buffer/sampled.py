@@ -1,7 +1,7 @@
 """SampledReplayBuffer: a buffer whose samples are computed from frames, by methods of a subclass.
 
 Owns what is read under the buffer's locks, and which prefetched batches are valid. Reaches into private attributes of
-torchrl's buffers. May import torchrl, ``stored`` and ``checkpointed``.
+torchrl's buffers. May import torchrl, ``stored``, ``checkpointed`` and what it may.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
         """Updates priorities, as in torchrl, which would take time alone for the index of frames ``[num_envs, T]``."""
         index = data.get("index", None)
+        if index is None and self._order.pending is not None:
+            # The frame waits, and gets the sampler's default priority when it is stored.
+            return
         super().update_tensordict_priority(data.reshape(-1) if index is not None and index.ndim > 2 else data)
 
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict[str, Any]]:

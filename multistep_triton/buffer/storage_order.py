@@ -1,6 +1,7 @@
 """The order of the frames in a storage: an ``Order`` tells all buffers on a storage where the newest frame lies.
 
-Reaches into private attributes of torchrl's storages and writers. May import torchrl and ``stored``.
+Reaches into private attributes of torchrl's storages and writers. May import torchrl, ``ends`` and
+``stored``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Owns how frames are written: by torchrl's writer or, in repeated calls, by the engine; knows no windows. Reaches into
 private attributes of torchrl's buffers, storages and writers. May import torchrl, ``ordered``, ``layouts``, ``stored``,
-``repeated`` and ``engine``.
+``repeated``, ``backends``, ``ends`` and ``engine``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Twins: entries under "next" that also exist at the root, so that the next frame holds their values.
 
-May import ``frames``, ``layouts``, ``roles`` and ``repeated``.
+May import ``frames``, ``layouts``, ``roles``, ``stored`` and ``repeated``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checks whether observations can be kept once: a frame's entry under "next" must be the next frame's at the root.
 
-Owns the printed report. May import ``twins``, ``postproc`` and what they may, ``explain`` and ``verify``.
+Owns the printed report. May import ``ends``, ``twins``, ``postproc`` and what they may, ``explain`` and ``verify``.
 """
 
 from __future__ import annotations

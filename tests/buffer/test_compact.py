@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from paths import EITHER, kernels, no_collection, specification
 from rings import TRAJ_KEY, TWINS, Ring, assert_same_bytes, assert_sampled, kept_once, make_buffer, make_stream
 from saving import EVERY_WAY, WAYS, loading_is_told
+from segment_trees import plant
 from tensordict import NonTensorStack, TensorDict, lazy_stack
 from torchrl.data import (
     LazyMemmapStorage,
@@ -19,11 +20,12 @@ from torchrl.data import (
     SliceSampler,
     TensorDictReplayBuffer,
 )
-from torchrl.data.replay_buffers.samplers import PrioritizedSampler, prioritized
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 from torchrl.envs.transforms import RewardScaling
 
 from multistep_triton import EquivalenceError, NStepReplayBuffer
 from multistep_triton.ends import Ends
+from multistep_triton.kernels import run as running
 
 KEPT = {("next", key) for key in TWINS}
 SLOTS, NEXT = 8, ("next", "observation")
@@ -313,6 +315,19 @@ def test_long_windows_by_the_kernels_that_have_lost_ends():
         assert_kept_once(buffers, ring)
 
 
+def test_rows_of_what_comes_after_ends_are_counted_in_31_bits(monkeypatch):
+    """There is one more than slots, for the newest frame."""
+    stream = stream_of((2,), 12)
+    with kernels():
+        buffers = make_pair(batch=(2,))
+        extend(buffers, stream[:, :2]), extend(buffers, stream[:, 2:4])
+        monkeypatch.setattr(running, "MOST_ROWS", 2 * SLOTS)
+        for use in (lambda: buffers[0].extend(stream[:, 4:6]), lambda: buffers[0].sample(7)):
+            with pytest.raises(RuntimeError, match=f"at most {2 * SLOTS} frames in a call, got {2 * SLOTS + 2}"):
+                use()
+        buffers[1].extend(stream[:, 4:6]), buffers[1].sample(7)
+
+
 def test_more_frames_than_a_program_counts_at_once():
     stream = stream_of((), 160)
     with kernels():
@@ -444,25 +459,6 @@ def test_capturable(where, end_slots):
                 torch.testing.assert_close(sample[key], leaf, **({} if "reward" in key else {"rtol": 0, "atol": 0}))
 
 
-class Tree:
-    """A segment tree's values, in an array."""
-
-    def __init__(self, size):
-        self.values = np.zeros(size)
-
-    def __getitem__(self, index):
-        return torch.as_tensor(self.values[index])
-
-    def __setitem__(self, index, value):
-        self.values[index] = value
-
-    def query(self, left, right):
-        return float(self.values[left:right].sum()) or 1e-3
-
-    def scan_lower_bound(self, mass):
-        return np.searchsorted(np.cumsum(self.values), mass)
-
-
 SLICES = {"num_slices": 2, "truncated_key": None, "end_key": ("next", "done"), "strict_length": False}
 SAMPLERS = {
     "prioritized": (lambda: PrioritizedSampler(2 * SLOTS, 0.7, 0.5), {"priority_key": "td"}),
@@ -476,8 +472,7 @@ SAMPLERS = {
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't:DeprecationWarning", "ignore:To copy construct")
 @pytest.mark.parametrize(("sampler", "arguments"), SAMPLERS.values(), ids=SAMPLERS)
 def test_samplers_and_transforms(sampler, arguments, monkeypatch):
-    for name in ("SumSegmentTreeFp32", "SumSegmentTreeFp64", "MinSegmentTreeFp32", "MinSegmentTreeFp64"):
-        monkeypatch.setattr(prioritized, name, Tree)
+    plant(monkeypatch)
     stream, samples = stream_of((2,)), ([], [])
     for drawn, more in zip(samples, ({"compact": True, "end_slots": SLOTS}, {}), strict=True):
         torch.manual_seed(0), np.random.seed(0)

@@ -185,6 +185,26 @@ def test_a_transform_that_fails_while_a_prefetched_sample_is_made_anew():
     assert sorted(seen) == ring.numbers()
 
 
+def test_another_storage_while_a_batch_is_prefetched():
+    """The thread that prefetches waits for the lock under which the storage is exchanged."""
+    buffer, _ = wrapped(sampler=None, batch_size=4, prefetch=1)
+    entries, begun, opened = buffer._order.entries, threading.Event(), threading.Event()
+
+    def gate():
+        if threading.current_thread() is not threading.main_thread() and not opened.is_set():
+            begun.set()
+            opened.wait(0.5)
+        return entries()
+
+    buffer._order.entries = gate
+    buffer.sample()
+    assert begun.wait(10)
+    other, ring = wrapped(sampler=None)
+    soon(lambda: buffer.set_storage(other.storage))
+    opened.set()
+    assert_sampled(soon(buffer.sample), ring)
+
+
 def is_of(sample, ring, n_steps):
     try:
         assert_sampled(sample, ring, n_steps)

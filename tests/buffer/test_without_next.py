@@ -1,11 +1,15 @@
 """Frames that come without what comes after them, as from a collector with compact_obs=True, beside those with it."""
 
 import copy
+import threading
+import time
 import warnings
 
 import pytest
 import torch
 from rings import TRAJ_KEY, kept_once, make_buffer, make_stream
+from segment_trees import plant
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 
 CAPACITY, CUTS = 12, [1, 3, 5, 13, 1, 1, 1]
 
@@ -128,3 +132,63 @@ def test_a_captured_step_cannot_wait():
     buffer = make((3,), capturable=True, sampler=None)
     with pytest.raises(ValueError, match="capturable must be False"):
         buffer.extend(without(kept_once(make_stream((3,), 5))))
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda data: data.exclude(("next", "reward")),
+        lambda data: data.update({"next": {"done": data["next", "done"].float()}}),
+    ],
+    ids=["no reward", "floats"],
+)
+def test_the_first_frame_is_checked_though_it_waits(alter):
+    stream = kept_once(make_stream((3,), 20))
+    bare, buffer, usual = without(stream), make((3,)), make((3,))
+    with pytest.raises((KeyError, TypeError), match=r"reward|done"):
+        buffer.extend(alter(bare[:, :1].clone()))
+    buffer.extend(bare[:, :1]), buffer.extend(bare[:, 1:4]), usual.extend(stream[:, :3])
+    assert_same(buffer, usual)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't:DeprecationWarning", "ignore:To copy construct")
+def test_priorities_of_frames_that_wait(monkeypatch):
+    plant(monkeypatch)
+    stream = kept_once(make_stream((3,), 20))
+    bare = without(stream)
+    bare["td_error"] = torch.rand(3, 20)
+    buffer = make((3,), sampler=PrioritizedSampler(CAPACITY * 3, 0.7, 0.5))
+    with pytest.raises(ValueError, match="must hold no priorities, 'td_error'"):
+        buffer.extend(bare[:, :3])
+    for t in range(6):
+        buffer.add(bare[:, t].exclude("td_error"))
+    assert len(buffer) == 15
+    sample = buffer.sample(8)
+    sample["td_error"] = torch.ones(8)
+    buffer.update_tensordict_priority(sample)
+    sampled = {*map(tuple, buffer.sample(400)["index"].tolist())}
+    assert len(sampled) > 5 and sampled <= {(slot, env) for slot in range(5) for env in range(3)}
+
+
+def test_threads_that_extend_wait_for_each_other(monkeypatch):
+    """Of two that go on from the frame that waits, one would store it twice."""
+    stream = kept_once(make_stream((), 60, p_done=0.0))
+    bare, buffer = without(stream), make(())
+    buffer.extend(bare[:1])
+    completed, inside = type(buffer)._completed, []
+
+    def slowly(self, data):
+        inside.append(len(inside))
+        result = completed(self, data)
+        time.sleep(0.05)
+        return result
+
+    monkeypatch.setattr(type(buffer), "_completed", slowly)
+    threads = [threading.Thread(target=buffer.extend, args=(bare[i : i + 1],)) for i in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(inside) == len(buffer) == 3
+    assert sorted(buffer[:]["number"].tolist())[0] == 0
+    assert len({*buffer[:]["number"].tolist()}) == 3

@@ -170,6 +170,26 @@ def test_a_transform_whose_buffer_is_gone():
     assert len(second) == 4
 
 
+@pytest.mark.parametrize("add", ["append_transform", "insert_transform"])
+@pytest.mark.parametrize("how", ["loaded", "copied", "put back"])
+def test_a_transform_that_holds_frames_is_added_to_a_buffer(add, how):
+    """Torchrl asks it twice before it is in the buffer's list."""
+    transform = MultiStepTransform(3, 1.0)
+    first = buffer_with(transform)
+    first.extend(numbered(0, 6))
+    if how == "loaded":
+        given, buffer = MultiStepTransform(3, 1.0), buffer_with(None)
+        given.load_state_dict(transform.state_dict())
+    elif how == "copied":
+        given, buffer = copy.deepcopy(transform), buffer_with(None)
+    else:
+        given, buffer = transform, first
+        del buffer.transform.transforms[0]
+    getattr(buffer, add)(*([0] if add == "insert_transform" else []), given)
+    buffer.extend(numbered(6, 9))
+    assert buffer[:]["observation"].flatten().tolist()[-3:] == [3, 4, 5]
+
+
 def test_copies_belong_to_copies():
     buffer = buffer_with(MultiStepTransform(3, 1.0))
     buffer.extend(numbered(0, 6))
