@@ -60,8 +60,8 @@ NAMES = {
         "_storage",
     },
     "buffer/arriving.py": {
-        # a buffer's parts, and how it stores
-        "_storage", "_extend", "_add",
+        # a buffer's parts and its lock, and how it stores
+        "_storage", "_sampler", "_replay_lock", "_extend", "_add",
     },
     "replay_buffer.py": {
         # a buffer's parts, and whether samples are prefetched
