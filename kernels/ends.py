@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multistep_triton.kernels.picked import row_of_slot
+from multistep_triton.kernels.ring import row_of_slot
 from multistep_triton.kernels.rows import NOWHERE
 
 

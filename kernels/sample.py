@@ -1,4 +1,4 @@
-"""Sampling: computes the windows of frames that were picked from a ring, in two launches.
+"""Sampling: computes the windows of frames that were sampled from a ring, in two launches.
 
 A caller that samples the same leaves again and again passes them as :class:`multistep_triton.task.CachedLeaves`: the
 arguments of launches that depend on the leaves and the batch size are then computed once.
@@ -72,13 +72,13 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     summed = returns
     if windows.INTERPRETED:
         summed = {key: widened(each) for key, each in returns.items()}
-    picked = tuple([aligned(dim.contiguous()) for dim in indices])
+    indices = tuple([aligned(dim.contiguous()) for dim in indices])
     limits = () if own is None else (aligned(own.contiguous()),)
     most = min(task.n_steps, 1 << longest.bit_length())
     with on(steps.device):
         run(
             *(plan.compiled, windows.n_step_windows_kernel, (kind, len(limits), others, written is None), programs),
-            *(*flags, rewards, tuple(summed.values()), picked, limits, others, index, written),
+            *(*flags, rewards, tuple(summed.values()), indices, limits, others, index, written),
             count_leaf,
             *(steps, discount, nonterminal, lists, powers(task.gamma, most, steps.device)),
             *(envs, agents, 0, live, count, 0, longest, 1, 1, end_slots),

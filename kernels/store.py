@@ -15,8 +15,8 @@ from multistep_triton.ends import Ends
 from multistep_triton.kernels import keep, rows
 from multistep_triton.kernels.keep import count_before, find_before, has_ended, keep_tile
 from multistep_triton.kernels.layout import lie_in_order
-from multistep_triton.kernels.picked import store_index
 from multistep_triton.kernels.plan import getter
+from multistep_triton.kernels.ring import store_index
 from multistep_triton.kernels.rows import copy_tile
 from multistep_triton.kernels.run import ALIGNMENT, as_real, check_fits, is_amd, on, run
 from multistep_triton.kernels.windows import INTERPRETED

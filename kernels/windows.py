@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from multistep_triton.kernels.ends import any_of, find_following, find_lost, is_lost, read_total
-from multistep_triton.kernels.picked import find_live, find_picked, row_of_slot, store_index
+from multistep_triton.kernels.ring import find_live, find_sampled, row_of_slot, store_index
 from multistep_triton.kernels.rows import either_pointer
 
 # Lanes of a program: with 128 threads, 4 for each.
@@ -198,18 +198,18 @@ RINGS = ["carry_first", "carry_slots", "carry_inner", "data_first", "data_slots"
 
 @triton.jit(do_not_specialize=SIZES + RINGS)
 def n_step_windows_kernel(
-    dones, masks, ids, rewards, returns, picked, limits, others, index_ptr, written_ptr, count_ptr, steps_ptr,
+    dones, masks, ids, rewards, returns, indices, limits, others, index_ptr, written_ptr, count_ptr, steps_ptr,
     discount_ptr, nonterminal_ptr, rows_ptr, powers_ptr, envs, agents, carried, known, emitted, held_rows, n_steps,
     blocks, held_inner, end_slots, carry_first, carry_slots, carry_inner, data_first, data_slots, data_inner,
     WIDTHS: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr, LONG: tl.constexpr, TIME_MAJOR: tl.constexpr,
-    PICKED: tl.constexpr, DRAWN: tl.constexpr, DIMS: tl.constexpr, DATA: tl.constexpr, ROWS: tl.constexpr,
+    SAMPLED: tl.constexpr, DRAWN: tl.constexpr, DIMS: tl.constexpr, DATA: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Computes the windows of one tile, ``TILE / LANES`` blocks; :func:`shape_blocks` has LEVELS, PIECE and ``blocks``.
 
     In a stream, ``blocks`` blocks store the first ``emitted`` windows of an environment; with TIME_MAJOR, neighbouring
-    blocks are of neighbouring environments. With PICKED, each of ``emitted`` blocks is a sample: ``picked``, ``others``
-    and DRAWN are as in ``find_picked``, ``limits`` has every sample's n unless they are alike, and ``index_ptr``,
+    blocks are of neighbouring environments. With SAMPLED, each of ``emitted`` blocks is a sample: ``indices``,
+    ``others`` and DRAWN are as in ``find_sampled``, ``limits`` has every sample's n unless all are alike, ``index_ptr``,
     ``[emitted, DIMS]`` or None, gets where samples lie. A write count at ``written_ptr`` says which of ``known`` slots
     hold frames. ``count_ptr`` is ``Ends.count``, with ``end_slots`` final observations; ``powers_ptr`` has
     ``gamma ** k``. With ROWS, ``rows_ptr`` gets lists of rows: of the frames, of ``held_rows`` frames to hold back in a
@@ -226,9 +226,9 @@ def n_step_windows_kernel(
     block = tl.program_id(0) * (TILE // LANES) + tl.arange(0, TILE // LANES)[:, None]
 
     limit, counted = n_steps, ()
-    if PICKED:
+    if SAMPLED:
         exists = block < emitted
-        env, slot, begin, live = find_picked(block, exists, picked, others, envs, known, data_first, DRAWN)
+        env, slot, begin, live = find_sampled(block, exists, indices, others, envs, known, data_first, DRAWN)
         if index_ptr is not None:
             store_index(index_ptr, block, slot, env, others, exists, DIMS)
         if len(limits) > 0:
@@ -251,7 +251,7 @@ def n_step_windows_kernel(
     frame, row, end, boundary = find_windows(env, begin, lane, live, limit, flags, stream, counted, LEVELS, LONG, DATA)
     steps = count_steps(env, frame, lane, end, live, limit, n_steps, flags, stream, counted, LEVELS, PIECE, LONG, DATA)
     end_row = row_of_frame(env, frame + steps - 1, stream, DATA)
-    if PICKED:
+    if SAMPLED:
         # A sample of no frame gets 0 steps, discount 1, NaN as its return, and zeros for all else.
         steps = tl.where(live, steps, 0)
         boundary |= ~live
@@ -275,10 +275,10 @@ def n_step_windows_kernel(
             list_held(rows_ptr + rows, held_rows, envs, held_inner, stream, DATA, TILE)
 
 
-def shape_blocks(n_steps: int, emitted: int, picked: bool) -> tuple[int, int, int]:
+def shape_blocks(n_steps: int, emitted: int, sampled: bool) -> tuple[int, int, int]:
     """Returns LEVELS and PIECE for windows of ``n_steps`` frames, and the blocks of ``emitted`` consecutive windows."""
     # A block has lanes for its last window's frames, too: two pieces in all, unless one piece holds every window.
     piece = min((n_steps - 1).bit_length(), MOST_PIECE)
     longest = min(n_steps, 1 << piece)
-    levels = piece if picked or emitted <= (1 << piece) - longest + 1 else piece + 1
+    levels = piece if sampled or emitted <= (1 << piece) - longest + 1 else piece + 1
     return levels, piece, max(-(-emitted // ((1 << levels) - longest + 1)), 1)

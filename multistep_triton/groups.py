@@ -224,15 +224,15 @@ def n_step_sample_groups(
     windows: list[Windows] = []
     shortest: dict[tuple[KeyPath, ...], tuple[Tensor, Tensor]] = {}
     for group in groups:
-        picked, shape = samples, torch.Size([count])
+        chosen, shape = samples, torch.Size([count])
         if group.shared:
             # The shortest window of any agent is the window of what agents share, whatever ended it.
-            picked = samples._replace(n_steps=shortest[group.flags][0])
+            chosen = samples._replace(n_steps=shortest[group.flags][0])
         elif group.agents:
             shape = torch.Size([count, *group.agents])
-            picked = _every_agent(samples, shape)
+            chosen = _every_agent(samples, shape)
         of_group = _view(group, group.counted if group.shared else group.marks, data, dims)
-        each = n_step_sample(task._replace(keys=group.sampled), picked, of_group, backend)
+        each = n_step_sample(task._replace(keys=group.sampled), chosen, of_group, backend)
         returns.update((key, value.view(*shape, *value.shape[1:])) for key, value in each.returns.items())
         leaves.update((key, leaf.view(*shape, *leaf.shape[1:])) for key, leaf in each.leaves.items())
         nonterminal = shortest[group.flags][1] if group.shared else each.nonterminal.view(shape)

@@ -1,4 +1,4 @@
-"""Picked: finds the sampled frames of a ring, and where frames lie, as rows and as indices."""
+"""Ring: finds the sampled frames of a ring, and where frames lie, as rows and as indices."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def row_of_slot(env, slot, ring, NESTED: tl.constexpr, TURNS: tl.constexpr):
 
 
 @triton.jit
-def find_picked(block, exists, picked, others, envs, known, first, DRAWN: tl.constexpr):
+def find_sampled(block, exists, indices, others, envs, known, first, DRAWN: tl.constexpr):
     """Returns environment, slot, frame counted from slot ``first`` on, and ``live`` of each sample ``block``.
 
-    ``picked`` has an index for every dimension or, if DRAWN, one number: a row of the ``known * envs`` with frames, or
+    ``indices`` has an index for every dimension or, if DRAWN, one number: a row of the ``known * envs`` with frames, or
     a share in [0, 1). Nothing is loaded of what is no frame, where ``live`` is False. ``others``: see ``store_index``.
     """
-    index = tl.load(picked[0] + block, mask=exists, other=0)
+    index = tl.load(indices[0] + block, mask=exists, other=0)
     if DRAWN:
         rows = known * envs
         if index.dtype.is_floating():
@@ -42,9 +42,9 @@ def find_picked(block, exists, picked, others, envs, known, first, DRAWN: tl.con
         outermost = envs
         for d in tl.static_range(len(others)):
             outermost = outermost // others[d]
-        for d in tl.static_range(1, len(picked)):
+        for d in tl.static_range(1, len(indices)):
             size = outermost if d == 1 else others[d - 2]
-            index = tl.load(picked[d] + block, mask=exists, other=0)
+            index = tl.load(indices[d] + block, mask=exists, other=0)
             live &= (index >= 0) & (index < size)
             env = env * size + index.to(tl.int32)
     begin = slot - first
