@@ -209,7 +209,7 @@ def n_step_windows_kernel(
 
     In a stream, ``blocks`` blocks store the first ``emitted`` windows of an environment; with TIME_MAJOR, neighbouring
     blocks are of neighbouring environments. With SAMPLED, each of ``emitted`` blocks is a sample: ``indices``,
-    ``others`` and DRAWN are as in ``find_sampled``, ``limits`` has every sample's n unless all are alike, ``index_ptr``,
+    ``others`` and DRAWN are as in ``find_sampled``, ``limits`` has each sample's n unless all are alike, ``index_ptr``,
     ``[emitted, DIMS]`` or None, gets where samples lie. A write count at ``written_ptr`` says which of ``known`` slots
     hold frames. ``count_ptr`` is ``Ends.count``, with ``end_slots`` final observations; ``powers_ptr`` has
     ``gamma ** k``. With ROWS, ``rows_ptr`` gets lists of rows: of the frames, of ``held_rows`` frames to hold back in a
