@@ -26,6 +26,9 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     *lead, new = done.shape[: time_dim + 1]
     carried, envs, device = carry.count if carry else 0, math.prod(lead), done.device
     known = carried + new
+    if carry and not carry.time_first and not all(map(Tensor.is_contiguous, carry.leaves.values())):
+        # Another backend, or a call of other groups, has made it.
+        carry = carry.view({key: leaf.contiguous() for key, leaf in carry.leaves.items()}, carry.free)
     if carry and any([address % ALIGNMENT for address in map(Tensor.data_ptr, carry.leaves.values())]):
         carry = carry.clone()
     held, stay = next_carry(carry, data, keys.held, new, n_steps, time_dim) if hold else (None, 0)
@@ -35,14 +38,14 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     held_rows = envs * moved
     carry_ring, (held_first, held_slots, held_inner) = _ring(carry, envs), _ring(held, envs)
     check_fits(max(count, envs * max(known, carry_ring[1], held_slots)), 0)
-    data, inner, agents = lie_alike(data, time_dim + 1, time_dim, keys)
+    given, (data, inner, agents) = data, lie_alike(data, time_dim + 1, time_dim, keys)
     addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in data.values()])
     plan = find_plan(keys, addresses, held is not None)
     # In mid-stream a call emits as many frames as come in, and torch.empty_like is the cheapest allocation.
     alike = emitted == new and inner == 1
     copied = plan.take(data)
     outs, returns, windows_of = _allocate(plan, data, copied, (*lead, emitted), device, alike)
-    leaves = plan.blank.copy() if held else {out: data[key] for out, key, _ in keys.outputs}
+    leaves = plan.blank.copy() if held else {out: given[key] for out, key, _ in keys.outputs}
     leaves.update(zip(plan.outs, outs, strict=True))
     results = Results(leaves, returns, *windows_of, held)
     if not count and not held_rows:
@@ -89,6 +92,7 @@ def gather_future(value: Tensor, steps: Tensor) -> Tensor:
     """Computes :func:`multistep_triton.gather_future`; the kernel cuts windows at the end of their ``[*B, T]`` row."""
     value, steps = (aligned(each.resolve_neg().resolve_conj().contiguous()) for each in (value, steps))
     gathered, count = torch.empty_like(value), steps.numel()
+    check_fits(count, 0)
     ends = torch.empty(count, dtype=torch.int32, device=value.device)
     plan = _gather_plan(value.dtype, tuple(value.shape[steps.ndim :]), value.device)
     if count and plan.units:

@@ -31,7 +31,9 @@ def lie_alike(
         return data, math.prod(sizes[time_dim + 1 :]), 1
     data = {key: leaf.resolve_neg().resolve_conj() for key, leaf in data.items()}
     most = max(data.values(), key=Tensor.numel)
-    at = next((dim for dim in range(dims) if most.movedim(time_dim, dim).is_contiguous()), time_dim)
+    # Of a storage, which may be partly filled, slots lie outermost.
+    places = range(dims if time_dim else 1)
+    at = next((dim for dim in places if most.movedim(time_dim, dim).is_contiguous()), time_dim)
     inner = [dim for dim in range(dims) if dim != time_dim][at:]
     marks = [key for key in (keys.mask, keys.traj, keys.count) if key is not None]
     # Either all marks have one row for so many environments, or each mark has one for every environment.

@@ -114,9 +114,20 @@ def tile_of(longest: int, piece: int, marks: bool) -> int:
     return windows.TILE // 2 if longest > 1 << piece or marks else windows.TILE
 
 
-@functools.lru_cache(maxsize=64)
+_CAPTURED: set[Tensor] = set()
+"""Powers that CUDA graphs read, for as long as the process lives, as nobody tells when a graph ends."""
+
+
 def powers(gamma: float, n_steps: int, device: torch.device) -> Tensor:
     """``gamma ** k`` for ``k = 0 .. n_steps``, float64."""
+    found = _powers(gamma, n_steps, device)
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.add(found)
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _powers(gamma: float, n_steps: int, device: torch.device) -> Tensor:
     return torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=torch.float64, device=device)
 
 

@@ -271,7 +271,7 @@ def n_step_windows_kernel(
         if count_ptr is not None:
             after = find_following(env, lane, frame + steps - 1, live, known, counted, envs, agents, data, DATA)
             tl.store(rows_ptr + 2 * rows + held_rows + block, after, mask=exists)
-        if tl.program_id(0) * TILE < held_rows:
+        if tl.program_id(0) < tl.cdiv(held_rows, TILE):
             list_held(rows_ptr + rows, held_rows, envs, held_inner, stream, DATA, TILE)
 
 

@@ -78,7 +78,9 @@ def facts_of(part: Any) -> tuple[Any, ...]:
     loc, frozen = getattr(part, "loc", None), getattr(part, "frozen", None)
     names = ("in_keys", "out_keys", "in_keys_inv", "out_keys_inv", "truncated_key", "end_key")
     keys = (getattr(part, name, None) for name in names)
-    return part, frozen, isinstance(loc, Tensor) and loc._version, *(repr(key) for key in keys)
+    # What was made in inference mode may change unseen, and is checked every time.
+    version = None if not isinstance(loc, Tensor) else object() if loc.is_inference() else loc._version
+    return part, frozen, version, *(repr(key) for key in keys)
 
 
 def check_order(

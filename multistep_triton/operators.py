@@ -51,7 +51,7 @@ def _(
 def _reward_gradient(gradient: Tensor, steps: Tensor, gamma: float, n_steps: int, dtype: torch.dtype) -> Tensor:
     """Computes the reward's gradient: window ``t`` adds ``gamma ** i`` times its own to each frame ``t + i`` in it."""
     dim = steps.ndim - 1
-    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    gradient = gradient.to(torch.float64 if gradient.dtype == torch.float64 else torch.float32)
     lengths = steps.view(*steps.shape, *[1] * (gradient.ndim - steps.ndim))
     total, frames = gradient.clone(memory_format=torch.contiguous_format), steps.shape[dim]
     for i in range(1, min(n_steps, frames)):

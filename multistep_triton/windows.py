@@ -27,7 +27,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def bits(leaf: Tensor) -> Tensor:
     """Returns a leaf whose rows torch can select and overwrite: itself, or a view as integers of the same bits."""
-    return leaf if leaf.dtype in SELECTED else leaf.view(BITS[leaf.itemsize])
+    return leaf if leaf.dtype in SELECTED else leaf.resolve_conj().view(BITS[leaf.itemsize])
 
 
 def find_boundaries(done: Tensor, mask: Tensor | None, traj: Tensor | None, dim: int) -> Tensor:
@@ -153,7 +153,7 @@ def takers(data: Leaves, sizes: torch.Size) -> Mapping[Any, Taker]:
 
 
 def _taker(leaf: Tensor, sizes: torch.Size) -> Taker:
-    if leaf.dtype not in SELECTED:
+    if leaf.dtype not in SELECTED and not (leaf.is_floating_point() or leaf.is_complex()):
         take_bits, dtype = _taker(bits(leaf), sizes), leaf.dtype
         return lambda rows: take_bits(rows).view(dtype)
     strides, dims = leaf.stride(), [dim for dim, size in enumerate(sizes) if size != 1]

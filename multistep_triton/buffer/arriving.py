@@ -118,9 +118,13 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
                 raise ValueError(
                     f"data must not hold both {path} and {('next', *path[1:])}, which comes after every frame"
                 )
-        # The newest frame is stored, and checked as what is stored, with the next one.
-        self._check_data(data, self.dim_extend, every, {}, False)
         if pending is None:
+            # The newest frame is stored with the next one; what is wrong with it is to be said now.
+            whole = data.exclude("final").copy()
+            for path in finals:
+                whole.set(("next", *path[1:]), every[path])
+            whole, (entries, stored) = self._narrowed(whole), self._stored()
+            super()._check_new(leaves_of(whole, whole.batch_dims), stored, whole, self.dim_extend, entries)
             return
         before = leaves_of(pending, pending.batch_dims)
         sizes = [[size for d, size in enumerate(each.shape) if d != self.dim_extend] for each in (data, pending)]
@@ -131,11 +135,6 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         if sizes[0] != sizes[1]:
             raise ValueError(f"data must be of {sizes[1]} rows, as the frame before, got {sizes[0]}")
         check_continues(every, before, data.batch_dims, pending.batch_dims, "as in the frame before")
-
-    def empty(self, empty_write_count: bool = True) -> None:
-        """Empties the buffer, as in torchrl, and drops the pending frame."""
-        self._order.pending = None
-        super().empty(empty_write_count)
 
     def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
         if not self._store_as:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from multistep_triton.backends import resolve_backend
 from multistep_triton.buffer.repeated import RepeatedCall
 from multistep_triton.buffer.sampled import SampledReplayBuffer
 from multistep_triton.buffer.stored import Position, draws_alike
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 from multistep_triton.checks import check_not_captured
 from multistep_triton.layouts import KeyPath
 
@@ -47,8 +50,9 @@ class CapturableReplayBuffer(SampledReplayBuffer):
         if self._written is None:
             return
         check_not_captured("what is neither sample, nor extend with frames like those of a call before,")
-        with self._replay_lock, self._write_lock:
-            order, frames = self._order, int(self._written) - self._read_last
+        with self._replay_lock:
+            written, order = self._written, self._order
+            frames = 0 if written is None else int(written) - self._read_last
             if frames and (entries := order.entries()) is not None:
                 order.changes()
                 position = order.position() or Position(-1, 0, int(entries.shape[0]))
@@ -71,10 +75,11 @@ class CapturableReplayBuffer(SampledReplayBuffer):
 
     @contextmanager
     def _by_host(self) -> Iterator[None]:
-        """Brings the host's position up to date before the block, and the device's write count after it."""
-        self._pull()
-        yield
-        self._push()
+        """Brings the host's position up to date before the block, and the device's write count after it; locked."""
+        with self._replay_lock:
+            self._pull()
+            yield
+            self._push()
 
     def _on_device(self, tensors: Collection[Tensor]) -> bool:
         """Whether there is a write count on the device, and the kernels run on these tensors."""
@@ -92,6 +97,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
                 f"sampler must be a RandomSampler, of single frames, with capturable=True, as frames are drawn on the "
                 f"device, got {type(sampler).__name__} and sample_unit={self._sample_unit}"
             )
+        self._check_unshared(self.shared)
         if self._prefetch or writer.tracks_generations:
             raise ValueError(
                 f"capturable must be False where samples are prefetched, or a writer tracks generations, as the host "
@@ -106,6 +112,15 @@ class CapturableReplayBuffer(SampledReplayBuffer):
                 f"generator must be on the storage's device, {storage.device}, with capturable=True, got one on "
                 f"{generator.device}"
             )
+
+    def _check_unshared(self, shared: bool) -> None:
+        if self._capturable and shared:
+            raise ValueError("shared must be False with capturable=True, as no other process sees the device's count")
+
+    def share(self, shared: bool = True) -> Self:
+        """Shares the buffer among processes, as in torchrl; with ``capturable=True`` that is a ValueError."""
+        self._check_unshared(shared)
+        return super().share(shared)
 
     def _check_alone(self, storage: Storage) -> None:
         """Checks that no other buffer uses the storage, as neither buffer would see what the other writes."""
@@ -171,12 +186,12 @@ class CapturableReplayBuffer(SampledReplayBuffer):
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
-        with self._by_host(), super()._settled():
+        with super()._settled(), self._by_host():
             yield
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Empties the buffer, as in torchrl."""
-        with self._by_host():
+        with self._futures_lock, self._by_host():
             super().empty(empty_write_count)
 
     @property

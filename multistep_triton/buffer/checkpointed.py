@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from torchrl.data import RoundRobinWriter
 
 from multistep_triton.buffer.compact import CompactReplayBuffer
-from multistep_triton.buffer.stored import leaves_of, versions_of
+from multistep_triton.buffer.stored import check_layout, leaves_of, versions_of
 from multistep_triton.ends import Ends
 
 _RING_FILE, _KEPT_FILE = "n_step_ring.json", "n_step_kept.pt"
@@ -30,6 +30,7 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
     @contextlib.contextmanager
     def _settled(self) -> Iterator[None]:
         """Keeps other threads from sampling, prefetching and storing within the block."""
+        self._begin()
         with self._futures_lock:
             # A sample that a thread is prefetching needs the other lock to finish.
             self._synchronize_futures_locked()
@@ -47,6 +48,7 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         order.forget()
         if entries is None:
             return
+        check_layout(self._storage, entries)
         if isinstance(self._writer, RoundRobinWriter):
             # The ring's file may be older than a checkpoint that torchrl's buffer has saved beside it since.
             at = (self._writer._cursor - 1) % entries.shape[0]
@@ -75,6 +77,13 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
 
     def _check_kept(self, state: dict[str, Any] | None) -> None:
         """Checks that a checkpoint was saved with a ``compact`` that agrees with this buffer's."""
+        self._begin()
+        wide, own = {} if state is None else state["wide"], dict(self._order.wide_dtypes)
+        if self._order.entries() is not None and wide != own:
+            raise ValueError(
+                f"store_as must be that of what a buffer has saved, whose entries came as {wide} and others as they "
+                f"were stored, got a storage whose entries came as {own}: load into a new buffer"
+            )
         if (saved := state is not None and state["compact"]) != bool(self._compact):
             saver = "with" if saved else "without"
             raise ValueError(f"compact must be {saved} to load what a buffer {saver} it has saved, got {self.compact}")
@@ -100,6 +109,9 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
         """Encloses a load; if it fails after it has changed frames, marks their order as broken."""
+        with self._futures_lock:
+            # One of these batches may have failed.
+            self._clear_prefetch_queue_locked()
         with self._settled():
             before = self._fingerprint()
             try:

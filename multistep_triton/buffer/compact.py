@@ -68,6 +68,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         Later ends have overwritten their rows, as an environment has more than ``end_slots`` ends. A window ends one
         frame before such an end. The host waits for the device.
         """
+        self._begin()
         order = self._order
         if order.ends is None or (position := order.position()) is None:
             return 0
@@ -197,6 +198,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Overwrites stored frames, as in torchrl; entries that are kept once raise a ValueError."""
+        self._begin()
         ends, entries = self._order.ends, value if isinstance(value, TensorDictBase) else {}
         if ends is not None and (kept := [path for path in ends.rows if entries.get(path, None) is not None]):
             raise ValueError(

@@ -88,6 +88,16 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     # Parts
 
+    def _begin(self) -> None:
+        """Makes the buffer's parts, if torchrl has delayed that until now."""
+        if self._delayed_init and not self.initialized:
+            self._init()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a pickled buffer, which takes turns with others on its storage from its first call on."""
+        super().__setstate__(state)
+        self._replay_lock = vars(vars(self).get("_order", self)).get("lock", self._replay_lock)
+
     def _init(self) -> None:
         super()._init()
         try:
@@ -159,6 +169,7 @@ class OrderedReplayBuffer(ReplayBuffer):
                         self._collate_fn = collate
                     raise
                 self._sampler._empty()
+                self._initialize_prioritized_sampler()
                 self.set_rng(self._rng)
         return before
 
@@ -170,6 +181,7 @@ class OrderedReplayBuffer(ReplayBuffer):
         """
         self._check_parts(self.storage, writer, self.sampler)
         with self._replay_lock:
+            self._order.position()
             before = super().set_writer(writer)
             self._order.take_position()
         return before
@@ -194,9 +206,11 @@ class OrderedReplayBuffer(ReplayBuffer):
             self._check_transforms(transforms_in(transform))
 
     def empty(self, empty_write_count: bool = True) -> None:
-        """Empties the buffer, as in torchrl, and drops its prefetched batches."""
+        """Empties the buffer, as in torchrl, and drops its prefetched batches and the pending frame."""
+        self._begin()
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             with self._replay_lock:
                 super().empty(empty_write_count)
+                self._order.pending = None
                 self._order.take_position()

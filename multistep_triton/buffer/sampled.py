@@ -52,9 +52,11 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
             return super().sample(batch_size, return_info, **kwargs)
         with self._replay_lock, self._write_lock:
             # Without transforms, no neighbours need a check.
-            if (position := self._find_whole()) is None:
-                return super().sample(batch_size, return_info)
-            data, index = self._n_step_drawn(self._draw(size, position), position, True)
+            if (position := self._find_whole()) is not None:
+                data, index = self._n_step_drawn(self._draw(size, position), position, True)
+        if position is None:
+            # torchrl raises its error, under locks that come before these.
+            return super().sample(batch_size, return_info)
         if self._pin_memory and data.device == torch.device("cpu"):
             data = data.pin_memory()
         return (data, self._info_of(index)) if return_info else data
@@ -80,6 +82,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
 
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
         """Updates priorities, as in torchrl, which would take time alone for the index of frames ``[num_envs, T]``."""
+        self._begin()
         index = data.get("index", None)
         if index is None and self._order.pending is not None:
             # The frame waits, and gets the sampler's default priority when it is stored.

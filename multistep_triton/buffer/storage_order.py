@@ -206,7 +206,7 @@ class Order:
         """Sets the storage's last cursor to the slot of the newest frame, or to None."""
         # Two writes may leave the same int object, and ``is`` must tell their cursors apart.
         self.storage._set_last_cursor(None if newest is None else range(newest, newest + 1))
-        self.cursor = self.storage._last_cursor
+        self.cursor, self.known_position = self.storage._last_cursor, None
 
     def mark_update(self, index: int | Tensor) -> None:
         """Notes the write that a writer reports; one that did not go on after the newest frame breaks the order."""

@@ -116,11 +116,15 @@ class StoringReplayBuffer(OrderedReplayBuffer):
 
         kept, rows = [] if order.ends is None else order.ends.rows.values(), storage.max_size // position.slots
         stored = [*call.ring.values(), *kept]
-        # None: the write count needs no restoring, as it changes last.
-        before, index = (position.live * rows, position.newest, order.writes, None, versions_of(stored)), None
+        count, index = writer._write_count, None
+        before = position.live * rows, position.newest, order.writes, order.torn, count, versions_of(stored)
         try:
             index = self._store_at(call, leaves, (position.newest + 1) % position.slots)
             order.advance(position, frames, writer)
+            for entity in storage._attached_entities:
+                if entity is not order:
+                    entity.mark_update(index)
+            self._sampler.extend(index)
         except BaseException:
             # torch's version counters do not count what kernels write.
             wrote = index is not None
@@ -129,10 +133,6 @@ class StoringReplayBuffer(OrderedReplayBuffer):
                 order.ends_writes = -1
             self._undo(before, position, stored, frames, wrote)
             raise
-        for entity in storage._attached_entities:
-            if entity is not order:
-                entity.mark_update(index)
-        self._sampler.extend(index)
         return index
 
     def _store_at(self, call: RepeatedCall, leaves: dict[KeyPath, Tensor], slot: int | Tensor) -> Tensor:
@@ -162,16 +162,20 @@ class StoringReplayBuffer(OrderedReplayBuffer):
     def _write(self, write: Callable[[], Any], data: TensorDictBase, time_dim: int | None, frames: int) -> Any:
         """Checks data, and writes it after the newest frame, which stays the newest if the write fails."""
         with self._replay_lock, self._write_lock:
-            order, storage = self._order, self._storage
-            entries = order.entries()
-            stored = {} if entries is None else {**leaves_of(entries, storage.ndim), **self._kept_once()}
+            order, (entries, stored) = self._order, self._stored()
             self._check_new(leaves_of(data, data.batch_dims), stored, data, time_dim, entries)
             return self._whole(write, order.take_position(), stored.values(), frames)
+
+    def _stored(self) -> tuple[TensorDictBase | None, Leaves]:
+        """Returns the storage's entries and their leaves, those among them that are kept elsewhere."""
+        entries = self._order.entries()
+        return entries, {} if entries is None else {**leaves_of(entries, self._storage.ndim), **self._kept_once()}
 
     def _whole(self, write: Callable[[], Any], position: Position | None, stored: Collection[Any], frames: int) -> Any:
         """Calls ``write``, which writes into the ``stored`` leaves, and undoes its bookkeeping if it fails."""
         storage, count = self._storage, getattr(self._writer, "_write_count", None)
-        before = storage._len, storage._last_cursor_index, self._order.writes, count, versions_of(stored)
+        order = self._order
+        before = storage._len, storage._last_cursor_index, order.writes, order.torn, count, versions_of(stored)
         try:
             return write()
         except BaseException:
@@ -181,9 +185,9 @@ class StoringReplayBuffer(OrderedReplayBuffer):
     def _undo(
         self, before: Any, position: Position | None, stored: Collection[Any], frames: int, wrote: bool = False
     ) -> None:
-        """Restores length, newest frame, ``writes`` and, unless None, write count; notes the slots that are torn."""
-        order, (length, newest, writes, count, versions) = self._order, before
-        self._storage._len, order.writes = length, writes
+        """Restores length, newest frame, ``writes`` and write count, of a writer that has one; notes torn slots."""
+        order, (length, newest, writes, torn, count, versions) = self._order, before
+        self._storage._len, order.writes, order.torn = length, writes, torn
         order.set_last(newest)
         if count is not None:
             self._writer._write_count = count

@@ -37,7 +37,7 @@ def run(path: Path, keys: Mapping[str, Any]) -> int:
         ValueError: the file cannot be read, holds no frames ``[*B, T]``, or an entry has the wrong shape.
     """
     data = load_rollout(path)
-    if not data.numel() or not data.ndim:
+    if not data.batch_size.numel() or not data.ndim:
         raise ValueError(f"FILE must hold frames [*B, T], got {[*data.batch_size]}")
     dims, every = data.ndim, leaves_of(data, data.ndim)
     leaves = {key: leaf.movedim(dims - 1, 0) for key, leaf in every.items() if isinstance(leaf, torch.Tensor)}
