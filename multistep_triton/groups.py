@@ -114,6 +114,12 @@ def _with_written(groups: list[Group], frames: Frames, roles: Roles, match_rewar
         if name and own and not (taken if group.shared else at == root == 0):
             if name in leaves:
                 raise ValueError(f"data must not hold a tensor at {name}, where the windows of that group are written")
+            node, shape = frames.structure.layout.nodes.get(name), () if group.shared else group.agents
+            if node and shape[: len(tail := node.tail)] != tail:
+                raise ValueError(
+                    f"{name} must have a batch size of its windows, {[*frames.batch_size, *shape]}, got "
+                    f"{[*frames.batch_size, *tail]}"
+                )
             written.append((tuple((*name, *path) for path in WINDOW_PATHS), own[0]))
             names.append(name)
         groups[at] = group._replace(written=written)
@@ -131,9 +137,6 @@ def _check_entries(frames: Frames, roles: Roles) -> None:
     for path in objects:
         if path in named:
             raise TypeError(f"{path}, named by {named[path]}, must be a tensor, got a non-tensor")
-    for path, leaf in leaves.items():
-        if leaf.layout != torch.strided:
-            raise TypeError(f"entry {path} must be a dense tensor, got one of {leaf.layout}")
     for path in roles.rewards:
         check_reward(f"reward {path}", leaves[path], lead)
     if roles.mask in leaves:

@@ -14,6 +14,7 @@ from tensordict import (
     LazyStackedTensorDict,
     TensorDict,
     TensorDictBase,
+    UnbatchedTensor,
     is_non_tensor,
     is_tensor_collection,
     is_tensorclass,
@@ -128,6 +129,8 @@ def _read(data: Any, ndim: int, values: list[Any], above: KeyPath = ()) -> tuple
     found: list[Any] = [(kind, sizes[ndim:] if len(sizes) > ndim else (), tuple(names), data.device)]
     for name, value in items():
         if isinstance(value, Tensor):
+            if value.layout is not torch.strided or value.is_nested or type(value) is UnbatchedTensor:
+                raise TypeError(f"entry {(*above, name)} must be a dense tensor, got {_kind_of(value)}")
             found.append((name, value.dtype, value.shape[ndim:], value.device))
             values.append(value)
         elif type(value) is not TensorDict and is_non_tensor(value):
@@ -138,6 +141,12 @@ def _read(data: Any, ndim: int, values: list[Any], above: KeyPath = ()) -> tuple
         else:
             raise TypeError(f"entry {(*above, name)} must be a tensor or a tensordict, got {type(value).__name__}")
     return tuple(found)
+
+
+def _kind_of(value: Tensor) -> str:
+    if type(value) is UnbatchedTensor:
+        return "an UnbatchedTensor, which has no value of each frame"
+    return "a nested one" if value.is_nested else f"one of {value.layout}"
 
 
 @functools.lru_cache(maxsize=256)

@@ -47,16 +47,27 @@ for _kind, _functions in {
 # By id, as hashing a code object takes long; no other object has the same id while _CODES keeps these alive.
 _KINDS = {id(_code): _kind for _code, _kind in _CODES.items()}
 
+# In these, one buffer stores or samples.
+_USES = {"extend", "add", "put", "sample", "overwrite"}
+
 Calls = Mapping[str, FrameType]
 """Stack frames of the torchrl functions that are calling, by the kind of call."""
 
 
 def calls(depth: int = 16) -> Calls:
-    """Returns the innermost stack frame of every kind of call, among the ``depth`` innermost frames."""
+    """Returns the innermost stack frame of every kind of call, among the ``depth`` innermost frames.
+
+    Calls of a buffer in whose transforms another one is called are not those of that one.
+    """
     found: dict[str, FrameType] = {}
+    using: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and depth:
         if (kind := _KINDS.get(id(frame.f_code))) is not None:
+            if kind in _USES:
+                if using is not None and using.f_locals["self"] is not frame.f_locals["self"]:
+                    break
+                using = frame
             found.setdefault(kind, frame)
         frame, depth = frame.f_back, depth - 1
     return found

@@ -17,6 +17,7 @@ from rings import (
 )
 from saving import EVERY_WAY, WAYS, loading_is_told
 from torchrl.data import RandomSampler, SamplerWithoutReplacement
+from torchrl.envs.transforms import ObservationNorm
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,62 @@ def test_a_copy_has_the_arguments_and_a_ring_of_its_own(way):
     buffer.n_steps = 2
     assert_every_frame(resumed, before, 4, 0.8, done_at="start")
     assert_every_frame(buffer, ring, 2, 0.8, done_at="start")
+
+
+def test_a_buffer_that_is_made_late(tmp_path):
+    def make():
+        return make_buffer(8, (2,), transform_factory=lambda: ObservationNorm(0.0, 2.0, in_keys=["observation"]))
+
+    source, stream = make(), make_stream((2,), 20)
+    source.extend(stream[:, :5])
+    source.dumps(tmp_path)
+    for load in (lambda buffer: buffer.loads(tmp_path), lambda buffer: buffer.load_state_dict(source.state_dict())):
+        resumed = make()
+        load(resumed)
+        assert torch.equal(resumed.sample(10)["number"], source.sample(10)["number"])
+    for use in (make().empty, make().state_dict):
+        use()
+    assert make().ends_lost() == 0
+
+
+@loading_is_told
+def test_a_whole_buffer_is_loaded_after_a_batch_has_failed():
+    source, buffer = (make_buffer(8, (2,), batch_size=4, prefetch=2, sampler=None) for _ in range(2))
+    source.extend(make_stream((2,), 8))
+    buffer.extend(make_stream((2,), 8))
+    buffer.sample()
+    buffer._order.broken = "it was told so"
+    with pytest.raises(RuntimeError, match="it was told so"):
+        for _ in range(5):
+            buffer.sample()
+    buffer.load_state_dict(source.state_dict())
+    buffer.sample()
+
+
+@loading_is_told
+def test_a_state_of_another_size():
+    source = make_buffer(4, (2,))
+    source.extend(make_stream((2,), 4))
+    with pytest.raises(ValueError, match="storage must count the frames"):
+        make_buffer(8, (2,)).load_state_dict(source.state_dict())
+
+
+@loading_is_told
+def test_a_state_of_other_stored_dtypes():
+    stream = make_stream((2,), 8)
+    usual, narrow = make_buffer(8, (2,)), make_buffer(8, (2,), store_as={"observation": torch.bfloat16})
+    usual.extend(stream), narrow.extend(stream)
+    with pytest.raises(ValueError, match="store_as must be that of what a buffer has saved"):
+        narrow.load_state_dict(usual.state_dict())
+    fresh = make_buffer(8, (2,), store_as={"observation": torch.bfloat16})
+    fresh.load_state_dict(narrow.state_dict())
+    assert torch.equal(fresh.sample(16)["observation"], narrow.sample(16)["observation"])
+
+
+def test_a_writer_that_cannot_go_on_is_not_taken():
+    buffer = make_buffer(8, (2,))
+    buffer.extend(make_stream((2,), 8))
+    writer, buffer._order.broken = buffer._writer, "it was told so"
+    with pytest.raises(RuntimeError, match="it was told so"):
+        buffer.set_writer(type(writer)())
+    assert buffer._writer is writer

@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 from rings import TRAJ_KEY, Ring, assert_same_bytes, assert_sampled, assert_windows, make_buffer, make_stream, wrapped
+from segment_trees import Tree, plant
 from tensordict import TensorDict
 from torchrl.data import RandomSampler, SamplerWithoutReplacement
 from torchrl.data.replay_buffers import Sequence
-from torchrl.data.replay_buffers.samplers import SliceSampler
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler, SliceSampler
 from torchrl.envs.transforms import Transform
 
 DONE = ("next", "done")
@@ -124,3 +125,15 @@ def test_samples_are_pinned_once_transforms_are_through(monkeypatch):
 class Renamed(Transform):
     def forward(self, data):
         return data.rename_key_("number", "renamed")
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't:DeprecationWarning", "ignore:To copy construct")
+def test_another_storage_under_priorities(monkeypatch):
+    """Its frames have the default priority, as those of a storage that a buffer is made on."""
+    plant(monkeypatch)
+    monkeypatch.setattr(Tree, "query", lambda self, left, right: float(self.values[left:right].sum()))
+    buffer = make_buffer(8, sampler=PrioritizedSampler(8, 0.7, 0.5))
+    buffer.extend(make_stream((), 8))
+    other, ring = wrapped(8, ())
+    buffer.set_storage(other.storage)
+    assert_sampled(buffer.sample(16).exclude("priority_weight"), ring)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -378,3 +379,32 @@ def test_a_tensordict_without_a_device_and_of_other_batch_sizes():
         data = TensorDict({**dict(part.items()), "next": after}, batch_size=[2, frames])
         buffer.extend(data)
     assert len(buffer) == 12
+
+
+@pytest.mark.parametrize("before", [2, 8], ids=["room", "a full ring"])
+@pytest.mark.parametrize("where", ["extend", "mark_update"])
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_sampler_that_fails_leaves_no_frames(before, where, kernel, monkeypatch):
+    def fail(*arguments, **more):
+        raise ValueError("no room")
+
+    with kernels() if kernel else nullcontext():
+        sampler = RandomSampler()
+        buffer, stream = make_buffer(8, (2,), sampler=sampler), make_stream((2,), 20)
+        buffer.extend(stream[:, :before]), buffer.extend(stream[:, before : before + 2])
+        held = len(buffer)
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler, where, fail)
+            with pytest.raises(ValueError, match="no room"):
+                buffer.extend(stream[:, before + 2 : before + 4])
+        assert len(buffer) == held
+        if before == 8:
+            with pytest.raises(RuntimeError, match="overwritten frames in part"):
+                buffer.sample(4)
+        buffer.extend(stream[:, before + 2 : before + 4])
+        assert buffer.write_count == before + 4
+        slots = (torch.arange(before + 4 - min(before + 4, 8), before + 4)) % 8
+        numbers = buffer.storage[:]["number"].reshape(8, 2)[slots] if before == 8 else buffer[:]["number"]
+        expected = stream["number"][:, : before + 4][:, -8:]
+        assert torch.equal(numbers.flatten().sort().values, expected.flatten().sort().values)
+        buffer.sample(4)

@@ -192,3 +192,27 @@ def test_threads_that_extend_wait_for_each_other(monkeypatch):
     assert len(inside) == len(buffer) == 3
     assert sorted(buffer[:]["number"].tolist())[0] == 0
     assert len({*buffer[:]["number"].tolist()}) == 3
+
+
+@pytest.mark.parametrize("odd", ["dtype", "rows", "an entry less", "store_as"])
+def test_the_first_frame_that_waits_goes_on_from_what_is_stored(odd):
+    stream = kept_once(make_stream((3,), 20))
+    bare = without(stream)
+    buffer, usual = make((3,)), make((3,))
+    buffer.extend(stream[:, :2]), usual.extend(stream[:, :2])
+    data = bare[:, 2:3].clone()
+    if odd == "dtype":
+        data["next", "reward"] = data["next", "reward"].double()
+    elif odd == "rows":
+        data = data[:2]
+    elif odd == "an entry less":
+        data = data.exclude("action")
+    else:
+        buffer = make((3,), store_as={"nothing": torch.bfloat16})
+        with pytest.raises(KeyError, match="store_as must name entries"):
+            buffer.extend(data)
+        return
+    with pytest.raises((KeyError, ValueError), match=r"reward|rows|action"):
+        buffer.extend(data)
+    buffer.extend(bare[:, 2:3]), buffer.extend(bare[:, 3:6]), usual.extend(stream[:, 2:5])
+    assert_same(buffer, usual)

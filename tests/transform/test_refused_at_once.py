@@ -10,7 +10,7 @@ import torch
 from paths import EITHER
 from rings import TRAJ_KEY, Drawn, Ring, assert_every_frame, everything, make_buffer, make_stream
 from rollouts import extend, frames, make_rollout
-from tensordict import LazyStackedTensorDict, NonTensorStack, TensorDict
+from tensordict import LazyStackedTensorDict, NonTensorStack, TensorDict, UnbatchedTensor
 from torchrl.data import (
     HERReplayBuffer,
     ImmutableDatasetWriter,
@@ -21,7 +21,7 @@ from torchrl.data import (
     SamplerWithoutReplacement,
     TensorDictReplayBuffer,
 )
-from torchrl.envs.transforms import Compose, SignTransform
+from torchrl.envs.transforms import Compose, ObservationNorm, SignTransform, Transform
 
 from multistep_triton import MultiStep, MultiStepTransform, NStepReplayBuffer
 from multistep_triton import carry as carry_module
@@ -686,3 +686,65 @@ def test_while_a_graph_is_captured(monkeypatch):
         MultiStep(1.0, 3)(data)
     assert (transform._buffer == held).all() and len(buffer) == count
     assert extend(transform, data, [10]).batch_size == (10,)
+
+
+# Entries that have no value of every frame
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind"),
+    [
+        (lambda: torch.eye(10).to_sparse(), "one of torch.sparse_coo"),
+        (lambda: torch.eye(10).to_sparse_csr(), "one of torch.sparse_csr"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2)] * 10), "a nested one"),
+        (lambda: UnbatchedTensor(torch.arange(10)), "an UnbatchedTensor"),
+    ],
+    ids=["sparse", "csr", "nested", "unbatched"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+def test_what_is_not_dense_is_refused_though_a_dense_one_came_before(entry, kind):
+    for call in (MultiStepTransform(3, 1.0).inv, MultiStep(1.0, 3)):
+        data = frames([1.0] * 10, [False] * 10)
+        data["entry"] = torch.eye(10)
+        call(data)
+        odd = data.copy()
+        odd._tensordict["entry"] = entry()
+        with pytest.raises(TypeError, match=rf"entry \('entry',\) must be a dense tensor, got {kind}"):
+            call(odd)
+
+
+def test_windows_that_do_not_fit_the_group_that_they_are_written_to():
+    flags, rewards = torch.zeros(2, 6, 1, dtype=torch.bool), torch.ones(2, 6, 1)
+    group = TensorDict({"observation": torch.zeros(2, 6, 3)}, [2, 6, 3])
+    after = {"observation": torch.zeros(2, 6, 3), "done": flags.clone(), "reward": rewards.clone()}
+    data = TensorDict({"group": group, "next": {"reward": rewards, "done": flags, "group": after}}, [2, 6])
+    keys = {"reward_keys": ["reward", ("group", "reward")], "done_keys": ["done", ("group", "done")]}
+    with pytest.raises(ValueError, match=r"must have a batch size of its windows, \[2, 6\], got \[2, 6, 3\]"):
+        MultiStep(1.0, 3, **keys)(data)
+
+
+# Buffers in the transforms of buffers
+
+
+def test_a_buffer_that_another_one_extends_while_frames_are_added_to_it():
+    inner = buffer_with(MultiStepTransform(2, 1.0))
+
+    class Tee(Transform):
+        def _inv_call(self, tensordict):
+            inner.extend(tensordict)
+            return tensordict
+
+    outer = TensorDictReplayBuffer(storage=ListStorage(100), transform=Tee())
+    for begin in (0, 5, 10):
+        outer.add(numbered(begin, begin + 5))
+    assert inner[:]["observation"].flatten().tolist() == list(range(13))
+
+
+def test_norms_that_were_made_in_inference_mode():
+    buffer, sampled = buffer_with(MultiStepTransform(3, 1.0)), make_buffer(16)
+    for each in (buffer, sampled):
+        with torch.inference_mode():
+            each.append_transform(ObservationNorm(loc=0.0, scale=2.0, in_keys=["observation"]))
+        each.extend(numbered(0, 6))
+        each.extend(numbered(6, 9))
+    assert (len(buffer), len(sampled)) == (6, 9)
