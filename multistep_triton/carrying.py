@@ -60,7 +60,7 @@ class CarryingTransform(MultiStepBase, Transform):
         """
         with self._lock:
             carry = None if self._carry is None else to_state(self._carry)
-            return {"n_steps": self._n_steps, "gamma": float(self._gamma), "carry": carry}
+            return {"n_steps": int(self._n_steps), "gamma": float(self._gamma), "carry": carry}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restores the state that :meth:`get_extra_state` returned; the next call continues its stream."""

@@ -19,7 +19,7 @@ Owns which arguments a YAML file can set; the classes check them. May import the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -161,7 +161,10 @@ def _make(build: type[Built], arguments: dict[str, Any]) -> Built:
         arguments[name] = [_as_tuple(each) for each in value] if listed else _as_tuple(value)
     if arguments.get("store_as"):
         # YAML gives names of dtypes; the buffer refuses a name that torch does not have.
-        arguments["store_as"] = {key: getattr(torch, name, name) for key, name in arguments["store_as"].items()}
+        named = arguments["store_as"]
+        if isinstance(named, Mapping):
+            named = {key: getattr(torch, each, each) if isinstance(each, str) else each for key, each in named.items()}
+        arguments["store_as"] = named
     return build(**arguments)
 
 

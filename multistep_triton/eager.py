@@ -151,7 +151,7 @@ def _end_rows(lengths: Tensor, frames: int, offset: int) -> Tensor:
     before = torch.arange(
         offset - 1, offset - 1 + span, dtype=index_dtype(envs * frames + count), device=lengths.device
     )
-    return torch.add(before.unfold(0, count, max(frames, 1)), lengths.reshape(envs, count)).view(-1)
+    return torch.add(before.unfold(0, count, max(frames, 1)), lengths.reshape(envs, count)).view(envs * count)
 
 
 def gather_future(value: Tensor, steps: Tensor) -> Tensor:

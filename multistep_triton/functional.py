@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from multistep_triton import engine
 from multistep_triton.backends import Backend, resolve_backend
@@ -139,7 +140,7 @@ def gather_future(value: Tensor, steps: Tensor, *, backend: Backend = "auto") ->
         future: Tensor = torch.ops.multistep_triton.gather_future(value, steps, backend)
         return future
     check_gather_future(value, steps)
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or isinstance(steps, FakeTensor):
         # Inside such a transform the host cannot read values, so it cuts windows to their rows, as the kernels do.
         steps = steps.clamp(min=1).minimum(_room(steps))
     elif not steps.is_meta and (steps.is_cpu or resolve_backend(backend, (value, steps)) != "triton"):

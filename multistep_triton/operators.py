@@ -103,7 +103,9 @@ def _value_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     dim = steps.ndim - 1
     ends = torch.arange(steps.shape[dim], device=steps.device) + steps - 1
     index = ends.view(*ends.shape, *[1] * (gradient.ndim - ends.ndim)).expand_as(gradient)
-    return torch.zeros_like(gradient).scatter_add(dim, index, gradient), None, None
+    # torch adds no numbers of one byte.
+    summed = gradient.float() if gradient.itemsize == 1 else gradient
+    return torch.zeros_like(summed).scatter_add(dim, index, summed).to(gradient.dtype), None, None
 
 
 _gather_future.register_autograd(_value_gradient, setup_context=_save_steps)

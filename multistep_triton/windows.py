@@ -108,7 +108,7 @@ def _append(on: Tensor, first: Windows, then: Windows, shift: int, weight: float
 
 def discounts(steps: Tensor, n_steps: int, gamma: float) -> Tensor:
     """Returns ``gamma ** steps``, float32, each power rounded once."""
-    return powers_of(gamma, n_steps, steps.device).index_select(0, steps.view(-1)).view(steps.shape)
+    return powers_of(gamma, n_steps, steps.device).index_select(0, steps.view(steps.numel())).view(steps.shape)
 
 
 def powers_of(gamma: float, n_steps: int, device: torch.device) -> Tensor:
@@ -153,6 +153,10 @@ def takers(data: Leaves, sizes: torch.Size) -> Mapping[Any, Taker]:
 
 
 def _taker(leaf: Tensor, sizes: torch.Size) -> Taker:
+    if leaf.dtype not in SELECTED and leaf.is_floating_point() and leaf.requires_grad:
+        # torch adds no gradients of such numbers, which are float32, too.
+        take_floats, narrow = _taker(leaf.float(), sizes), leaf.dtype
+        return lambda rows: take_floats(rows).to(narrow)
     if leaf.dtype not in SELECTED and not (leaf.is_floating_point() or leaf.is_complex()):
         take_bits, dtype = _taker(bits(leaf), sizes), leaf.dtype
         return lambda rows: take_bits(rows).view(dtype)

@@ -139,6 +139,8 @@ def _add_doctor(commands: Any) -> None:
 
 def _doctor(parser: _Parser, options: argparse.Namespace) -> int:
     if options.file is not None:
+        if options.json:
+            parser.error("argument --json: must be left out with FILE, of which no table is made")
         from multistep_triton.debug import kept_once
 
         with _one_line_errors(parser, options.file):

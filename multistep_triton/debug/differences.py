@@ -30,6 +30,8 @@ class Output(NamedTuple):
     """The largest allowed distance, in the shape of ``expected``; None if the bits must be equal."""
     exact: Tensor | None = None
     """The float64 value that both results approximate; None if nothing is rounded."""
+    overflows: Tensor | None = None
+    """Where a partial sum may overflow, so that either side may be not finite; None if nowhere."""
     first: int = 0
     """The position of the output's first frame in the stream, the carry's frames followed by the data's."""
 
@@ -101,8 +103,9 @@ def _different(output: Output, dims: int) -> Tensor:
     largest = torch.finfo(got.dtype).max
     top = largest * (1 + torch.finfo(got.dtype).eps) if got.dtype != torch.float64 else largest
     near = (one.clamp(-top, top) - other.clamp(-top, top)).abs() <= tolerance
-    # The tolerance is infinite where a partial sum may overflow, or lose an infinity: either side may be not finite.
-    lost = tolerance.isinf() & ~(one.isfinite() & other.isfinite())
+    # Where a partial sum may overflow, or lose an infinity, either side may be not finite.
+    lost = tolerance.isinf() if output.overflows is None else tolerance.isinf() | items_of(output.overflows, dims)
+    lost &= ~(one.isfinite() & other.isfinite())
     return ~(equal | lost | (near & exact.isfinite() & tolerance.isfinite()))
 
 

@@ -199,9 +199,9 @@ class _Call:
         exact = gamma ** steps.double()
         yield Output("gamma", "discount (gamma)", got[3], discount, "one ulp, as both round the power once", ulp, exact)
         for key, sums in _pairs(self.tested, got.returns, expected.returns):
-            exact, bound = float64_returns(self.stream(key), steps, gamma, sums[1].dtype)
+            exact, bound, overflows = float64_returns(self.stream(key), steps, gamma, sums[1].dtype)
             source = "twice the error against float64 that a sum of these rewards may have"
-            yield Output(key, f"the n-step return of {key}", *sums, source, 2 * bound, exact)
+            yield Output(key, f"the n-step return of {key}", *sums, source, 2 * bound, exact, overflows)
         sources = {out: (key, " at the end of the window" if at_end else "") for out, key, at_end in keys.outputs}
         for out, leaves in _pairs(self.tested, got.leaves, expected.leaves):
             key, end = sources[out]

@@ -42,15 +42,22 @@ def test_the_first_frame_that_was_altered_is_named(tmp_path, capsys):
     ("alter", "message"),
     [
         (lambda data: data[0, 0], "frames [*B, T]"),
+        (lambda data: data[:, :0], "frames [*B, T]"),
         (lambda data: data.exclude("observation", "number"), "both at the root and under 'next'"),
         (lambda data: data.exclude(("next", "done")), "done"),
         (lambda data: data.update({"next": {"done": data["next", "done"].float()}}), "must be bool"),
         (lambda data: data.to("meta"), "cannot be explained: "),
     ],
-    ids=["no frames", "no twins", "no flag", "floats", "meta"],
+    ids=["no time", "no frames", "no twins", "no flag", "floats", "meta"],
 )
 def test_what_is_no_such_rollout_is_refused_in_a_line(alter, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as exited:
         main(saved(tmp_path, alter(make_stream((3,), 20)).clone()))
     assert exited.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_no_json_is_made_of_a_file(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*saved(tmp_path, kept_once(make_stream((3,), 20))), "--json"])
+    assert "argument --json: must be left out with FILE" in capsys.readouterr().err

@@ -346,6 +346,10 @@ def test_a_tolerance_that_overflows_lets_nothing_pass():
         ([0.0, 3e38, 3e38, -3e38], 1.0),
         ([0.0] * 64 + [torch.inf, 1.0], 0.1),
         ([0.0] * 64 + [1e38, 1.0], 0.1),
+        ([0.0, 0.0, -3.4028234663852886e38, -3.4028234663852886e38, 1.0], 0.5),
+        ([3e38, 3e38, -torch.inf], 1.0),
+        ([0.0] * 8 + [torch.inf], 1e-45),
+        ([3e38, -3e38, 1.7e38, -2.9e38, 1.1e38], 0.99),
     ],
     ids=str,
 )
@@ -382,7 +386,7 @@ def test_a_return_may_be_off_by_the_tolerance_and_no_more(dtype):
         """Adds a part of the tolerance to the return of frame 4, which has a window of three frames."""
 
         def spoil(out):
-            _, bound = float64_returns(out.leaves["next", "reward_orig"], out.steps, GAMMA, dtype)
+            _, bound, _ = float64_returns(out.leaves["next", "reward_orig"], out.steps, GAMMA, dtype)
             far = out.returns[REWARD][1, 4].double() + 2 * factor * bound[1, 4]
             out.returns[REWARD][1, 4] = far.to(dtype)
 
@@ -404,7 +408,7 @@ def test_the_bound_holds_and_is_no_larger_than_the_worst_case(n_steps, dtype):
     reward = (reward * 100).to(dtype) if not dtype.is_floating_point else reward.to(dtype)
     done = torch.rand(4, 60) < 0.05
     out = n_step_return(reward, done, gamma=0.97, n_steps=n_steps, backend="reference")
-    exact, bound = float64_returns(reward, out.steps, 0.97, out.reward.dtype)
+    exact, bound, _ = float64_returns(reward, out.steps, 0.97, out.reward.dtype)
     expected, magnitude = window_sums(reward, window_ends(done, n_steps), 0.97)
     torch.testing.assert_close(exact, expected, rtol=1e-13, atol=1e-13)
     assert ((out.reward.double() - exact).abs() <= bound).all()

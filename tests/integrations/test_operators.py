@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from multistep_triton import gather_future, n_step_return
 
@@ -274,3 +275,40 @@ def test_steps_that_leave_the_row_are_an_error_when_it_runs():
     compiled = torch.compile(gather_future, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match=r"steps must be within 1 .. T - t = 1, got 2 at frame \(1,\)"):
         compiled(torch.arange(2), torch.tensor([1, 2]))
+
+
+# Dtypes of one byte, no environments, tensors without values
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_dtypes_of_one_byte(dtype, compiled):
+    values = torch.tensor([[1.0, 2.0, 4.0, 8.0]]).to(dtype)
+    steps, done = torch.tensor([[2, 2, 1, 1]]), torch.tensor([[False, False, True, False]])
+
+    def gather(value):
+        return gather_future(value, steps)
+
+    def add(value):
+        return n_step_return(value, done, gamma=0.5, n_steps=2).reward
+
+    for function, expected in ((gather, [0.0, 1, 2, 1]), (add, [1.0, 1.5, 1.5, 1])):
+        leaf = values.clone().requires_grad_()
+        out = torch.compile(function, backend="aot_eager")(leaf) if compiled else function(leaf)
+        out.float().sum().backward()
+        assert leaf.grad.float().flatten().tolist() == expected
+
+
+def test_no_environments_in_a_transform_of_functions():
+    done, steps = torch.zeros(0, 8, dtype=torch.bool), torch.ones(0, 8, dtype=torch.int64)
+    returns = torch.func.vmap(lambda reward, done: n_step_return(reward, done, gamma=0.9, n_steps=3).reward)
+    assert returns(torch.zeros(0, 8), done).shape == (0, 8)
+    assert torch.func.vmap(gather_future)(torch.zeros(0, 8, 2), steps).shape == (0, 8, 2)
+
+
+def test_fake_tensors():
+    with FakeTensorMode() as mode:
+        value, steps = (mode.from_tensor(each) for each in (torch.zeros(3, 6, 2), torch.ones(3, 6, dtype=torch.int64)))
+        assert gather_future(value, steps).shape == (3, 6, 2)
+        out = n_step_return(value[..., 0], steps > 1, gamma=0.9, n_steps=3)
+        assert [each.shape for each in out] == [(3, 6)] * 3
