@@ -41,7 +41,7 @@ NAMES = {
     "buffer/ordered.py": {
         # a buffer's parts, and how it is put together
         "_init", "_initialized", "_get_collate_fn", "_collate_fn", "_storage", "_sampler", "_writer", "_rng", "_empty",
-        "_attached_entities", "_dim_extend", "_transform",
+        "_attached_entities", "_dim_extend", "_transform", "_delayed_init", "_initialize_prioritized_sampler",
         # its locks, and what it prefetches
         "_replay_lock", "_futures_lock", "_clear_prefetch_queue_locked",
     },
@@ -53,7 +53,7 @@ NAMES = {
     },
     "buffer/capturable.py": {
         # a buffer's parts and locks
-        "_rng", "_storage", "_writer", "_replay_lock", "_write_lock", "_attached_entities", "_sample_unit", "_prefetch",
+        "_rng", "_storage", "_writer", "_replay_lock", "_futures_lock", "_attached_entities", "_sample_unit", "_prefetch",
     },
     "buffer/compact.py": {
         # where frames lie
@@ -69,7 +69,7 @@ NAMES = {
     },
     "buffer/checkpointed.py": {
         # what must stand still meanwhile
-        "_futures_lock", "_synchronize_futures_locked", "_replay_lock",
+        "_futures_lock", "_synchronize_futures_locked", "_clear_prefetch_queue_locked", "_replay_lock",
         # where a buffer was
         "_storage", "_writer", "_cursor", "_mutation_revision",
     },

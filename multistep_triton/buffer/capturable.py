@@ -120,7 +120,8 @@ class CapturableReplayBuffer(SampledReplayBuffer):
     def share(self, shared: bool = True) -> Self:
         """Shares the buffer among processes, as in torchrl; with ``capturable=True`` that is a ValueError."""
         self._check_unshared(shared)
-        return super().share(shared)
+        super().share(shared)
+        return self
 
     def _check_alone(self, storage: Storage) -> None:
         """Checks that no other buffer uses the storage, as neither buffer would see what the other writes."""

@@ -96,7 +96,9 @@ class OrderedReplayBuffer(ReplayBuffer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickled buffer, which takes turns with others on its storage from its first call on."""
         super().__setstate__(state)
-        self._replay_lock = vars(vars(self).get("_order", self)).get("lock", self._replay_lock)
+        # While a storage is restored that refers to its buffers, the order may not have its lock yet.
+        if (lock := vars(vars(self).get("_order", self)).get("lock")) is not None:
+            self._replay_lock = lock
 
     def _init(self) -> None:
         super()._init()
