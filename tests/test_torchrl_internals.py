@@ -53,7 +53,8 @@ NAMES = {
     },
     "buffer/capturable.py": {
         # a buffer's parts and locks
-        "_rng", "_storage", "_writer", "_replay_lock", "_futures_lock", "_attached_entities", "_sample_unit", "_prefetch",
+        "_rng", "_storage", "_writer", "_sample_unit", "_prefetch", "_attached_entities",
+        "_replay_lock", "_futures_lock",
     },
     "buffer/compact.py": {
         # where frames lie
