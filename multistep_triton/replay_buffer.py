@@ -197,7 +197,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         Returns:
             TensorDict ``[batch_size]``; with ``return_info``, a tuple of this and the sampler's info.
         """
-        if calling := calls():
+        if calling := calls(self):
             check_mixing(calling, (roles := self._roles_in(())).rewards, roles.dones, self._done_at)
         if not self._capturable:
             check_not_captured("sample")
@@ -216,7 +216,7 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         return sampled
 
     def _check_call(self) -> None:
-        refuse_other_ways(calls())
+        refuse_other_ways(calls(self))
         if not self._capturable:
             check_not_captured("extend")
 

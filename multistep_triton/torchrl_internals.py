@@ -54,20 +54,19 @@ Calls = Mapping[str, FrameType]
 """Stack frames of the torchrl functions that are calling, by the kind of call."""
 
 
-def calls(depth: int = 16) -> Calls:
+def calls(of: ReplayBuffer | None = None, depth: int = 16) -> Calls:
     """Returns the innermost stack frame of every kind of call, among the ``depth`` innermost frames.
 
-    Calls of a buffer in whose transforms another one is called are not those of that one.
+    They are those of the buffer ``of`` or of the innermost one, and not of one whose transforms call it.
     """
     found: dict[str, FrameType] = {}
-    using: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and depth:
         if (kind := _KINDS.get(id(frame.f_code))) is not None:
             if kind in _USES:
-                if using is not None and using.f_locals["self"] is not frame.f_locals["self"]:
+                user: ReplayBuffer = frame.f_locals["self"]
+                if user is not (of := user if of is None else of):
                     break
-                using = frame
             found.setdefault(kind, frame)
         frame, depth = frame.f_back, depth - 1
     return found

@@ -122,7 +122,7 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
             # The newest frame is stored with the next one; what is wrong with it is to be said now.
             whole = data.exclude("final").copy()
             for path in finals:
-                whole.set(("next", *path[1:]), every[path])
+                whole.set(("next", *path[1:]), data.get(path))
             whole, (entries, stored) = self._narrowed(whole), self._stored()
             super()._check_new(leaves_of(whole, whole.batch_dims), stored, whole, self.dim_extend, entries)
             return

@@ -192,8 +192,11 @@ class CapturableReplayBuffer(SampledReplayBuffer):
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Empties the buffer, as in torchrl."""
-        with self._futures_lock, self._by_host():
-            super().empty(empty_write_count)
+        with self._futures_lock:
+            # Batches that are being prefetched take the replay lock.
+            self._clear_prefetch_queue_locked()
+            with self._by_host():
+                super().empty(empty_write_count)
 
     @property
     def storage(self) -> Storage:

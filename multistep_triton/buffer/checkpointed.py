@@ -75,11 +75,12 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         pending = order.pending if order.pending is None else [[*order.pending.shape], order.pending.to_dict()]
         return {"compact": bool(self._compact), "ends": kept, "wide": dict(order.wide_dtypes), "waiting": pending}
 
-    def _check_kept(self, state: dict[str, Any] | None) -> None:
-        """Checks that a checkpoint was saved with a ``compact`` that agrees with this buffer's."""
+    def _check_kept(self, state: dict[str, Any] | None, ring: dict[str, Any] | None) -> None:
+        """Checks that a checkpoint was saved with a ``compact`` and dtypes that agree with this buffer's."""
         self._begin()
         wide, own = {} if state is None else state["wide"], dict(self._order.wide_dtypes)
-        if self._order.entries() is not None and wide != own:
+        has_frames = ring is None or ring["newest"] is not None
+        if has_frames and self._order.entries() is not None and wide != own:
             raise ValueError(
                 f"store_as must be that of what a buffer has saved, whose entries came as {wide} and others as they "
                 f"were stored, got a storage whose entries came as {own}: load into a new buffer"
@@ -134,7 +135,7 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of a buffer of torchrl."""
-        self._check_kept(state_dict.get("_kept"))
+        self._check_kept(state_dict.get("_kept"), state_dict.get("_ring"))
         with self._loading():
             super().load_state_dict(state_dict)
             self._load_ring(state_dict.get("_ring"))
@@ -149,10 +150,12 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
 
     def loads(self, path: str | Path) -> None:
         """Loads the folder that :meth:`dumps`, or a buffer of torchrl, has written."""
-        ring, file = Path(path) / _RING_FILE, Path(path) / _KEPT_FILE
+        file, ring_file, ring = Path(path) / _KEPT_FILE, Path(path) / _RING_FILE, None
+        if ring_file.exists():
+            ring = json.loads(ring_file.read_text())
         kept = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
-        self._check_kept(kept)
+        self._check_kept(kept, ring)
         with self._loading():
             super().loads(path)
-            self._load_ring(json.loads(ring.read_text()) if ring.exists() else None)
+            self._load_ring(ring)
             self._load_kept(kept)

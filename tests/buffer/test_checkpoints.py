@@ -155,7 +155,11 @@ def test_a_state_of_other_stored_dtypes():
     with pytest.raises(ValueError, match="store_as must be that of what a buffer has saved"):
         narrow.load_state_dict(usual.state_dict())
     fresh = make_buffer(8, (2,), store_as={"observation": torch.bfloat16})
+    of_nothing = fresh.state_dict()
     fresh.load_state_dict(narrow.state_dict())
+    assert torch.equal(fresh.sample(16)["observation"], narrow.sample(16)["observation"])
+    fresh.load_state_dict(of_nothing)
+    fresh.extend(stream)
     assert torch.equal(fresh.sample(16)["observation"], narrow.sample(16)["observation"])
 
 

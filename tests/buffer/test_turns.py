@@ -57,6 +57,30 @@ def test_an_empty_buffer_that_processes_share():
     assert "empty" in str(error)
 
 
+def test_an_emptied_buffer_whose_batches_are_prefetched():
+    """The thread that prefetches waits for the lock under which the buffer is emptied."""
+    buffer = make_buffer(8, (2,), sampler=None, batch_size=4, prefetch=1)
+    buffer.extend(make_stream((2,), 8))
+    entries, begun, opened = buffer._order.entries, threading.Event(), threading.Event()
+    asking = threading.get_ident()
+
+    def gate():
+        if threading.get_ident() not in (asking, *used) and not opened.is_set():
+            begun.set()
+            opened.wait(0.5)
+        return entries()
+
+    def empty():
+        used.append(threading.get_ident())
+        buffer.empty()
+
+    used = []
+    buffer._order.entries = gate
+    buffer.sample()
+    assert begun.wait(10)
+    assert not soon(empty)
+
+
 @pytest.mark.parametrize("other", ["add", "state_dict", "set_writer"])
 def test_a_capturable_buffer(other):
     """An observation is the frame's number, and no trajectory ends."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rings import TRAJ_KEY, kept_once, make_buffer, make_stream
 from segment_trees import plant
+from tensordict import lazy_stack
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 
 CAPACITY, CUTS = 12, [1, 3, 5, 13, 1, 1, 1]
@@ -215,4 +216,14 @@ def test_the_first_frame_that_waits_goes_on_from_what_is_stored(odd):
     with pytest.raises((KeyError, ValueError), match=r"reward|rows|action"):
         buffer.extend(data)
     buffer.extend(bare[:, 2:3]), buffer.extend(bare[:, 3:6]), usual.extend(stream[:, 2:5])
+    assert_same(buffer, usual)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_a_lazy_stack_may_come_first(dim, frames):
+    stream = kept_once(make_stream((3,), 20))
+    bare, buffer, usual = without(stream), make((3,)), make((3,))
+    buffer.extend(lazy_stack([*bare[:, :frames].clone().unbind(dim)], dim))
+    buffer.extend(bare[:, frames : frames + 2]), usual.extend(stream[:, : frames + 1])
     assert_same(buffer, usual)

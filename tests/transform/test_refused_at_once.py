@@ -738,6 +738,13 @@ def test_a_buffer_that_another_one_extends_while_frames_are_added_to_it():
     for begin in (0, 5, 10):
         outer.add(numbered(begin, begin + 5))
     assert inner[:]["observation"].flatten().tolist() == list(range(13))
+    sampled, overwritten = make_buffer(40), ReplayBuffer(storage=LazyTensorStorage(40))
+    overwritten.extend(numbered(0, 5))
+    inner = sampled
+    overwritten.append_transform(Tee())
+    for begin in (0, 5, 10):
+        overwritten[0:5] = numbered(begin, begin + 5)
+    assert sampled[:]["observation"].flatten().tolist() == list(range(15))
 
 
 def test_norms_that_were_made_in_inference_mode():
