@@ -408,3 +408,22 @@ def test_a_sampler_that_fails_leaves_no_frames(before, where, kernel, monkeypatc
         expected = stream["number"][:, : before + 4][:, -8:]
         assert torch.equal(numbers.flatten().sort().values, expected.flatten().sort().values)
         buffer.sample(4)
+
+
+def test_what_was_torn_before_a_call_that_fails_stays_torn(monkeypatch):
+    def fail(*arguments, **more):
+        raise ValueError("no room")
+
+    sampler = RandomSampler()
+    buffer, stream = make_buffer(8, (2,), sampler=sampler), make_stream((2,), 40)
+    buffer.extend(stream[:, :8]), buffer.extend(stream[:, 8:10])
+    for frames in (5, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler, "extend", fail)
+            with pytest.raises(ValueError, match="no room"):
+                buffer.extend(stream[:, 10 : 10 + frames])
+    buffer.extend(stream[:, 10:12])
+    with pytest.raises(RuntimeError, match=r"overwritten frames in part.*3 slots from 4 on"):
+        buffer.sample(4)
+    buffer.extend(stream[:, 12:15])
+    assert len(buffer.sample(16)) == 16

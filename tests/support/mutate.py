@@ -58,6 +58,16 @@ TESTS = (
 )
 # Where observations are kept once, or as narrower dtypes, nothing else is what it was but this.
 KEPT = ("tests/buffer/test_compact.py", "tests/buffer/test_store_as.py")
+TURNS = (
+    "tests/buffer/test_turns.py",
+    "tests/buffer/test_storing.py",
+    "tests/buffer/test_samplers.py",
+    "tests/buffer/test_without_next.py",
+    "tests/transform/test_refused_at_once.py",
+)
+LIES = ("tests/kernels/test_memory_layouts.py", "tests/kernels/test_kernels.py")
+# By how the description of a mutation begins; the others are noticed by tests of the core, or of the kernels.
+OWN = {"kept once": KEPT, "keep": KEPT, "ends": KEPT, "narrow": KEPT, "turns": TURNS, "lies": LIES}
 SECONDS = 600
 
 
@@ -125,7 +135,11 @@ MUTATIONS = (
     Mutation("ring: outer environment", "ring", "env // inner * slots + slot", "env // inner + slot"),
     Mutation("ring: slot, time first", "ring", "slot * inner + env * tl", "slot + env * tl"),
     Mutation("ring: which is nested", "launch", "where = 1 < inner < envs", "where = False"),
-    Mutation("ring: where time lies of what is shared", "layout", "sum(dim < time_dim for dim in shared)", "0"),
+    Mutation("lies: carries of other calls", "launch", "not carry.time_first and not all(", "False and not all("),
+    Mutation("lies: slots outermost", "layout", "range(dims if time_dim else 1)", "range(dims)"),
+    Mutation("lies: frames whose future is gathered", "launch", "check_fits(count, 0)", "pass"),
+    Mutation("lies: powers of a graph", "plan", "_CAPTURED.add(found)", "pass"),
+    Mutation("lies: where time lies of what is shared", "layout", "sum(dim < time_dim for dim in shared)", "0"),
     Mutation("seam: which side", "windows", "tl.where(frame < carried, held", "tl.where(frame <= carried, held"),
     Mutation("seam: frame of the data", "windows", "frame - carried, data, DATA[0]", "frame, data, DATA[0]"),
     Mutation("seam: rows of the carry", "windows", "carry_slots * envs, data", "carry_slots, data"),
@@ -309,6 +323,29 @@ MUTATIONS = (
              "self._tear(self._order.position(), frames)", "pass"),
     Mutation("buffer: a state of nothing", "multistep_triton/buffer/storage_order",
              "storage._storage if storage.initialized", "storage._storage if True"),
+    # who takes turns, and what is left where something fails
+    Mutation("turns: the position after a failure", "multistep_triton/buffer/storage_order",
+             "self.cursor, self.known_position = self.storage._last_cursor, None",
+             "self.cursor = self.storage._last_cursor"),
+    Mutation("turns: torn before a failure", "multistep_triton/buffer/storing",
+             "self._storage._len, order.writes, order.torn = length, writes, torn",
+             "self._storage._len, order.writes = length, writes"),
+    Mutation("turns: the host and the device", "multistep_triton/buffer/capturable",
+             "with self._replay_lock:\n            self._pull()\n            yield",
+             "if True:\n            self._pull()\n            yield"),
+    Mutation("turns: batches while it is emptied", "multistep_triton/buffer/capturable",
+             "self._clear_prefetch_queue_locked()", "pass"),
+    Mutation("turns: sampling nothing", "multistep_triton/buffer/sampled",
+             "if position is None:\n            # torchrl", "if False:\n            # torchrl"),
+    Mutation("turns: a copy's lock", "multistep_triton/buffer/ordered", "self._replay_lock = lock", "pass"),
+    Mutation("turns: a frame that waits", "multistep_triton/buffer/ordered", "self._order.pending = None", "pass"),
+    Mutation("turns: who joins the frame that waits", "multistep_triton/buffer/arriving", "with self._replay_lock:",
+             "if True:"),
+    Mutation("turns: priorities of another storage", "multistep_triton/buffer/ordered",
+             "self._initialize_prioritized_sampler()", "pass"),
+    Mutation("turns: whose call it is", "multistep_triton/torchrl_internals",
+             "if user is not (of := user if of is None else of):", "if False:"),
+    Mutation("turns: asked twice", "multistep_triton/ownership", " or self._owner() is buffer", ""),
     # observations kept once
     Mutation("kept once: gone in a block", "windows", "ends |= ahead(lost.", "ends |= False & ahead(lost."),
     Mutation("kept once: gone, the newest is not", "ends", "followed = mask & (frame + 1 < known)", "followed = mask"),
@@ -403,8 +440,9 @@ def run_python(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def run_tests(copy: Path, mutation: Mutation | None = None) -> str:
     """What fails first; empty if nothing does."""
-    if mutation is not None and mutation.decides.startswith(("kept once", "keep", "ends", "narrow")):
-        return fails_of(copy, KEPT)
+    for begins, tests in OWN.items():
+        if mutation is not None and mutation.decides.startswith(begins):
+            return fails_of(copy, tests)
     core = fails_of(copy, CORE) if mutation is None or "/" in mutation.file else ""
     return core or fails_of(copy, FIRST) or fails_of(copy, TESTS)
 
