@@ -333,8 +333,6 @@ MUTATIONS = (
     Mutation("turns: the host and the device", "multistep_triton/buffer/capturable",
              "with self._replay_lock:\n            self._pull()\n            yield",
              "if True:\n            self._pull()\n            yield"),
-    Mutation("turns: batches while it is emptied", "multistep_triton/buffer/capturable",
-             "self._clear_prefetch_queue_locked()", "pass"),
     Mutation("turns: sampling nothing", "multistep_triton/buffer/sampled",
              "if position is None:\n            # torchrl", "if False:\n            # torchrl"),
     Mutation("turns: a copy's lock", "multistep_triton/buffer/ordered", "self._replay_lock = lock", "pass"),
