@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from multistep_triton.task import Leaves
-from multistep_triton.windows import bits, runs_of, write_runs
+from multistep_triton.windows import bits, find_boundaries, runs_of, write_runs
 
 
 @dataclass(slots=True, eq=False)
@@ -55,25 +55,20 @@ class Ends:
     def find_ended(self, data: Leaves, ring: Leaves, newest: int | None) -> Tensor:
         """Returns whether the frame before each was an end, bool ``[T, *R]``; arguments as for :meth:`find_writes`.
 
-        ``ring`` holds the storage's leaves before any of these frames is stored; the result may be a view of them. If
-        no frame came before the first one, its result is arbitrary: True only passes on a row that no frame reads.
+        ``ring`` holds the storage's leaves before any of these frames is stored. If no frame came before the first one,
+        its result is arbitrary: True only passes on a row that no frame reads.
         """
         lead, frames = self.count.shape[1:], next(iter(data.values())).shape[0]
 
-        def before(key: Hashable) -> Tensor:
-            first = data[key][:1] if newest is None else ring[key][newest : newest + 1]
-            return first if frames == 1 else torch.cat((first, data[key][:-1]))
+        def mark(key: Hashable) -> Tensor:
+            before = data[key][:1] if newest is None else ring[key][newest : newest + 1]
+            marks = torch.cat((before, data[key]))
+            return marks.reshape(shape) if marks.numel() == shape.numel() else marks.reshape(*shape, -1).any(-1)
 
-        def of_frames(flag: Tensor) -> Tensor:
-            return flag.reshape(frames, *lead) if flag.numel() == count else flag.reshape(frames, *lead, -1).any(-1)
-
-        count = frames * lead.numel()
-        ended = functools.reduce(torch.bitwise_or, [of_frames(before(key)) for key in self.done])
-        if self.mask is not None:
-            ended = ended | ~of_frames(before(self.mask) & data[self.mask])
-        if self.traj is not None:
-            ended = ended | of_frames(before(self.traj) != data[self.traj])
-        return ended
+        shape = torch.Size((frames + 1, *lead))
+        done = functools.reduce(torch.bitwise_or, map(mark, self.done))
+        mask, traj = (None if key is None else mark(key) for key in (self.mask, self.traj))
+        return find_boundaries(done, mask, traj, 0)[:-1]
 
     def find_writes(self, data: Leaves, ended: Tensor, newest: int | None, slot: int) -> Callable[[], None]:
         """Returns a function that writes counts and rows, to call when frames ``[T, *R, ...]`` have been stored.

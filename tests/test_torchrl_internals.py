@@ -54,7 +54,7 @@ NAMES = {
     "buffer/capturable.py": {
         # a buffer's parts and locks
         "_rng", "_storage", "_writer", "_sample_unit", "_prefetch", "_attached_entities",
-        "_replay_lock", "_futures_lock", "_clear_prefetch_queue_locked",
+        "_replay_lock",
     },
     "buffer/compact.py": {
         # where frames lie

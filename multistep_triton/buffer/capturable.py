@@ -7,7 +7,7 @@ Owns that count, and when the host reads it. Reaches into private attributes of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,11 @@ from multistep_triton.backends import resolve_backend
 from multistep_triton.buffer.repeated import RepeatedCall
 from multistep_triton.buffer.sampled import SampledReplayBuffer
 from multistep_triton.buffer.stored import Position, draws_alike
+from multistep_triton.checks import check_not_captured
+from multistep_triton.layouts import KeyPath
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-from multistep_triton.checks import check_not_captured
-from multistep_triton.layouts import KeyPath
 
 
 class CapturableReplayBuffer(SampledReplayBuffer):
@@ -137,11 +137,6 @@ class CapturableReplayBuffer(SampledReplayBuffer):
         self._written = None
         self._push()
 
-    def set_storage(self, storage: Storage, collate_fn: Callable[..., Any] | None = None) -> Any:
-        """Exchanges the storage, as in torchrl, and goes on at the new one's position."""
-        self._pull()
-        return super().set_storage(storage, collate_fn)
-
     # Storing and sampling
 
     def _store(self, call: RepeatedCall, leaves: dict[KeyPath, Tensor], frames: int) -> Tensor | None:
@@ -186,17 +181,14 @@ class CapturableReplayBuffer(SampledReplayBuffer):
     # The buffer as a whole
 
     @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        with super()._undisturbed(), self._by_host():
+            yield
+
+    @contextmanager
     def _settled(self) -> Iterator[None]:
         with super()._settled(), self._by_host():
             yield
-
-    def empty(self, empty_write_count: bool = True) -> None:
-        """Empties the buffer, as in torchrl."""
-        with self._futures_lock:
-            # Batches that are being prefetched take the replay lock.
-            self._clear_prefetch_queue_locked()
-            with self._by_host():
-                super().empty(empty_write_count)
 
     @property
     def storage(self) -> Storage:

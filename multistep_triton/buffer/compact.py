@@ -161,7 +161,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
             ends, leaves, ended, newest = self._find_ended(frames)
             if newest is None:
                 # No frame came before the first one, which thus continues no trajectory.
-                ended = torch.cat((torch.ones_like(ended[:1]), ended[1:]))
+                ended[0] = True
             check_kept_once(ends, leaves, ended)
 
     def _find_ended(self, frames: TensorDictBase) -> tuple[Ends, dict[KeyPath, Tensor], Tensor, int | None]:

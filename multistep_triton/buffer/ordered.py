@@ -6,7 +6,8 @@ storages and writers. May import torchrl, ``neighbours``, ``stored``, ``storage_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -141,6 +142,15 @@ class OrderedReplayBuffer(ReplayBuffer):
         collate: Any = self._collate_fn
         self._collate_fn: _CollateOwn = _CollateOwn(collate, collate_fn is not None)
 
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Drops prefetched batches, and keeps other threads from sampling and storing within the block."""
+        with self._futures_lock:
+            # A batch that a thread is prefetching needs the other lock to finish.
+            self._clear_prefetch_queue_locked()
+            with self._replay_lock:
+                yield
+
     def set_storage(self, storage: Storage, collate_fn: Callable[..., Any] | None = None) -> Any:
         """Exchanges the storage, as in torchrl, goes on at the new one's position, and resets the sampler.
 
@@ -158,21 +168,18 @@ class OrderedReplayBuffer(ReplayBuffer):
             self._writer.register_storage(storage)
             self._adopt()
 
-        # Batches that are being prefetched take the replay lock.
-        with self._futures_lock:
-            self._clear_prefetch_queue_locked()
-            with self._replay_lock:
+        with self._undisturbed():
+            try:
+                put(storage, dim_extend if storage.ndim == before.ndim else storage.ndim - 1)
+            except BaseException:
                 try:
-                    put(storage, dim_extend if storage.ndim == before.ndim else storage.ndim - 1)
-                except BaseException:
-                    try:
-                        put(before, dim_extend)
-                    finally:
-                        self._collate_fn = collate
-                    raise
-                self._sampler._empty()
-                self._initialize_prioritized_sampler()
-                self.set_rng(self._rng)
+                    put(before, dim_extend)
+                finally:
+                    self._collate_fn = collate
+                raise
+            self._sampler._empty()
+            self._initialize_prioritized_sampler()
+            self.set_rng(self._rng)
         return before
 
     def set_writer(self, writer: Writer) -> Any:
@@ -210,9 +217,7 @@ class OrderedReplayBuffer(ReplayBuffer):
     def empty(self, empty_write_count: bool = True) -> None:
         """Empties the buffer, as in torchrl, and drops its prefetched batches and the pending frame."""
         self._begin()
-        with self._futures_lock:
-            self._clear_prefetch_queue_locked()
-            with self._replay_lock:
-                super().empty(empty_write_count)
-                self._order.pending = None
-                self._order.take_position()
+        with self._undisturbed():
+            super().empty(empty_write_count)
+            self._order.pending = None
+            self._order.take_position()

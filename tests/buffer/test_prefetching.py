@@ -9,6 +9,7 @@ from rings import assert_sampled, make_buffer, wrapped
 from rollouts import frames
 from torchrl.data import SamplerWithoutReplacement
 from torchrl.envs.transforms import Transform
+from turns import soon
 
 REWARD, NEXT = ("next", "reward"), ("next", "observation")
 
@@ -112,25 +113,6 @@ class Gate(SamplerWithoutReplacement):
         return super().sample(storage, batch_size)
 
 
-def soon(function):
-    """The result of a call that must return: a thread that waits for ever is left behind."""
-    results = []
-
-    def run():
-        try:
-            results.append(function())
-        except Exception as error:
-            results.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(10)
-    assert results, "the call does not return"
-    if isinstance(results[0], Exception):
-        raise results[0]
-    return results[0]
-
-
 def sampled_on(buffer, ring, *arguments):
     """The numbers of the frames of seven more samples, each of which is right."""
     numbers = []
@@ -185,24 +167,32 @@ def test_a_transform_that_fails_while_a_prefetched_sample_is_made_anew():
     assert sorted(seen) == ring.numbers()
 
 
-def test_another_storage_while_a_batch_is_prefetched():
-    """The thread that prefetches waits for the lock under which the storage is exchanged."""
-    buffer, _ = wrapped(sampler=None, batch_size=4, prefetch=1)
-    entries, begun, opened = buffer._order.entries, threading.Event(), threading.Event()
+@pytest.mark.parametrize("how", ["set_storage", "empty"])
+def test_a_batch_that_is_prefetched_is_not_waited_for_under_its_lock(how):
+    """The thread that prefetches takes the lock under which the storage is exchanged, or the buffer emptied."""
+    (buffer, _), (other, ring) = wrapped(sampler=None, batch_size=4, prefetch=1), wrapped(sampler=None)
+    entries, begun, opened, used = buffer._order.entries, threading.Event(), threading.Event(), [threading.get_ident()]
 
     def gate():
-        if threading.current_thread() is not threading.main_thread() and not opened.is_set():
+        if threading.get_ident() not in used and not opened.is_set():
             begun.set()
             opened.wait(0.5)
         return entries()
 
+    def use():
+        used.append(threading.get_ident())
+        if how == "empty":
+            buffer.empty()
+        else:
+            buffer.set_storage(other.storage)
+
     buffer._order.entries = gate
     buffer.sample()
     assert begun.wait(10)
-    other, ring = wrapped(sampler=None)
-    soon(lambda: buffer.set_storage(other.storage))
+    soon(use)
     opened.set()
-    assert_sampled(soon(buffer.sample), ring)
+    if how == "set_storage":
+        assert_sampled(soon(buffer.sample), ring)
 
 
 def is_of(sample, ring, n_steps):
