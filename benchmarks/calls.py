@@ -5,6 +5,7 @@ Usage: ``python -m benchmarks.calls``. At [1, 64] a call moves 10 kB; what it co
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
 
 import torch
@@ -20,7 +21,8 @@ CASE = Case("state", 1, 64, 0.0)
 SECONDS = 3.0
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(arguments)
     set_up()
     rollout = make_rollout(CASE)
     print(f"{CASE}, torch {torch.__version__}, median of {SECONDS:g} s")

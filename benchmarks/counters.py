@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.run:
         return run()
+    if shutil.which("ncu") is None:
+        parser.error("ncu, NVIDIA's profiler Nsight Compute, is not there")
     options.out.mkdir(parents=True, exist_ok=True)
     machine, launches = profiled(options.out / "cuda-counters.csv")
     # What we count is executed on CPU memory: none of it is the GPU's.

@@ -6,6 +6,7 @@ Usage: ``python -m benchmarks.kernel_cost``; needs Triton, in a process without 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -279,7 +280,8 @@ def markdown(costs: Iterable[tuple[Target, Cost]]) -> str:
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(arguments)
     set_up()
     driver = ptx_driver.install(CAPABILITY)
     costs = [(target, measure(driver, target)) for target in TARGETS]

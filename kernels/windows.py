@@ -271,7 +271,8 @@ def n_step_windows_kernel(
         if count_ptr is not None:
             after = find_following(env, lane, frame + steps - 1, live, known, counted, envs, agents, data, DATA)
             tl.store(rows_ptr + 2 * rows + held_rows + block, after, mask=exists)
-        if tl.program_id(0) < tl.cdiv(held_rows, TILE):
+        # Of 2**32 lanes and more, which wrap around, some list the same rows once more.
+        if (tl.program_id(0) * TILE).to(tl.uint32) < held_rows:
             list_held(rows_ptr + rows, held_rows, envs, held_inner, stream, DATA, TILE)
 
 

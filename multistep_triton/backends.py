@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from multistep_triton.checks import check_choice, is_transformed
 
@@ -100,7 +101,7 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
 
     ``"auto"``, unless the environment variable names a backend, is Triton for tensors on an accelerator where Triton
     can run, else the reference. ``"verify"`` verifies the reference where the kernels cannot run; inside transforms of
-    torch.func and on the device meta, where values cannot be compared, the reference runs unverified.
+    torch.func and of tensors without values, which cannot be compared, the reference runs unverified.
 
     Raises:
         ValueError: ``backend``, or the value of the environment variable, is none of ``BACKENDS``.
@@ -118,8 +119,8 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
     obstacle = find_obstacle(tensors, rewards)
     if obstacle is None:
         return _asked_for(backend, asker) if backend != "auto" else _ON_ACCELERATOR
-    if backend == "verify" and (is_transformed() or any(tensor.is_meta for tensor in tensors)):
-        why = "a transform of torch.func, or on the device meta, where values cannot be compared"
+    if backend == "verify" and (is_transformed() or any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)):
+        why = "a transform of torch.func, or on tensors without values, and cannot compare"
         return Choice("reference", f"{asker} asks for 'verify' inside {why}", logging.WARNING)
     if backend == "verify":
         level = logging.INFO if all(tensor.is_cpu for tensor in tensors) else logging.WARNING
@@ -151,6 +152,8 @@ def find_obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str
             return f"a tensor is on {device}, and {obstacle}. Move all to one {device_type} device"
     if device_type != "cpu" and len(devices) > 1:
         return "the tensors are on several devices. Move them to one"
+    if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        return "a tensor is a FakeTensor, which has no values. Call it with others"
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
         return "a tensor requires grad, and the kernels have no backward pass. Detach it or use torch.no_grad()"
     if is_transformed():

@@ -82,7 +82,9 @@ def _windows_of_frames(
     keys, n_steps, live = task.keys, task.n_steps, samples.live
     # One frame more tells whether the trajectory goes on after the first and, if ends are gone, after the last frame.
     count = min(max(n_steps, 2) + (lost is not None), live)
-    ahead: Tensor = compute_once(data, ("ahead", count), lambda: torch.arange(count, device=own.device).unsqueeze(1))
+    ahead: Tensor = compute_once(
+        data, ("ahead", count), lambda: torch.arange(count, dtype=torch.int32, device=own.device).unsqueeze(1)
+    )
     # The first frames of all windows come first, then the second ones, and so on.
     walk = move_rows(own, ahead, live, envs)
     rows = walk.view(-1)
@@ -100,7 +102,8 @@ def _windows_of_frames(
         # A window ends before an end that is gone, of any group.
         last[:-2] |= lost.are_lost(walk[1:], lost.count(walk[1:]))
     last |= ahead >= (n_steps if samples.n_steps is None else samples.n_steps) - 1
-    length = last.max(0).indices
+    # The maximum of ``last`` would have its index, too, but torch shares it out among threads, however small it is.
+    length = torch.where(last, ahead, count).amin(0).to(torch.int64)
     beyond, returns = ahead > length, {}
     for key in keys.rewards:
         reward = read[key].view(*walk.shape, *read[key].shape[1:]).to(summed_dtype(data[key]))

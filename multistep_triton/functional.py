@@ -95,8 +95,8 @@ def n_step_return(
         return NStepReturn(*torch.ops.multistep_triton.n_step_return(reward, done, mask, gamma, n_steps, backend))
     lead = check_n_step_return(reward, done, mask)
     data = {"reward": reward, "done": done} if mask is None else {"reward": reward, "done": done, "mask": mask}
-    # The compiler cannot trace into functools' caches.
-    keys_of = _keys.__wrapped__ if torch.compiler.is_compiling() else _keys
+    # The compiler cannot trace into functools' caches, and symbolic sizes cannot be hashed.
+    keys_of = _keys.__wrapped__ if torch.compiler.is_compiling() or isinstance(reward, FakeTensor) else _keys
     kinds = tuple([(key, leaf.dtype, tuple(leaf.shape[len(lead) :])) for key, leaf in data.items()])
     keys = keys_of(kinds, reward.device)
     results = engine.n_step_extend(Task(keys, n_steps, gamma, len(lead) - 1, False), None, data, backend)

@@ -18,6 +18,7 @@ from tensordict import (
     is_non_tensor,
     is_tensor_collection,
     is_tensorclass,
+    unravel_key,
 )
 from torch import Tensor
 
@@ -115,7 +116,21 @@ def is_plain(data: Any) -> bool:
 def read_layout(data: TensorDictBase, ndim: int) -> tuple[Layout, list[Any]]:
     """Returns the layout of a tensordict of ``ndim`` batch dimensions, and its leaves in the layout's order."""
     values: list[Any] = []
-    return _layout_of(_read(data, ndim, values)), values
+    return _layout_of(_read(without_leftovers(data), ndim, values)), values
+
+
+def without_leftovers(data: TensorDictBase) -> TensorDictBase:
+    """Returns a lazy stack without the root entries that some elements lack, if all hold them under "next".
+
+    The first frame of ``env.rollout(tensordict=last["next"], auto_reset=False)`` has the last rollout's reward at its
+    root. The stack itself skips such entries.
+    """
+    if not isinstance(data, LazyStackedTensorDict) or not data.tensordicts:
+        return data
+    held = [{unravel_key(("next", key)) for key in element.keys(True, True)} for element in data.tensordicts]
+    in_all = {unravel_key(key) for key in data.keys(True, True)}
+    leftovers = [path[1:] for path in (set.union(*held) - set.intersection(*held)) & in_all]
+    return data.exclude(*leftovers) if leftovers else data
 
 
 def _read(data: Any, ndim: int, values: list[Any], above: KeyPath = ()) -> tuple[Any, ...]:

@@ -23,7 +23,14 @@ from multistep_triton.neighbours import (
     facts_of,
 )
 from multistep_triton.roles import TRAJ_PATH
-from multistep_triton.torchrl_internals import Calls, sample_unit_of, taking_buffer, transforms_in, using_buffer
+from multistep_triton.torchrl_internals import (
+    Calls,
+    check_trainer,
+    sample_unit_of,
+    taking_buffer,
+    transforms_in,
+    using_buffer,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -87,6 +94,7 @@ class OwnedTransform(CarryingTransform):
             return  # no buffer uses this transform
         roles = self._roles_in(())
         check_mixing(calling, roles.rewards, roles.dones, self._done_at)
+        check_trainer(calling, roles.dones)
         buffer, caller = self._find_owner(), using_buffer(calling, self)
         if caller is not None and caller is not buffer:
             self._join(caller)
@@ -95,6 +103,11 @@ class OwnedTransform(CarryingTransform):
             return
         if "extend" in calling and caller is not None:
             check_time_dim(data, buffer.storage, buffer.dim_extend)
+            if not data.ndim:
+                raise ValueError(
+                    "data must be of batch size [*B, T] to extend a buffer, got [], a single frame: add it, or extend "
+                    "with data.unsqueeze(-1)"
+                )
         entries = data.keys(True)
         ids = any(key in entries for key in (TRAJ_PATH, "episode"))
         transforms, unit = transforms_in(buffer.transform), sample_unit_of(buffer)

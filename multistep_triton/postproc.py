@@ -6,7 +6,9 @@ May import ``base`` and what it may, and ``backends``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import nn
 
@@ -77,9 +79,21 @@ class MultiStep(MultiStepBase, nn.Module):
         super().__init__()
         self._set_arguments(locals())
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # torchrl's class saves the powers of its gamma, which replace those of the module that loads them.
+        powers = torch.tensor([self._gamma**k for k in range(self._n_steps + 1)])
+        saved = state_dict.pop(f"{prefix}gammas", powers).flatten()
+        if saved.shape != powers.shape or not torch.allclose(saved.cpu(), powers):
+            raise ValueError(
+                f"n_steps and gamma must be those of the module that was saved, whose powers of gamma are "
+                f"{saved.tolist()}, got n_steps={self._n_steps} and gamma={self._gamma}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Computes the n-step transitions ``[*B, T]`` of the frames ``[*B, T]`` in ``tensordict``."""
-        if not isinstance(tensordict, TensorDictBase) or not tensordict.ndim:
-            got = f"batch size {list(tensordict.batch_size)}" if hasattr(tensordict, "batch_size") else tensordict
+        is_tensordict = isinstance(tensordict, TensorDictBase)
+        if not is_tensordict or not tensordict.ndim:
+            got = "batch size []" if is_tensordict else f"{tensordict!r:.100}"
             raise ValueError(f"data must be a TensorDict of batch size [*B, T], got {got}")
         return self._n_step(tensordict, None, hold=False)[0]

@@ -30,7 +30,7 @@ from multistep_triton.frames import Frames
 from multistep_triton.neighbours import check_mixing, check_transforms
 from multistep_triton.roles import as_key, check_entries, check_single_steps
 from multistep_triton.samples import Samples
-from multistep_triton.torchrl_internals import calls, refuse_other_ways
+from multistep_triton.torchrl_internals import calls, check_trainer, refuse_other_ways
 
 Steps = int | tuple[int, int]
 
@@ -216,7 +216,9 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         return sampled
 
     def _check_call(self) -> None:
-        refuse_other_ways(calls(self))
+        calling = calls(self)
+        refuse_other_ways(calling)
+        check_trainer(calling, self._roles_in(()).dones)
         if not self._capturable:
             check_not_captured("extend")
 

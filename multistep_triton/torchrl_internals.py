@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -114,6 +114,37 @@ def refuse_other_ways(calling: Calls) -> None:
         raise TypeError(
             "a ReplayBufferEnsemble must not store n-step transitions, of which there are fewer than frames: extend "
             "its buffers themselves"
+        )
+
+
+def check_trainer(calling: Calls, dones: Collection[tuple[str, ...]], depth: int = 16) -> None:
+    """Checks that a calling trainer has not set ``"truncated"`` in every frame, if that is one of the flags ``dones``.
+
+    Raises:
+        ValueError: it has, as it makes one row of the frames.
+    """
+    # Importing the module warns.
+    trainers = sys.modules.get("torchrl.trainers.trainers")
+    if trainers is None or "extend" not in calling or ("next", "truncated") not in dones:
+        return
+    code, frame = trainers.ReplayBufferTrainer.extend.__code__, calling["extend"].f_back
+    while frame is not None and depth and frame.f_code is not code:
+        frame, depth = frame.f_back, depth - 1
+    if frame is None or not depth:
+        return
+    trainer, batch = (frame.f_locals[name] for name in ("self", "batch"))
+    flag, keys = batch.get(("next", "truncated"), None), batch.keys(True)
+    # The trainer sets the last flags of the last dimension, which is not time in [*B, T, 1].
+    if (
+        trainer.flatten_tensordicts
+        and ("collector", "mask") not in keys
+        and flag is not None
+        and flag.ndim > batch.ndim
+    ):
+        raise ValueError(
+            "done_keys must not name 'truncated' where torchrl's trainer makes one row of all frames, as it sets that "
+            "flag in every frame, and every window would be of one frame: give done_keys=['done', 'terminated'], or "
+            "collect with split_trajs=True"
         )
 
 

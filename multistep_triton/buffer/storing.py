@@ -20,7 +20,7 @@ from multistep_triton.buffer.repeated import RepeatedCall, repeated_call
 from multistep_triton.buffer.stored import Leaves, Position, check_continues, check_dims, leaves_of, versions_of
 from multistep_triton.ends import Ends
 from multistep_triton.engine import store_frames
-from multistep_triton.layouts import KeyPath
+from multistep_triton.layouts import KeyPath, without_leftovers
 
 
 class StoringReplayBuffer(OrderedReplayBuffer):
@@ -49,6 +49,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             if (index := self._extend_repeated(data)) is not None:
                 return index
         ndim, time_dim, given = self._storage.ndim, self.dim_extend, data
+        data = without_leftovers(data)
         check_dims(data, ndim, ndim)
         frames = data.shape[time_dim]
         if not data.batch_size.numel():
@@ -147,7 +148,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         if self.dim_extend > 1:
             # The order of dimensions in which extend stores one frame of every environment.
             data = data.unsqueeze(self.dim_extend).transpose(self.dim_extend, 0)[0]
-        data = self._narrowed(data)
+        data = self._narrowed(without_leftovers(data))
 
         def put(data: TensorDictBase) -> Any:
             index = self._writer.add(data)

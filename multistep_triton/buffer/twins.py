@@ -17,17 +17,25 @@ from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import Roles
 
 
-def find_twins(roles: Roles, leaves: Leaves) -> list[KeyPath]:
-    """Finds the twins that can be kept once: neither rewards nor flags, of the dtype and shape of the root's entry."""
+def find_pairs(roles: Roles, leaves: Leaves) -> list[KeyPath]:
+    """Finds the tensors under "next" that the root has, too, in any dtype and shape, but for rewards and flags."""
 
-    def is_twin(path: KeyPath, leaf: Any) -> bool:
+    def is_pair(path: KeyPath, leaf: Any) -> bool:
         twin = leaves.get(path[1:]) if path[0] == "next" and len(path) > 1 else None
         if not isinstance(leaf, Tensor) or not isinstance(twin, Tensor) or roles.is_role(path, leaf):
             return False
-        above = any(path[: len(done)] == done for done in roles.dones)
-        return not above and path[1:] != INDEX and (leaf.dtype, leaf.shape) == (twin.dtype, twin.shape)
+        return path[1:] != INDEX and not any(path[: len(done)] == done for done in roles.dones)
 
-    return [path for path, leaf in leaves.items() if is_twin(path, leaf)]
+    return [path for path, leaf in leaves.items() if is_pair(path, leaf)]
+
+
+def find_twins(roles: Roles, leaves: Leaves) -> list[KeyPath]:
+    """Finds the twins that can be kept once: pairs of one dtype and shape."""
+
+    def are_alike(leaf: Tensor, twin: Tensor) -> bool:
+        return (leaf.dtype, leaf.shape) == (twin.dtype, twin.shape)
+
+    return [path for path in find_pairs(roles, leaves) if are_alike(leaves[path], leaves[path[1:]])]
 
 
 def marks_of(roles: Roles, leaves: Leaves) -> tuple[tuple[KeyPath, ...], KeyPath | None, KeyPath | None]:

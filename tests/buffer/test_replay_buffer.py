@@ -7,6 +7,7 @@ import torch
 from baselines import Peers, without_both
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import Calls
 from paths import kernels
 from rings import (
     TRAJ_KEY,
@@ -418,3 +419,14 @@ def test_what_is_sampled_is_the_same_to_the_bit_however_much_is():
         assert torch.signbit(sample["next", "reward"]).all()
         for key in {*sample.keys(True, True)} - {"index"}:
             assert sample[key].untyped_storage().nbytes() == sample[key].nbytes, key
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("sampled", [2, 64], ids=["few", "many"])
+def test_no_operator_waits_for_threads_that_other_processes_keep_busy(sampled, compact):
+    stream, buffer = make_stream((), 12), make_buffer(8, backend="reference", compact=compact)
+    buffer.extend(stream)
+    with Calls() as calls:
+        buffer.sample(sampled)
+    # torch shares these out among threads, however small they are.
+    assert not [name for name in calls.names if name.startswith(("aten.max.dim", "aten.min.dim"))]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from rings import kept_once, make_stream
+from tensordict import lazy_stack
 
 from multistep_triton.debug.cli import main
 
@@ -26,6 +27,25 @@ def test_a_rollout_of_other_keys(tmp_path, capsys):
         main(command)
     assert "('next', 'done')" in capsys.readouterr().err
     assert main([*command, "--done-key", "agents.dead", "--done-keys", "agents.dead"]) == 0
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("altered", [False, True])
+def test_every_element_of_a_lazy_stack_is_read(altered, dim, tmp_path, capsys):
+    stream = kept_once(make_stream((2,), 20, p_done=0.3))
+    if altered:
+        stream["next", "observation"][1] += 1
+    assert main(saved(tmp_path, lazy_stack([*stream.unbind(dim)], dim))) == altered
+    assert capsys.readouterr().out.count("can be kept once") == 2 - altered
+
+
+def test_an_entry_of_another_dtype_or_shape_is_kept_twice(tmp_path, capsys):
+    stream = kept_once(make_stream((2,), 20, p_done=0.3))
+    stream["next", "observation"] = stream["next", "observation"].double()
+    assert main(saved(tmp_path, stream)) == 1
+    said = capsys.readouterr().out
+    assert "('observation',): must be kept twice, as each frame has torch.float32 [" in said
+    assert "('number',): can be kept once" in said
 
 
 def test_the_first_frame_that_was_altered_is_named(tmp_path, capsys):

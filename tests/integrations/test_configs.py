@@ -225,6 +225,7 @@ TRAINER = {
         +replay_buffer@replay_buffer=base replay_buffer.batch_size=16
         +storage@replay_buffer.storage=lazy_tensor replay_buffer.storage.max_size=200
         +transform@replay_buffer.transform=multi_step_triton replay_buffer.transform.traj_key=[collector,traj_ids]
+        replay_buffer.transform.done_keys=[done,terminated]
     """,
     "loss": """
         +loss@loss=dqn loss.value_network=${model} loss.action_space=one-hot loss.gamma=0.99
@@ -254,11 +255,13 @@ def test_torchrls_dqn_trainer(monkeypatch):
     trainer.train()
     # The trainer makes one row of both environments' frames, which ids keep apart.
     assert [data.batch_size for data in extended] == [(40,)] * 5
-    expected = ReplayBuffer(storage=LazyTensorStorage(200), transform=MultiStepTransform(3, 0.99))
+    transform = MultiStepTransform(3, 0.99, done_keys=["done", "terminated"])
+    expected = ReplayBuffer(storage=LazyTensorStorage(200), transform=transform)
     for data in extended:
         expected.extend(data)
     assert len(rb) == 200 - 3
     assert_equal(rb[:], expected[:])
+    assert (rb[:]["steps_to_next_obs"] == 3).sum() > 100
 
 
 def test_hydra_is_imported_with_the_configs_alone_and_missed_by_name():

@@ -1,6 +1,7 @@
 """What shares a replay buffer with n-step transitions: right, or refused with what to do instead."""
 
 import re
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from neighbours import (
     of_transform,
     wanted,
 )
+from rollouts import make_rollout
 from tensordict import TensorDict
 from torchrl.data import (
     FlatStorageCheckpointer,
@@ -52,6 +54,10 @@ from torchrl.envs.transforms import Compose, Transform
 
 from multistep_triton import MultiStepTransform, NStepReplayBuffer
 from multistep_triton import neighbours as checks
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of torchrl's own weight updaters
+    from torchrl.trainers import ReplayBufferTrainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:include_info is going to be deprecated:UserWarning"),
@@ -445,6 +451,39 @@ def test_a_buffer_that_is_filled_at_random():
         assert len(buffer) in (27, 30)
 
 
+@pytest.mark.parametrize("shape", [(2, 20), (2, 20, 1)], ids=str)
+@pytest.mark.parametrize("n_step", ["transform", "buffer"])
+def test_a_trainer_that_sets_a_flag_in_every_frame(n_step, shape):
+    batch = make_rollout((2,), 20, p_done=0.05)
+    batch["next", "truncated"] = torch.zeros(shape, dtype=torch.bool)
+    batch["next", "terminated"], batch["next", "done"] = (batch["next", "done"].view(shape) for _ in range(2))
+
+    def trained(done_keys, flatten=True, **entries):
+        storage = LazyTensorStorage(40, ndim=1 if flatten else 2)
+        if n_step == "buffer":
+            buffer = NStepReplayBuffer(n_steps=3, gamma=0.9, done_keys=done_keys, storage=storage)
+        else:
+            buffer = TensorDictReplayBuffer(storage=storage, transform=MultiStepTransform(3, 0.9, done_keys=done_keys))
+        trainer = ReplayBufferTrainer(buffer, flatten_tensordicts=flatten)
+        trainer.extend(batch.clone().update(entries))
+        trainer.extend(batch.clone().update(entries))
+        return buffer
+
+    steps = trained(["done", "terminated"]).sample(200)["steps_to_next_obs"]
+    assert steps.max() == 3
+    if len(shape) == 2:
+        # The last flags are those of the last frames.
+        assert trained(None).sample(200)["steps_to_next_obs"].max() == 3
+    else:
+        with pytest.raises(
+            ValueError, match=r"done_keys must not name 'truncated' .+ give done_keys=\['done', 'terminated'\]"
+        ):
+            trained(None)
+    valid = {"collector": TensorDict({"mask": torch.ones(2, 20, dtype=torch.bool)}, [2, 20])}
+    assert trained(None, **valid).sample(200)["steps_to_next_obs"].max() == 3
+    assert trained(None, flatten=False).sample(200)["steps_to_next_obs"].max() == 3
+
+
 def test_a_checkpoint_that_leaves_next_observations_out():
     buffer = ReplayBuffer(
         storage=LazyTensorStorage(40), transform=MultiStepTransform(3, 1.0), checkpointer=FlatStorageCheckpointer()
@@ -477,9 +516,8 @@ def table():
 
 def test_every_class_that_torchrl_exports_is_in_the_table():
     names = exported(T, Transform) | exported(replay_buffers, Sampler) | exported(replay_buffers, ReplayBuffer)
-    names |= {"OfflineToOnlineReplayBuffer", "prefill_replay_buffer"} | exported(
-        replay_buffers, replay_buffers.SampleUnit
-    )
+    names |= {"OfflineToOnlineReplayBuffer", "prefill_replay_buffer", "ReplayBufferTrainer"}
+    names |= exported(replay_buffers, replay_buffers.SampleUnit)
     names |= exported(replay_buffers, replay_buffers.Storage) | exported(replay_buffers, replay_buffers.Writer)
     names |= exported(replay_buffers, replay_buffers.StorageCheckpointerBase)
     assert names - table().keys() == set()

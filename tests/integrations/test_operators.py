@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from multistep_triton import gather_future, n_step_return
 
@@ -312,3 +313,27 @@ def test_fake_tensors():
         assert gather_future(value, steps).shape == (3, 6, 2)
         out = n_step_return(value[..., 0], steps > 1, gamma=0.9, n_steps=3)
         assert [each.shape for each in out] == [(3, 6)] * 3
+
+
+def test_fake_tensors_cannot_be_verified():
+    with FakeTensorMode() as mode:
+        arguments = [mode.from_tensor(each) for each in draw()]
+        _, steps = targets(*arguments, backend="verify")
+        assert steps.shape == (BATCH, FRAMES)
+        with pytest.raises(RuntimeError, match=r"cannot run: (a tensor is a FakeTensor|Triton)"):
+            targets(*arguments, backend="triton")
+
+
+def test_symbolic_sizes():
+    reward, done, mask, observation = draw()
+    traced = make_fx(lambda *arguments: targets(*arguments), tracing_mode="symbolic")(reward, done, mask, observation)
+    assert_equal(traced(reward, done, mask, observation), targets(reward, done, mask, observation))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_vmap_gathers_dtypes_of_one_byte(dtype):
+    reward, done, _, observation = draw()
+    value, steps = observation.to(dtype), n_step_return(reward, done, gamma=GAMMA, n_steps=N).steps
+    future = torch.func.vmap(gather_future)(value, steps)
+    assert future.dtype == dtype
+    assert_equal([future.float()], [gather_future(value, steps).float()])

@@ -1,12 +1,19 @@
 """Key by key as torchrl's transform, where torchrl's is right."""
 
+from functools import partial
+
 import pytest
 import torch
 from rollouts import extend, make_rollout, window_ends, window_sums
+from tensordict import LazyStackedTensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.data.postprocs import MultiStep as TorchRLMultiStep
+from torchrl.envs import SerialEnv
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
+from torchrl.testing.mocking_classes import CountingEnv
 
-from multistep_triton import MultiStepTransform
+from multistep_triton import MultiStep, MultiStepTransform, NStepReplayBuffer
+from multistep_triton.frames import Frames
 
 FRAMES = 250
 
@@ -153,3 +160,28 @@ def test_default_keys_are_torchrls():
     for name in ("n_steps", "gamma", "reward_keys", "done_key", "mask_key"):
         assert getattr(ours, name) == getattr(theirs, name)
     assert set(ours.done_keys) == set(theirs.done_keys)
+
+
+@pytest.mark.parametrize("envs", [1, 2])
+def test_rollouts_that_go_on_from_next_as_in_torchrls_docstring(envs):
+    env = SerialEnv(envs, partial(CountingEnv, max_steps=7)) if envs > 1 else CountingEnv(max_steps=7)
+    ndim = 1 + (envs > 1)
+    pair = [
+        ReplayBuffer(storage=LazyTensorStorage(200, ndim=ndim), transform=kind(n_steps=3, gamma=0.9))
+        for kind in (MultiStepTransform, TorchRLMultiStepTransform)
+    ]
+    single = NStepReplayBuffer(n_steps=3, gamma=0.9, done_at="start", storage=LazyTensorStorage(200, ndim=ndim))
+    last, rollouts = env.reset(), []
+    for _ in range(3):
+        rollout = env.rollout(9, break_when_any_done=False, tensordict=last, auto_reset=False)
+        last = rollout[..., -1]["next"]
+        rollouts.append(rollout)
+        for buffer in (*pair, single):
+            buffer.extend(rollout.clone())
+    # The first frame of a rollout that goes on has the last reward at its root.
+    assert ("reward",) in Frames.read(last).leaves
+    assert isinstance(rollouts[-1], LazyStackedTensorDict)
+    assert_same(*(buffer[:] for buffer in pair))
+    assert len(single) == len(pair[0]) + 3 * envs
+    one, other = (kind(0.9, 3)(rollouts[-1].clone()) for kind in (MultiStep, TorchRLMultiStep))
+    assert_same(one, other)

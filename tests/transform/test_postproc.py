@@ -132,6 +132,15 @@ def test_lazy_stacks_tensorclasses_and_non_tensors():
             assert torch.equal(lazy[key], expected[key]), key
 
 
+def test_the_state_of_torchrls_class_is_loaded_if_it_is_of_the_same_arguments():
+    saved = torch.nn.Sequential(TorchRLMultiStep(0.9, 3)).state_dict()
+    assert list(saved) == ["0.gammas"]
+    torch.nn.Sequential(MultiStep(0.9, 3)).load_state_dict(saved)
+    for gamma, n_steps in ((0.8, 3), (0.9, 2)):
+        with pytest.raises(ValueError, match=f"must be those of the module that was saved, .+ got n_steps={n_steps} "):
+            torch.nn.Sequential(MultiStep(gamma, n_steps)).load_state_dict(saved)
+
+
 def test_arguments_can_be_set():
     postproc = MultiStep(0.9, 3)
     assert (postproc.gamma, postproc.n_steps, postproc.mask_key) == (0.9, 3, ("collector", "mask"))

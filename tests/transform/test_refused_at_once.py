@@ -49,6 +49,18 @@ def test_rollouts_of_environments_need_a_storage_of_two_dimensions(shape, filled
     assert len(both) == torch.Size(shape).numel()
 
 
+@pytest.mark.parametrize("kind", [ReplayBuffer, TensorDictReplayBuffer])
+def test_a_single_frame_is_added_and_not_extended_with(kind):
+    frame, transform = make_rollout((), 1)[0], MultiStepTransform(2, 0.9)
+    buffer = kind(storage=LazyTensorStorage(8), transform=transform)
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"must be of batch size \[\*B, T\] to extend a buffer, got \[\]"):
+            buffer.extend(frame)
+        assert transform.frames_held == 0
+    buffer.extend(frame.unsqueeze(-1))
+    assert transform.frames_held == 1
+
+
 # Trajectory ids
 
 
