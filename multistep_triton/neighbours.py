@@ -112,9 +112,9 @@ def _find_fault(transform: Any, rewards: set[KeyPath], dones: set[KeyPath], done
     read, written = (_paths(getattr(transform, name, None)) for name in ("in_keys", "out_keys"))
     moved = done_at == "end" and _path(getattr(transform, "done_key", ())) in {path[1:] for path in dones}
     flag_remedy = "give it done_key='done_orig', the flag as it came"
+    if isinstance(inverted_in(transform) or transform, T.MultiStepTransform | MultiStepBase):
+        return "makes n-step transitions of what it gets", "leave one of the two out"
     match transform:
-        case T.MultiStepTransform() | MultiStepBase():
-            return "makes n-step transitions of what it gets", "leave one of the two out"
         case T.NextStateReconstructor():
             return "writes what is one step ahead", "store next observations (compact_obs=False)"
         case T.NextObservationDelta() if transform.in_keys:

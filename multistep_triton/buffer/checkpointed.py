@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.data import RoundRobinWriter
 
 from multistep_triton.buffer.compact import CompactReplayBuffer
 from multistep_triton.buffer.stored import check_layout, leaves_of, versions_of
 from multistep_triton.ends import Ends
+from multistep_triton.layouts import KeyPath
+from multistep_triton.roles import as_path
 
 _RING_FILE, _KEPT_FILE = "n_step_ring.json", "n_step_kept.pt"
 
@@ -38,8 +42,9 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
                 yield
 
     def _ring_state(self) -> dict[str, Any]:
-        position = self._order.position()
-        return {"newest": None if position is None else position.newest, "torn": [*self._order.torn]}
+        position, entries = self._order.position(), self._order.entries()
+        shape = None if entries is None else [*entries.shape]
+        return {"newest": None if position is None else position.newest, "torn": [*self._order.torn], "shape": shape}
 
     def _load_ring(self, ring: dict[str, Any] | None) -> None:
         """Restores the newest frame and the torn slots; a checkpoint of torchrl's buffer has a cursor alone."""
@@ -72,15 +77,25 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
                 f"there: {'' if ends is None else ends.slots} rows of an environment, end_slots, are too few",
                 stacklevel=3,
             )
-        pending = order.pending if order.pending is None else [[*order.pending.shape], order.pending.to_dict()]
-        return {"compact": bool(self._compact), "ends": kept, "wide": dict(order.wide_dtypes), "waiting": pending}
+        pending, entries = order.pending, order.entries()
+        waiting = None if pending is None else [[*pending.shape], pending.to_dict(), _group_sizes(pending)]
+        paths = None if entries is None else [*leaves_of(entries, self._storage.ndim)]
+        named = {"compact": bool(self._compact), "wide": dict(order.wide_dtypes), "paths": paths}
+        return {**named, "ends": kept, "waiting": waiting}
 
-    def _check_kept(self, state: dict[str, Any] | None, ring: dict[str, Any] | None) -> None:
-        """Checks that a checkpoint was saved with a ``compact`` and dtypes that agree with this buffer's."""
-        self._begin()
+    def _check_kept(
+        self, state: dict[str, Any] | None, ring: dict[str, Any] | None, shape: Sequence[int] | None
+    ) -> None:
+        """Checks that a checkpoint was saved with a size, ``compact`` and dtypes that agree with this buffer's."""
+        entries = self._order.entries()
+        if shape and (
+            math.prod(shape) != self._storage.max_size or (entries is not None and [*entries.shape] != [*shape])
+        ):
+            got = f"max_size={self._storage.max_size}" if entries is None else [*entries.shape]
+            raise ValueError(f"storage must count the frames of the one that was saved, {[*shape]}, got {got}")
         wide, own = {} if state is None else state["wide"], dict(self._order.wide_dtypes)
         has_frames = ring is None or ring["newest"] is not None
-        if has_frames and self._order.entries() is not None and wide != own:
+        if has_frames and entries is not None and wide != own:
             raise ValueError(
                 f"store_as must be that of what a buffer has saved, whose entries came as {wide} and others as they "
                 f"were stored, got a storage whose entries came as {own}: load into a new buffer"
@@ -99,8 +114,17 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
     def _load_kept(self, state: dict[str, Any] | None) -> None:
         order, entries = self._order, self._order.entries()
         order.ends, order.wide_dtypes, ends = None, {} if state is None else state["wide"], state and state["ends"]
-        pending = state and state["waiting"]
-        order.pending = TensorDict(pending[1], pending[0]) if pending else None
+        order.pending = None
+        if waiting := state and state["waiting"]:
+            size, leaves, sizes = waiting
+            order.pending = TensorDict(leaves, size)
+            for path, each in sizes.items():
+                order.pending.get(path).batch_size = each
+        if (paths := state and state["paths"]) and entries is not None:
+            # Some of torchrl's checkpointers add entries, which later frames would lack.
+            with entries.unlock_():
+                for path in leaves_of(entries, self._storage.ndim).keys() - {*paths}:
+                    entries.del_(path)
         if ends is not None and entries is not None:
             device = next(iter(entries.values(True, True))).device
             rows = {path: leaf.to(device, copy=True) for path, leaf in ends["rows"].items()}
@@ -135,7 +159,11 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of a buffer of torchrl."""
-        self._check_kept(state_dict.get("_kept"), state_dict.get("_ring"))
+        self._begin()
+        entries = state_dict["_storage"].get("_storage")
+        leaves = entries.values() if isinstance(entries, Mapping) else ()
+        shape = next((leaf.shape[: self._storage.ndim] for leaf in leaves if isinstance(leaf, Tensor)), None)
+        self._check_kept(state_dict.get("_kept"), state_dict.get("_ring"), shape)
         with self._loading():
             super().load_state_dict(state_dict)
             self._load_ring(state_dict.get("_ring"))
@@ -150,12 +178,18 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
 
     def loads(self, path: str | Path) -> None:
         """Loads the folder that :meth:`dumps`, or a buffer of torchrl, has written."""
+        self._begin()
         file, ring_file, ring = Path(path) / _KEPT_FILE, Path(path) / _RING_FILE, None
         if ring_file.exists():
             ring = json.loads(ring_file.read_text())
         kept = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
-        self._check_kept(kept, ring)
+        self._check_kept(kept, ring, ring and ring.get("shape"))
         with self._loading():
             super().loads(path)
             self._load_ring(ring)
             self._load_kept(kept)
+
+
+def _group_sizes(data: TensorDictBase) -> dict[KeyPath, list[int]]:
+    """Returns the batch size of every group, by path; groups come before those in them."""
+    return {as_path(key): [*each.batch_size] for key, each in data.items(True) if isinstance(each, TensorDictBase)}

@@ -16,7 +16,7 @@ from rings import (
     wrapped,
 )
 from saving import EVERY_WAY, WAYS, loading_is_told
-from torchrl.data import RandomSampler, SamplerWithoutReplacement
+from torchrl.data import LazyTensorStorage, RandomSampler, ReplayBuffer, SamplerWithoutReplacement
 from torchrl.envs.transforms import ObservationNorm
 
 
@@ -140,11 +140,21 @@ def test_a_whole_buffer_is_loaded_after_a_batch_has_failed():
 
 
 @loading_is_told
-def test_a_state_of_another_size():
+@pytest.mark.parametrize("filled", [0, 3])
+@pytest.mark.parametrize("way", ["dumps", "state_dict", "a state of torchrl's"])
+def test_a_checkpoint_of_another_size_changes_nothing(way, filled):
+    ring, buffer = Ring(make_stream((2,), 40), 8), make_buffer(8, (2,))
+    if filled:
+        buffer.extend(ring.take(filled))
     source = make_buffer(4, (2,))
+    if way.startswith("a state"):
+        source = ReplayBuffer(storage=LazyTensorStorage(8, ndim=2), batch_size=4)
     source.extend(make_stream((2,), 4))
-    with pytest.raises(ValueError, match="storage must count the frames"):
-        make_buffer(8, (2,)).load_state_dict(source.state_dict())
+    with pytest.raises(ValueError, match=r"storage must count the frames of the one that was saved, \[4, 2\], got "):
+        WAYS.get(way, WAYS["state_dict"])(source, lambda: buffer)
+    assert len(buffer) == 2 * filled
+    buffer.extend(ring.take(5))
+    assert_every_frame(buffer, ring)
 
 
 @loading_is_told

@@ -194,15 +194,16 @@ def test_a_copy_is_a_ring_of_its_own(copied, cuts):
 
 
 @FILLED
+@pytest.mark.parametrize("flags", [(), ("done", "terminated", "truncated")], ids=["", "flags at the root"])
 @pytest.mark.parametrize("kind", [FlatStorageCheckpointer, NestedStorageCheckpointer])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_checkpoint_in_which_frames_are_in_order(kind, cuts, tmp_path):
-    """Next observations are left out of it, which in a storage of single steps are the following frames'."""
+def test_a_checkpoint_in_which_frames_are_in_order(kind, flags, cuts, tmp_path):
+    """It leaves out next observations, which are the following frames' here, and adds flags at the root on loading."""
     stream = make_stream((), 60)
     stream["next", "observation"][:-1] = torch.where(
         stream["next", "done"][:-1], stream["next", "observation"][:-1], stream["observation"][1:]
     )
-    for key in ("done", "terminated", "truncated"):
+    for key in flags:
         stream[key] = torch.zeros(60, 1, dtype=torch.bool)
     stream = stream.exclude("number", "action", ("next", "number"))
     buffers = []
@@ -216,6 +217,7 @@ def test_a_checkpoint_in_which_frames_are_in_order(kind, cuts, tmp_path):
     buffers[1].loads(tmp_path)
     for _ in range(3):
         one, other = (everything(buffer) for buffer in buffers)
+        assert set(one.keys(True, True)) == set(other.keys(True, True))
         for key in one.keys(True, True):
             assert torch.equal(one[key], other[key]), key
         for buffer in buffers:

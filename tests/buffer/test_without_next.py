@@ -8,8 +8,9 @@ import warnings
 import pytest
 import torch
 from rings import TRAJ_KEY, kept_once, make_buffer, make_stream
+from saving import WAYS, loading_is_told
 from segment_trees import plant
-from tensordict import lazy_stack
+from tensordict import TensorDict, lazy_stack
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 
 CAPACITY, CUTS = 12, [1, 3, 5, 13, 1, 1, 1]
@@ -56,6 +57,33 @@ def test_frames_are_stored_when_the_next_one_has_come(batch, marks):
         each.extend(bare[..., begin : begin + 2])
     usual.extend(stream[..., begin - 1 : begin + 1])
     assert_same(buffer, usual), assert_same(resumed, usual)
+
+
+@loading_is_told
+@pytest.mark.parametrize("way", ["dumps", "state_dict"])
+@pytest.mark.parametrize("cuts", [[1, 3, 3], [2, 3, 3], [3, 3, 3]], ids=str)
+def test_groups_of_a_frame_that_waits_keep_their_batch_sizes(cuts, way):
+    agents, stream = 3, kept_once(make_stream((2,), 12))
+    bare = without(stream).exclude("number", ("next", "number"))
+    for group in (bare, bare["final"]):
+        seen = group.pop("observation").unsqueeze(2).repeat(1, 1, agents, 1)
+        group["team"] = TensorDict({"agents": TensorDict({"observation": seen}, [2, 12, agents])}, [2, 12])
+
+    def begin():
+        return make_buffer(CAPACITY, (2,), compact=True)
+
+    buffer, at = begin(), 0
+    for frames in cuts:
+        data, at = bare[:, at : at + frames], at + frames
+        if at == frames:
+            buffer.extend(data.clone())
+            # A folder holds no storage that has no frame yet.
+            resumed = WAYS["state_dict" if frames == 1 else way](buffer, begin)
+        else:
+            buffer.extend(data.clone()), resumed.extend(data.clone())
+    assert_same(resumed, buffer)
+    for each in (buffer, resumed):
+        assert each.sample(4)["team", "agents"].batch_size == (4, agents)
 
 
 def test_single_frames_and_an_empty_buffer():

@@ -120,6 +120,13 @@ def test_refused_as_it_has_no_sense(label, of, done_at):
         of(make_data(), SENSELESS[label], done_at)
 
 
+@at
+@beside
+def test_n_step_transitions_of_samples_have_no_sense(of, done_at):
+    with pytest.raises(ValueError, match="got the inverse of MultiStepTransform, which makes n-step transitions"):
+        of(make_data(), SENSELESS["MultiStepTransform"], done_at, invert=True)
+
+
 @beside
 def test_windows_would_go_over_frames_that_are_dropped(of, monkeypatch):
     monkeypatch.setattr(checks, "_find_fault", lambda *arguments: None)
