@@ -13,13 +13,15 @@ from targets import (
     td0_targets,
 )
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
+from torch.distributions import Categorical
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
-from torchrl.modules import QValueActor
-from torchrl.objectives import DQNLoss
+from torchrl.envs.transforms import RenameTransform
+from torchrl.modules import ProbabilisticActor, QValueActor, TanhNormal, ValueOperator
+from torchrl.objectives import DiscreteIQLLoss, DQNLoss, IQLLoss, REDQLoss
 
-from multistep_triton import MultiStepTransform
+from multistep_triton import MultiStepTransform, NStepReplayBuffer
 
 
 def stored(transform, data):
@@ -119,3 +121,58 @@ def test_td0_with_rewards_of_agents_runs_and_is_right(batch):
     theirs = stored(TorchRLMultiStepTransform(3, GAMMA, **keys, done_keys=dones), data)
     with pytest.raises(RuntimeError, match=r"shape .* is invalid"):
         td0_targets(theirs, **AGENT_KEYS, **done)
+
+
+def action_of(out_key, kind, **arguments):
+    module = TensorDictModule(Constant(4, value=0.0), in_keys=["observation"], out_keys=[out_key])
+    parts = module, TensorDictModule(NormalParamExtractor(), in_keys=[out_key], out_keys=["loc", "scale"])
+    policy = module if kind is Categorical else TensorDictSequential(*parts)
+    keys = ["logits"] if kind is Categorical else ["loc", "scale"]
+    return ProbabilisticActor(policy, in_keys=keys, distribution_class=kind, return_log_prob=True, **arguments)
+
+
+def values(*in_keys):
+    return ValueOperator(Constant(1), in_keys=[*in_keys])
+
+
+def redq():
+    # No entropy is left in the target.
+    alpha = {"alpha_init": 1e-30, "min_alpha": 1e-35, "fixed_alpha": True}
+    critic = values("observation", "action")
+    return REDQLoss(action_of("all", TanhNormal), critic, action_spec=Bounded(-1, 1, (2,)), **alpha)
+
+
+def iql():
+    return IQLLoss(action_of("all", TanhNormal), values("observation", "action"), values("observation"))
+
+
+def discrete_iql():
+    critic = TensorDictModule(Constant(4), in_keys=["observation"], out_keys=["state_action_value"])
+    actor = action_of("logits", Categorical)
+    return DiscreteIQLLoss(actor, critic, values("observation"), action_space="categorical")
+
+
+@pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
+@pytest.mark.parametrize("make", [redq, iql, discrete_iql])
+def test_losses_that_pass_on_what_is_under_next_alone(make, monkeypatch):
+    data = row(12)
+    data["action"] = torch.zeros(12, dtype=torch.int64) if make is discrete_iql else torch.zeros(12, 2)
+    targets = []
+    for told in (False, True):
+        buffer = NStepReplayBuffer(n_steps=3, gamma=GAMMA, storage=LazyTensorStorage(12), batch_size=64)
+        buffer.extend(data)
+        loss = make()
+        loss.make_value_estimator(gamma=GAMMA)
+        if told:
+            steps = "steps_to_next_obs"
+            buffer.append_transform(RenameTransform([steps], [("next", steps)], create_copy=True))
+            loss.value_estimator.set_keys(steps_to_next_obs=("next", steps))
+        found, estimate = [], loss.value_estimator.value_estimate
+        monkeypatch.setattr(
+            loss.value_estimator, "value_estimate", lambda *a, **k: found.append(estimate(*a, **k)) or found[-1]
+        )
+        batch = buffer.sample()
+        (loss.qvalue_loss if "IQL" in type(loss).__name__ else loss)(batch[batch["steps_to_next_obs"] == 3])
+        targets.append(found[0].flatten()[0].item())
+    # 1 + .9 + .81 + .9 * 100, and + .729 * 100
+    assert targets == pytest.approx([92.71, 75.61])

@@ -12,14 +12,14 @@ ATOMS = 11
 
 
 class Constant(torch.nn.Module):
-    """A value of 100 for everything."""
+    """A value of 100, or another, for everything."""
 
-    def __init__(self, features):
+    def __init__(self, features, value=100.0):
         super().__init__()
-        self.features = features
+        self.value = torch.nn.Parameter(torch.full((features,), value))
 
-    def forward(self, observation):
-        return torch.full((*observation.shape[: observation.ndim - 1], self.features), 100.0)
+    def forward(self, observation, *others):
+        return self.value.expand(*observation.shape[: observation.ndim - 1], -1)
 
 
 def td0_targets(
