@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from multistep_triton.kernels.rows import as_bytes, either_pointer, find_units
+from multistep_triton.kernels.rows import as_bytes, converted, either_pointer, find_units
 
 # Lanes of a program that counts ends, and the most lanes that it has for one environment.
 TILE, MOST_FRAMES = 512, 128
@@ -121,8 +121,8 @@ def keep_tile(
         source = (env * frames + frame if TIME_LAST else row.to(tl.int32)).to(tl.int64)
         origin = as_bytes(data_ptr).to(tl.pointer_type(ITEM), bitcast=True)
         mask = (ended | is_newest)[:, None]
-        value = tl.load(origin + (source * (WIDTH * PARTS))[:, None] + column, mask=mask, other=0).to(OUT)
+        value = tl.load(origin + (source * (WIDTH * PARTS))[:, None] + column, mask=mask, other=0)
         if COUNTED:
             to = tl.where(is_newest, end_slots, own % end_slots)
             newest = kept + ((to * envs + env).to(tl.int64) * (WIDTH * PARTS))[:, None] + column
-        tl.store(newest, value, mask=mask)
+        tl.store(newest, converted(value, OUT), mask=mask)

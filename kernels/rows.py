@@ -44,6 +44,14 @@ def find_units(tile, rows, WIDTH: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def converted(value, OUT: tl.constexpr):
+    """Converts as torch does, which rounds float64 to 16 bits by way of float32."""
+    if value.dtype == tl.float64 and OUT.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(OUT)
+
+
+@triton.jit
 def copy_tile(
     tile, rows, data_ptr, carry_ptr, carry_rows, source_ptr, out_ptr, first, slots,
     ITEM: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, CARRIED: tl.constexpr,
@@ -82,7 +90,7 @@ def copy_tile(
     pointers = tl.multiple_of(origin + unit * PARTS, [UNIT])
     part = tl.arange(0, PARTS)[None, :]
     value = tl.load(pointers[:, None] + part, mask=read[:, None], other=None if CARRIED and not BLANK else 0)
-    value = value.to(OUT)
+    value = converted(value, OUT)
     out_ptr = out_ptr.to(tl.pointer_type(OUT), bitcast=True)
     if RING and LISTED:  # the output is a carry, whose units 32 bits can count
         to = begin + offset.to(tl.uint32) + first.to(tl.uint32) * WIDTH

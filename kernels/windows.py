@@ -2,8 +2,8 @@
 
 A tile is ``[TILE / LANES, LANES]``: each of its rows is a block, consecutive frames of one environment, and each lane
 loads one frame, for all windows of the block. A lane adds to its sum over 1, 2, 4, ... frames the discounted sum of the
-lane after these, unless a boundary lies between. A window adds up the sums that n has as binary digits, so that its
-return depends on its frames alone, not on where they lie. Windows of more than 64 frames (LONG) add up pieces of 64.
+lane after these, unless a boundary lies between. A window adds up such sums, the longest first, so that its return
+depends on its frames alone, not on where they lie nor on n. Windows of more than 64 frames (LONG) add up pieces of 64.
 
 A ring, ``(first, slots, inner)``, is memory ``[outer, slots, inner]``. ``flags`` is ``(dones, masks, ids, agents)``,
 each leaf a pair of data and carry. ``stream`` is ``(carried, known, carry ring, carry rows, data ring)``: the first
@@ -137,17 +137,16 @@ def count_steps(
 def sum_piece(value, end, lane, count, powers_ptr, PIECE: tl.constexpr):
     """Returns each lane's discounted sum over ``count <= 2 ** PIECE`` lanes, or up to lane ``end`` if it is nearer."""
     total = value
-    summed = count * 0
-    for level in tl.static_range(PIECE + 1):
+    for level in tl.static_range(PIECE):
+        # An end selects and never multiplies, so that a NaN beyond it reaches nothing before it.
+        goes_on = end >= lane + (1 << level)
+        weight = tl.load(powers_ptr + (1 << level)).to(value.dtype)
         if (count >> level) & 1 != 0:
-            # An end selects and never multiplies, so that a NaN beyond it reaches nothing before it.
-            further = tl.load(powers_ptr + summed).to(value.dtype) * ahead(value, lane, summed)
-            total = tl.where(summed == 0, value, tl.where(end >= lane + summed, total + further, total))
-            summed += 1 << level
-        if level < PIECE:
-            further = tl.load(powers_ptr + (1 << level)).to(value.dtype) * ahead(value, lane, 1 << level)
-            value = tl.where(end >= lane + (1 << level), value + further, value)
-    return total
+            # The longest of these sums comes first, so that the order depends on a window and not on ``count``.
+            further = value + weight * ahead(total, lane, 1 << level)
+            total = tl.where(goes_on & ((count & ((1 << level) - 1)) != 0), further, value)
+        value = tl.where(goes_on, value + weight * ahead(value, lane, 1 << level), value)
+    return tl.where(count == 1 << PIECE, value, total)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from multistep_triton import eager
 from multistep_triton.backends import circumstances, resolve_backend
@@ -37,8 +38,9 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves, backend: str = 
             the window's first frame. The call modifies neither the frames of ``carry`` nor ``data``.
     """
     keys, graph = task.keys, torch.is_grad_enabled() and any([leaf.requires_grad for leaf in data.values()])
+    is_fake = isinstance(data[keys.done[0]], FakeTensor)
     chosen: str = keys.compute_once(
-        ("backend", graph, *circumstances(backend)),
+        ("backend", graph, is_fake, *circumstances(backend)),
         lambda: resolve_backend(backend, data.values(), [data[key] for key in keys.rewards]),
     )
     results: Results = implementation_of(chosen).n_step_extend(task, carry, data)

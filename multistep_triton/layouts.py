@@ -6,6 +6,7 @@ Owns names, kinds, devices and nested batch dimensions. May import tensordict, t
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from tensordict import (
     is_non_tensor,
     is_tensor_collection,
     is_tensorclass,
-    unravel_key,
 )
 from torch import Tensor
 
@@ -119,18 +119,36 @@ def read_layout(data: TensorDictBase, ndim: int) -> tuple[Layout, list[Any]]:
     return _layout_of(_read(without_leftovers(data), ndim, values)), values
 
 
-def without_leftovers(data: TensorDictBase) -> TensorDictBase:
-    """Returns a lazy stack without the root entries that some elements lack, if all hold them under "next".
+def without_leftovers(data: TensorDictBase, time_dim: int | None = None) -> TensorDictBase:
+    """Returns frames ``[*B, T]`` without what their first ones hold of the last rollout, if they are a lazy stack.
 
-    The first frame of ``env.rollout(tensordict=last["next"], auto_reset=False)`` has the last rollout's reward at its
-    root. The stack itself skips such entries.
+    The first frame of ``env.rollout(tensordict=last["next"], auto_reset=False)`` has a reward at its root. It is left
+    out, as tensordict's stack does with all that some elements lack, where every further entry of the first frames
+    lies under "next", too.
     """
     if not isinstance(data, LazyStackedTensorDict) or not data.tensordicts:
         return data
-    held = [{unravel_key(("next", key)) for key in element.keys(True, True)} for element in data.tensordicts]
-    in_all = {unravel_key(key) for key in data.keys(True, True)}
-    leftovers = [path[1:] for path in (set.union(*held) - set.intersection(*held)) & in_all]
-    return data.exclude(*leftovers) if leftovers else data
+    time_dim = data.batch_dims - 1 if time_dim is None else time_dim
+    elements, dim = [*data.tensordicts], data.stack_dim
+    if dim != time_dim:
+        elements = [without_leftovers(each, time_dim - (dim < time_dim)) for each in elements]
+    elif len(elements) > 1:
+        first, second = (_paths_of(each) for each in elements[:2])
+        further = first - second
+        if further and {("next", *path) for path in further} <= second:
+            elements[0] = elements[0].exclude(*further)
+    if all(map(operator.is_, elements, data.tensordicts)):
+        return data
+    without = data.copy()
+    without.tensordicts[:] = elements
+    return without
+
+
+def _paths_of(data: TensorDictBase) -> set[KeyPath]:
+    """Returns the paths of entries and groups; of a lazy stack, those of its first element."""
+    while isinstance(data, LazyStackedTensorDict):
+        data = data.tensordicts[0]
+    return {(key,) if isinstance(key, str) else key for key in data.keys(True)}
 
 
 def _read(data: Any, ndim: int, values: list[Any], above: KeyPath = ()) -> tuple[Any, ...]:
@@ -183,7 +201,7 @@ def _layout_of(read: tuple[Any, ...]) -> Layout:
 
 def _lazy_items(data: LazyStackedTensorDict, path: KeyPath) -> Iterator[tuple[str, Any]]:
     """Yields the entries of a lazy stack; raises for those that some elements lack, which the stack would skip."""
-    keys = [set(element.keys()) for element in data.tensordicts]
+    keys = _key_sets(data)
     if some := set.union(*keys) - set.intersection(*keys):
         entries = [(*path, key) for key in sorted(some)]
         raise ValueError(f"entries {entries} must be in every element of a lazily stacked tensordict, got some without")
@@ -194,3 +212,10 @@ def _lazy_items(data: LazyStackedTensorDict, path: KeyPath) -> Iterator[tuple[st
             raise ValueError(
                 f"entry {(*path, key)} must have one shape in every element of a lazily stacked tensordict, got {error}"
             ) from error
+
+
+def _key_sets(data: TensorDictBase) -> list[set[str]]:
+    """Returns the names of the entries of each element of a lazy stack, of lazy stacks or not."""
+    if isinstance(data, LazyStackedTensorDict):
+        return [keys for element in data.tensordicts for keys in _key_sets(element)]
+    return [set(data.keys())]

@@ -148,7 +148,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         if self.dim_extend > 1:
             # The order of dimensions in which extend stores one frame of every environment.
             data = data.unsqueeze(self.dim_extend).transpose(self.dim_extend, 0)[0]
-        data = self._narrowed(without_leftovers(data))
+        data = self._narrowed(data)
 
         def put(data: TensorDictBase) -> Any:
             index = self._writer.add(data)

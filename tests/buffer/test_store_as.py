@@ -17,14 +17,31 @@ PAIRS = [
     (torch.float32, torch.float16),
     (torch.float64, torch.float32),
     (torch.float64, torch.bfloat16),
+    (torch.float64, torch.float16),
 ]
-SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 3.3e38, 1 / 3, 65520.0, -1e-7]
+# The first two lie beside the middle between two halves, of eight and of eleven bits, by less than a float32 tells.
+SPECIAL = [
+    1 + 2**-8 + 2**-40,
+    1 + 2**-11 + 2**-40,
+    0.0,
+    -0.0,
+    torch.inf,
+    -torch.inf,
+    torch.nan,
+    1e-40,
+    3.3e38,
+    1 / 3,
+    65520.0,
+    -1e-7,
+]
 
 
 def make_wide_stream(batch, frames, wide, width=6, **arguments):
     stream = make_stream(batch, frames, **arguments)
-    observation = torch.randn(*batch, frames, width)
-    observation.view(-1)[: len(SPECIAL)] = torch.tensor(SPECIAL)
+    observation = torch.randn(*batch, frames, width).double()
+    # In the first call and in the last one.
+    for each in (slice(len(SPECIAL)), slice(-len(SPECIAL), None)):
+        observation.view(-1)[each] = torch.tensor(SPECIAL, dtype=torch.float64)
     stream["observation"] = observation.to(wide)
     stream["next", "observation"] = torch.randn(*batch, frames, width).to(wide)
     stream["action"] = torch.randn(*batch, frames, dtype=wide)
@@ -126,7 +143,8 @@ def test_a_captured_step_and_what_is_asked_for():
     sample = buffer.sample(32)
     at = sample["index"].unbind(-1)
     assert sample["observation"].dtype == torch.float32
-    assert torch.equal(sample["observation"], buffer.storage[:]["observation"][at].float())
+    stored = buffer.storage[:]["observation"][at].float()
+    torch.testing.assert_close(sample["observation"], stored, rtol=0, atol=0, equal_nan=True)
 
 
 def test_single_frames_and_an_entry_under_next_alone():

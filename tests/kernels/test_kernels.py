@@ -268,6 +268,16 @@ def test_a_return_is_the_same_to_the_bit_wherever_its_window_lies(n_steps):
     assert torch.equal(frame_bytes(sampled.leaves["value"]), frame_bytes(whole.leaves["value"].flatten(0, 1)))
 
 
+def test_a_return_depends_neither_on_n_nor_on_how_many_frames_are_known():
+    reward, done = torch.randn(64, 90), torch.zeros(64, 90, dtype=torch.bool)
+    done[:, 6] = True
+    found = [
+        n_step_return(reward[:, :frames], done[:, :frames], gamma=0.99, n_steps=n_steps, backend="triton").reward[:, 0]
+        for frames, n_steps in ((7, 7), (8, 7), (8, 8), (12, 10), (12, 12), (40, 31), (90, 33), (90, 70))
+    ]
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
 @pytest.mark.parametrize("n_steps", [1, 4, 1000])
 @pytest.mark.parametrize("frames", [0, 1, 6, 7, 300])
 def test_nothing_held_back(frames, n_steps):
