@@ -6,9 +6,9 @@ Owns which frame lies in which slot, and no maths. May import torch only.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,29 +120,45 @@ def current_stream(leaves: Iterable[Tensor]) -> Any:
     return torch.accelerator.current_stream(leaf.device)
 
 
-class Slots(NamedTuple):
-    """The slots of the frames that a call holds back: frame ``f`` of carry and data goes into slot ``first + f``."""
+def next_carry(
+    carry: Carry | None,
+    data: Mapping[Hashable, Tensor],
+    held: Iterable[Hashable],
+    new: int,
+    n_steps: int,
+    time_dim: int,
+) -> tuple[Carry, int]:
+    """Chooses the slots of the frames held back after ``new`` frames ``data``.
 
-    first: int
-    """The slot of frame 0, modulo ``capacity``."""
-    capacity: int
-    stay: int
-    """Frames of the carry that lie in these slots already; 0 if the slots are in other memory than the carry's."""
-    time_first: bool
+    Calls of fewer than ``n_steps`` frames write these into the free slots, so that each frame is written twice,
+    whatever ``n_steps``: into a slot, and into an output. Longer calls hold back new frames alone, and use the memory
+    of two carries in turn.
 
-    def empty(self, leaf: Tensor, time_dim: int) -> Tensor:
-        """Allocates the slots of a leaf ``[*B, T, ...]``."""
-        shape = leaf.shape
-        sizes = (*shape[:time_dim], self.capacity, *shape[time_dim + 1 :])
-        strides = _strides(sizes, time_dim if self.time_first else 0)
-        return torch.empty_strided(sizes, strides, dtype=leaf.dtype, device=leaf.device)
+    Returns:
+        Carry: of leaves ``held``, for the caller to fill.
+        int: how many of its oldest frames lie in their slots already; 0 if these are in other memory than the carry's.
+    """
+    known, time_first = new + (carry.count if carry else 0), new < n_steps
+    emitted = max(known - n_steps, 0)
+    writes = carry is not None and carry.may_write(data.values())
+    if carry and writes and time_first and carry.time_first and known <= carry.capacity <= 2 * (n_steps + new):
+        first = (carry.first + emitted) % carry.capacity
+        memory = {key: carry.leaves[key] for key in held}
+        return Carry(memory, first, known - emitted, carry.capacity, True), carry.count - emitted
+    capacity = max(min(n_steps, 2 * known) + new, 1) if time_first else n_steps
+    memory, spare = dict[Any, Tensor](), dict[Any, Tensor]()
+    if carry and writes and (capacity, time_first) == (carry.capacity, carry.time_first):
+        memory, spare = carry.spare, carry.leaves
+    if not memory:
+        memory = {key: _empty(data[key], capacity, time_dim, time_first) for key in held}
+    return Carry(memory, 0, known - emitted, capacity, time_first, spare=spare), 0
 
-    def carry(
-        self, leaves: dict[Any, Tensor], emitted: int, known: int, spare: dict[Any, Tensor] | None = None
-    ) -> Carry:
-        """Returns the carry of the frames held back, from frame ``emitted`` on."""
-        first = (self.first + emitted) % self.capacity
-        return Carry(leaves, first, known - emitted, self.capacity, self.time_first, spare=spare or {})
+
+def _empty(leaf: Tensor, capacity: int, time_dim: int, time_first: bool) -> Tensor:
+    """Allocates ``capacity`` slots of a leaf ``[*B, T, ...]``."""
+    sizes = (*leaf.shape[:time_dim], capacity, *leaf.shape[time_dim + 1 :])
+    strides = _strides(sizes, time_dim if time_first else 0)
+    return torch.empty_strided(sizes, strides, dtype=leaf.dtype, device=leaf.device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -154,45 +170,3 @@ def _strides(sizes: tuple[int, ...], first: int = 0) -> tuple[int, ...]:
         strides[dim] = step
         step *= max(sizes[dim], 1)
     return tuple(strides)
-
-
-def find_slots(carry: Carry | None, frames: Collection[Tensor], new: int, n_steps: int) -> Slots:
-    """Chooses the slots of the frames held back after ``new`` frames came, whose leaves are ``frames``.
-
-    Calls of fewer than ``n_steps`` frames write these into the free slots, so that each frame is written twice,
-    whatever ``n_steps``: into a slot, and into an output. Longer calls hold back new frames alone.
-    """
-    carried = carry.count if carry else 0
-    known = carried + new
-    emitted = max(known - n_steps, 0)
-    if new >= n_steps:
-        return Slots(-emitted % n_steps, n_steps, 0, False)
-    if carry and carry.time_first and known <= carry.capacity <= 2 * (n_steps + new) and carry.may_write(frames):
-        return Slots(carry.first, carry.capacity, carried - emitted, True)
-    capacity = max(min(n_steps, 2 * known) + new, 1)
-    return Slots(-emitted % capacity, capacity, 0, True)
-
-
-def next_carry(
-    carry: Carry | None,
-    data: Mapping[Hashable, Tensor],
-    held: Iterable[Hashable],
-    new: int,
-    n_steps: int,
-    time_dim: int,
-) -> tuple[Carry, int]:
-    """Returns the carry of leaves ``held`` after ``new`` frames ``data``, for the caller to fill, and ``Slots.stay``.
-
-    Calls of ``n_steps`` frames or more, which hold back new frames alone, use the memory of two carries in turn.
-    """
-    slots, known = find_slots(carry, data.values(), new, n_steps), new + (carry.count if carry else 0)
-    memory: dict[Any, Tensor] = {}
-    spare = None
-    if carry and slots.stay:
-        memory = carry.leaves
-    elif carry and carry.free and (slots.capacity, slots.time_first) == (carry.capacity, carry.time_first):
-        memory, spare = carry.spare, carry.leaves
-    if not (spare and memory):
-        # Spare memory belongs to a carry with the same leaves, and is reused as it is.
-        memory = {key: memory[key] if memory else slots.empty(data[key], time_dim) for key in held}
-    return slots.carry(memory, max(known - n_steps, 0), known, spare), slots.stay

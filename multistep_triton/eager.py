@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from multistep_triton.carry import Carry, Slots, find_slots
+from multistep_triton.carry import Carry, next_carry
 from multistep_triton.eager_ring import n_step_sample as n_step_sample
 from multistep_triton.eager_ring import store_frames as store_frames
 from multistep_triton.task import Leaves, Results, Task, return_dtype
@@ -61,9 +61,12 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
     carried = carry.count if carry else 0
     known = carried + new
     emitted = max(known - n_steps, 0) if hold else known
-    both, slots = _Joined(carry, data, time_dim, carried, known), find_slots(carry, data.values(), new, n_steps)
+    both = _Joined(carry, data, time_dim, carried, known)
+    # What a longer call holds back is allocated where it is joined.
+    held = keys.held if new < n_steps else ()
+    after, stay = next_carry(carry, data, held, new, n_steps, time_dim) if hold else (None, 0)
     # If frames stay, the call writes new ones into the carry's slots, and reads its outputs there.
-    ring = carry if slots.stay else None
+    ring = carry if stay else None
     n_steps = max(min(n_steps, known), 1)
     join = functools.partial(both.join, time_first=ring is not None)
     dim, shape = (0, (known, *lead)) if ring else (time_dim, (*lead, known))
@@ -76,15 +79,18 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
 
     steps = come_out(lengths, torch.int64)
     returns = {key: come_out(total, return_dtype(data[key])) for key, total in zip(keys.rewards, totals, strict=True)}
-    held, older = {}, {}
-    runs = ring.runs(carried, new) if ring else []
-    for key in keys.held if hold else ():
-        if ring:
-            older[key], held[key] = both.old(key, 0, emitted), ring.leaves[key]
-            write_runs(held[key], data[key], runs, time_dim)
-        else:
-            older[key], newer = both.split(key, emitted)
-            held[key] = _lay_out(newer, slots, time_dim)
+    older = {}
+    if after is not None:
+        # Two carries in turn would take twice the memory, and save a CPU no time.
+        after.spare = {}
+        runs = after.runs(stay, new) if ring else []
+        for key in keys.held:
+            if ring:
+                older[key] = both.old(key, 0, emitted)
+                write_runs(after.leaves[key], data[key], runs, time_dim)
+            else:
+                older[key], newer = both.split(key, emitted)
+                _lay_out(after, key, newer, time_dim)
     gather = _gather_in_ring(ring, lengths, emitted) if ring else _gather_in_joined(both, lengths, emitted, n_steps)
     leaves = {}
     for out, key, at_end in keys.outputs:
@@ -94,7 +100,6 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
             leaves[out] = torch.cat(older[key] or [data[key].narrow(time_dim, 0, 0)], time_dim)
         else:
             leaves[out] = data[key]
-    after = slots.carry(held, emitted, known) if hold else None
     return Results(leaves, returns, steps, discounts(steps, n_steps, gamma), come_out(goes_on, torch.bool), after)
 
 
@@ -159,14 +164,13 @@ def gather_future(value: Tensor, steps: Tensor) -> Tensor:
     return take_rows(value.flatten(0, steps.ndim - 1), _end_rows(steps, steps.shape[-1], 0)).view(value.shape)
 
 
-def _lay_out(pieces: list[Tensor], slots: Slots, time_dim: int) -> Tensor:
-    """Copies frames ``[*B, k, ...]`` one after the other, from slot 0 on, into new memory without an autograd graph."""
+def _lay_out(after: Carry, key: Hashable, pieces: list[Tensor], time_dim: int) -> None:
+    """Holds back frames ``[*B, k, ...]``, one after the other, without an autograd graph."""
     pieces = [piece.detach() if piece.requires_grad else piece for piece in pieces]
-    if not slots.time_first:
-        return torch.cat(pieces, time_dim)
-    leaf, at = slots.empty(pieces[0], time_dim), 0
+    if not after.time_first:
+        after.leaves[key] = torch.cat(pieces, time_dim)
+        return
+    at = 0
     for piece in pieces:
-        count = piece.shape[time_dim]
-        write_runs(leaf, piece, [(at, count)], time_dim)
-        at += count
-    return leaf
+        write_runs(after.leaves[key], piece, after.runs(at, piece.shape[time_dim]), time_dim)
+        at += piece.shape[time_dim]

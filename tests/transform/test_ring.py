@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from multistep_triton import MultiStepTransform
-from multistep_triton.carry import Carry, find_slots
+from multistep_triton.carry import Carry, next_carry
 
 N_STEPS, GAMMA, WIDTH = 5, 0.9, 10_000
 DUPLICATES = [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one)), MultiStepTransform.clone]
@@ -246,8 +246,9 @@ def test_runs_of_slots_turn_at_the_last_one():
     assert carry.runs(0, 3) == [(6, 2), (0, 1)]
     assert carry.runs(2, 1) == [(0, 1)]
     assert [piece.shape[1] for piece in carry.pieces("leaf", 1)] == [2, 1]
-    assert find_slots(carry, [], 2, 4) == (6, 8, 2, True)
-    assert find_slots(carry.view(carry.leaves, free=False), [], 2, 4).stay == 0
+    after, stay = next_carry(carry, {}, ("leaf",), 2, 4, 1)
+    assert (after.leaves, after.first, after.count, stay) == (carry.leaves, 7, 4, 2)
+    assert next_carry(carry.view(carry.leaves, free=False), {}, (), 2, 4, 1)[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -267,8 +268,7 @@ def test_runs_of_slots_turn_at_the_last_one():
 def test_where_frames_go(count, new, n_steps, stay):
     """A new place where the ring is too small, or all that is held back is new."""
     carry = Carry({"leaf": torch.zeros(2, 8)}, 0, count, 8, True)
-    slots = find_slots(carry, [], new, n_steps)
-    assert slots.stay == stay
-    held = min(count + new, n_steps)
-    assert slots.capacity == 8 if stay else slots.capacity >= held
-    assert (slots.first + count + new - held) % slots.capacity == 0 or stay
+    after, stays = next_carry(carry, {}, (), new, n_steps, 1)
+    assert (after.count, stays) == (min(count + new, n_steps), stay)
+    assert after.capacity == 8 if stay else after.capacity >= after.count
+    assert after.first == count + new - after.count if stay else not after.first
