@@ -20,6 +20,7 @@ from multistep_triton.kernels.ring import store_index
 from multistep_triton.kernels.rows import copy_tile
 from multistep_triton.kernels.run import ALIGNMENT, as_real, check_fits, is_amd, on, run
 from multistep_triton.kernels.windows import INTERPRETED
+from multistep_triton.samples import Ring
 from multistep_triton.task import Leaves, compute_once
 
 # Of launches that keep observations, so that five programs share a multiprocessor; each keeps fewer units.
@@ -129,17 +130,10 @@ class _Prepared(NamedTuple):
     """Plans by the addresses of the data, modulo 16."""
 
 
-def store_frames(
-    data: Leaves,
-    ring: Leaves,
-    numbers: Tensor | None,
-    dims: int,
-    time_dim: int,
-    slot: int | Tensor,
-    ends: Ends | None = None,
-) -> Tensor:
+def store_frames(data: Leaves, ring: Ring, slot: int | Tensor) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`."""
-    ready = compute_once(ring, ("store", dims, ends), lambda: _prepare(data, ring, dims, ends))
+    leaves, numbers, dims, time_dim, ends = ring
+    ready = compute_once(leaves, ("store", dims, ends), lambda: _prepare(data, leaves, dims, ends))
     (slots, *lead), stored, kept, take, flags, flag_widths, has_complex, plans = ready
     first = next(iter(data.values()))
     frames, envs, device = first.shape[time_dim], math.prod(lead), first.device

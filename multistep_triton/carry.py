@@ -150,11 +150,11 @@ def next_carry(
     if carry and writes and (capacity, time_first) == (carry.capacity, carry.time_first):
         memory, spare = carry.spare, carry.leaves
     if not memory:
-        memory = {key: _empty(data[key], capacity, time_dim, time_first) for key in held}
+        memory = {key: _new_slots(data[key], capacity, time_dim, time_first) for key in held}
     return Carry(memory, 0, known - emitted, capacity, time_first, spare=spare), 0
 
 
-def _empty(leaf: Tensor, capacity: int, time_dim: int, time_first: bool) -> Tensor:
+def _new_slots(leaf: Tensor, capacity: int, time_dim: int, time_first: bool) -> Tensor:
     """Allocates ``capacity`` slots of a leaf ``[*B, T, ...]``."""
     sizes = (*leaf.shape[:time_dim], capacity, *leaf.shape[time_dim + 1 :])
     strides = _strides(sizes, time_dim if time_first else 0)

@@ -1,6 +1,6 @@
 """The fast path in eager PyTorch for frames in a ring: stores frames there, and samples them.
 
-Keys are opaque. May import torch, ``task``, ``samples``, ``ends``, ``eager_ends`` and ``windows``.
+Keys are opaque. May import torch, ``task``, ``samples``, ``eager_ends`` and ``windows``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from multistep_triton.eager_ends import EndCounts, NextRows
-from multistep_triton.ends import Ends
-from multistep_triton.samples import Samples, sampled_where_frames_are
+from multistep_triton.samples import Ring, Samples, sampled_where_frames_are
 from multistep_triton.task import AFTER_END, Leaves, Results, Task, compute_once, return_dtype, summed_dtype
 from multistep_triton.windows import (
     Taker,
@@ -141,17 +140,10 @@ def _discounted_sum(rewards: Sequence[Tensor], gamma: float) -> Tensor:
     return torch.add(first, then, alpha=gamma**half)
 
 
-def store_frames(
-    data: Leaves,
-    ring: Leaves,
-    numbers: Tensor | None,
-    dims: int,
-    time_dim: int,
-    slot: int | Tensor,
-    ends: Ends | None = None,
-) -> Tensor:
+def store_frames(data: Leaves, ring: Ring, slot: int | Tensor) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`."""
-    kept = next(iter(ring.values()))
+    leaves, numbers, dims, time_dim, ends = ring
+    kept = next(iter(leaves.values()))
     slots, *lead = kept.shape[:dims]
     slot, frames = int(slot) % slots, next(iter(data.values())).shape[time_dim]
     index = _frames_in_order(frames, *lead, device=kept.device).clone()
@@ -164,8 +156,8 @@ def store_frames(
     keep = None
     if ends is not None:
         newest = (slot - 1) % slots
-        keep = ends.find_writes(data, ends.find_ended(data, ring, newest), newest, slot)
-    for key, leaf in ring.items():
+        keep = ends.find_writes(data, ends.find_ended(data, leaves, newest), newest, slot)
+    for key, leaf in leaves.items():
         write_runs(leaf, data[key], runs, 0)
     if keep is not None:
         keep()

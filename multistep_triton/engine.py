@@ -19,7 +19,7 @@ from multistep_triton import eager
 from multistep_triton.backends import circumstances, resolve_backend
 from multistep_triton.carry import Carry
 from multistep_triton.ends import Ends
-from multistep_triton.samples import Samples
+from multistep_triton.samples import Ring, Samples
 from multistep_triton.task import Leaves, Results, Task, compute_once
 
 
@@ -75,35 +75,21 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves, backend: str = "au
     return results
 
 
-def store_frames(
-    data: Leaves,
-    ring: Leaves,
-    numbers: Tensor | None,
-    dims: int,
-    time_dim: int,
-    slot: int | Tensor,
-    backend: str = "auto",
-    ends: Ends | None = None,
-) -> Tensor:
+def store_frames(data: Leaves, ring: Ring, slot: int | Tensor, backend: str = "auto") -> Tensor:
     """Stores frames in consecutive slots, from ``slot`` on; the first slot follows the last.
 
     Args:
-        data: leaves ``[*B, T, ...]``; ``T`` is at most the number of slots or, with ``ends``, less.
-        ring: contiguous leaves of a storage ``[C, *R, ...]`` with the keys, dtypes and devices of the data's, except
-            the leaves that ``ends`` has rows for.
-        numbers: int64 ``[C, *R]``, an entry of the storage that holds every frame's slot; or None.
-        dims: the number of dimensions of ``[C, *R]``; the data has the same ones, with the first and time swapped.
-        time_dim: the position of the time dimension in ``[*B, T]``.
+        data: leaves ``[*B, T, ...]``; ``T`` is at most the number of slots or, with ``ring.ends``, less.
+        ring: the storage.
         slot: the slot of the first frame; or, for the kernels alone, the number of frames ever written per
             environment, int64 on the device.
         backend: one of ``BACKENDS``.
-        ends: the ends of a storage that keeps observations once; the slot before ``slot`` then holds a frame.
 
     Returns:
         Tensor: int64 ``[T * R, dims]``, the index of every frame, time first.
     """
-    chosen = _resolve(backend, ring, data.values())
-    index: Tensor = implementation_of(chosen).store_frames(data, ring, numbers, dims, time_dim, slot, ends)
+    chosen = _resolve(backend, ring.leaves, data.values())
+    index: Tensor = implementation_of(chosen).store_frames(data, ring, slot)
     return index
 
 

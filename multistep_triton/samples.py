@@ -1,4 +1,4 @@
-"""Samples: the frames to sample from a storage, and the results where an index points at no frame.
+"""Samples: the frames to sample from a ring or to store in one, and the results where an index points at no frame.
 
 May import ``ends`` and ``task``.
 """
@@ -15,6 +15,22 @@ from torch import Tensor
 
 from multistep_triton.ends import Ends
 from multistep_triton.task import Leaves, Results, Task
+
+
+class Ring(NamedTuple):
+    """A storage ``[C, *R]``, a ring of ``C`` slots, to store frames ``[*B, T]`` in."""
+
+    leaves: Leaves
+    """Contiguous leaves ``[C, *R, ...]`` with the keys, dtypes and devices of the data's, except those that ``ends``
+    has rows for."""
+    numbers: Tensor | None
+    """int64 ``[C, *R]``, an entry of the storage that holds every frame's slot; or None."""
+    dims: int
+    """The number of dimensions of ``[C, *R]``; the data has the same ones, with the first and time swapped."""
+    time_dim: int
+    """The position of the time dimension in ``[*B, T]``."""
+    ends: Ends | None = None
+    """The ends of a storage that keeps observations once; the slot before the first frame's then holds a frame."""
 
 
 class Samples(NamedTuple):

@@ -1,7 +1,7 @@
 """ArrivingReplayBuffer: a buffer that narrows floats, and adds next observations to frames that come without them.
 
-Reaches into private attributes of torchrl's buffers. May import torchrl, ``storing`` and what it may, ``roles``
-and ``twins``.
+Reaches into private attributes of torchrl's buffers. May import torchrl, ``storing`` and what it may, ``ends``,
+``roles`` and ``twins``.
 """
 
 from __future__ import annotations

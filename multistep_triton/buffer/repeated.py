@@ -1,6 +1,7 @@
 """Repeated calls: data like that of a call that was stored, whose leaves need no further checks.
 
-Owns what such calls have in common. May import ``layouts``, ``storage_order``, ``task`` and torchrl, by public names.
+Owns what such calls have in common. May import ``layouts``, ``samples``, ``storage_order``, ``task`` and torchrl, by
+public names.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torchrl.data import RoundRobinWriter, Storage, TensorDictRoundRobinWriter, 
 
 from multistep_triton.buffer.storage_order import Order
 from multistep_triton.layouts import KeyPath, Layout, is_plain, read_layout
+from multistep_triton.samples import Ring
 from multistep_triton.task import CachedLeaves
 
 INDEX = ("index",)
@@ -32,11 +34,8 @@ class RepeatedCall:
     """The layout of the data."""
     rows: tuple[int, ...]
     """The number of batch dimensions, and ``*B``."""
-    time_dim: int
-    ring: CachedLeaves
-    """The storage's leaves at the data's paths, without the twins that are kept once."""
-    numbers: Tensor | None
-    """The storage's entry ``INDEX``, int64, if the writer fills it."""
+    ring: Ring
+    """The storage's leaves at the data's paths, without the twins that are kept once, and its entry ``INDEX``."""
     other_writes: int
     """The value of ``Order.changes()`` when the call was stored."""
     most: int
@@ -49,7 +48,7 @@ class RepeatedCall:
     def read(self, data: TensorDictBase) -> dict[KeyPath, Tensor] | None:
         """Returns the leaves of data that is like that of the stored call; None for other data."""
         # Reading a lazy stack would stack it; groups that are lazy stacks are stacked for the checks anyway.
-        if type(data) is not TensorDict or _rows_of(data, self.time_dim) != self.rows:
+        if type(data) is not TensorDict or _rows_of(data, self.ring.time_dim) != self.rows:
             return None
         layout, values = read_layout(data, self.rows[0])
         # torchrl's writer keeps the autograd graph of what it copies.
@@ -85,10 +84,8 @@ def repeated_call(
     if numbers is not None and numbers.dtype != torch.int64:
         return None
     most = len(entries) - bool(kept_once)
-    return RepeatedCall(
-        *(storage, writer, entries, layout, _rows_of(data, time_dim), time_dim),
-        *(CachedLeaves(ring), numbers, order.changes(), most),
-    )
+    to = Ring(CachedLeaves(ring), numbers, ndim, time_dim)
+    return RepeatedCall(storage, writer, entries, layout, _rows_of(data, time_dim), to, order.changes(), most)
 
 
 def _rows_of(data: TensorDictBase, time_dim: int) -> tuple[int, ...]:

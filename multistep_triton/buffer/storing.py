@@ -2,7 +2,7 @@
 
 Owns how frames are written: by torchrl's writer or, in repeated calls, by the engine; knows no windows. Reaches into
 private attributes of torchrl's buffers, storages and writers. May import torchrl, ``ordered``, ``layouts``, ``stored``,
-``repeated``, ``backends``, ``ends`` and ``engine``.
+``repeated``, ``backends`` and ``engine``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from multistep_triton.backends import Backend
 from multistep_triton.buffer.ordered import OrderedReplayBuffer
 from multistep_triton.buffer.repeated import RepeatedCall, repeated_call
 from multistep_triton.buffer.stored import Leaves, Position, check_continues, check_dims, leaves_of, versions_of
-from multistep_triton.ends import Ends
 from multistep_triton.engine import store_frames
 from multistep_triton.layouts import KeyPath, without_leftovers
 
@@ -106,7 +105,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             if not known or call.other_writes != order.changes() or writer._generation is not None:
                 return None
             self._check_call()
-            return self._store(call, leaves, data.batch_size[call.time_dim])
+            return self._store(call, leaves, data.batch_size[call.ring.time_dim])
 
     def _store(self, call: RepeatedCall, leaves: dict[KeyPath, Tensor], frames: int) -> Tensor | None:
         """Stores frames like those of ``call``; returns the index, or None for 0 or more than ``call.most`` frames."""
@@ -116,7 +115,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             return None
 
         kept, rows = [] if order.ends is None else order.ends.rows.values(), storage.max_size // position.slots
-        stored = [*call.ring.values(), *kept]
+        stored = [*call.ring.leaves.values(), *kept]
         count, index = writer._write_count, None
         before = position.live * rows, position.newest, order.writes, order.torn, count, versions_of(stored)
         try:
@@ -129,7 +128,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         except BaseException:
             # torch's version counters do not count what kernels write.
             wrote = index is not None
-            if wrote or before[-1][len(call.ring) :] != versions_of(kept):
+            if wrote or before[-1][len(call.ring.leaves) :] != versions_of(kept):
                 # The row for the newest frame now belongs to a frame that is not stored.
                 order.ends_writes = -1
             self._undo(before, position, stored, frames, wrote)
@@ -138,10 +137,8 @@ class StoringReplayBuffer(OrderedReplayBuffer):
 
     def _store_at(self, call: RepeatedCall, leaves: dict[KeyPath, Tensor], slot: int | Tensor) -> Tensor:
         """Stores frames from ``slot`` on, and returns their index in the form in which a writer returns it."""
-        ndim = self._storage.ndim
-        ends: Ends | None = self._order.ends
-        index = store_frames(leaves, call.ring, call.numbers, ndim, call.time_dim, slot, self._backend, ends)
-        return index if ndim > 1 else index.squeeze(1)
+        index = store_frames(leaves, call.ring._replace(ends=self._order.ends), slot, self._backend)
+        return index if call.ring.dims > 1 else index.squeeze(1)
 
     def _add(self, data: TensorDictBase) -> Any:
         check_dims(data, self._storage.ndim - 1, self._storage.ndim)

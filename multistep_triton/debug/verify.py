@@ -21,7 +21,7 @@ from multistep_triton.debug.rounding import float64_returns
 from multistep_triton.debug.tables import Row, number
 from multistep_triton.ends import Ends
 from multistep_triton.engine import implementation_of
-from multistep_triton.samples import Samples, find_there
+from multistep_triton.samples import Ring, Samples, find_there
 from multistep_triton.task import Leaves, Results, Task
 
 
@@ -79,24 +79,17 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
     return got
 
 
-def store_frames(
-    data: Leaves,
-    ring: Leaves,
-    numbers: Tensor | None,
-    dims: int,
-    time_dim: int,
-    slot: int | Tensor,
-    ends: Ends | None = None,
-) -> Tensor:
+def store_frames(data: Leaves, ring: Ring, slot: int | Tensor) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`, and checks that every frame lies in its slot."""
-    tested = _tested([*data.values(), *ring.values()])
-    slots, *lead = next(iter(ring.values())).shape[:dims]
+    leaves, numbers, dims, time_dim, _ = ring
+    tested = _tested([*data.values(), *leaves.values()])
+    slots, *lead = next(iter(leaves.values())).shape[:dims]
     frames = next(iter(data.values())).shape[time_dim]
     at = (int(slot) + torch.arange(frames)) % slots
-    index: Tensor = tested.compute.store_frames(data, ring, numbers, dims, time_dim, slot, ends)
+    index: Tensor = tested.compute.store_frames(data, ring, slot)
     expected = torch.cartesian_prod(at, *map(torch.arange, lead)).view(-1, dims)
     stored = [Output("index", "where frames lie", index, expected.to(index.device), COPIED)]
-    for key, leaf in ring.items():
+    for key, leaf in leaves.items():
         came, lies = (
             each.flatten(0, dims - 1) for each in (data[key].transpose(0, time_dim), leaf[at.to(leaf.device)])
         )

@@ -351,11 +351,11 @@ def test_without_info_the_index_is_the_entry_that_is_stored():
 def test_verified():
     """``verify`` looks whether every frame lies where it belongs, and holds its slot."""
 
-    def a_slot_on(data, ring, numbers, dims, time_dim, slot, ends):
-        return at(data, ring, numbers, dims, time_dim, slot + 1, ends)
+    def a_slot_on(data, ring, slot):
+        return at(data, ring, slot + 1)
 
-    def without_numbers(data, ring, numbers, dims, time_dim, slot, ends):
-        return at(data, ring, numbers.clone(), dims, time_dim, slot, ends)
+    def without_numbers(data, ring, slot):
+        return at(data, ring._replace(numbers=ring.numbers.clone()), slot)
 
     at = store.store_frames
     for wrong, key, where in (

@@ -54,7 +54,7 @@ class Bounds(TorchDispatchMode):
             self.given.clear()
             self.made.clear()
             if launch.__name__ == "store_frames":
-                data, ring, numbers, *_, slot = arguments
+                data, (ring, numbers, *_), slot = arguments
                 self.add(self.given, *data.values(), *([slot] if isinstance(slot, torch.Tensor) else []))
                 self.add(self.made, *ring.values(), *([] if numbers is None else [numbers]))
                 arguments_read = ()

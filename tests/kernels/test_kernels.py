@@ -19,7 +19,7 @@ from multistep_triton.engine import n_step_extend, n_step_sample
 from multistep_triton.kernels import launch, rows
 from multistep_triton.kernels import run as running
 from multistep_triton.kernels.windows import MOST_PIECE, TILE
-from multistep_triton.samples import Samples
+from multistep_triton.samples import Ring, Samples
 from multistep_triton.task import Keys, Task
 
 GAMMA = 0.97
@@ -651,10 +651,10 @@ def test_frames_are_stored_as_by_the_fast_path(lead, time_dim, at):
                 # What a kernel may take for granted of one ring is no matter of another.
                 ring = {key: lay_out(leaf) if leaf.numel() else leaf for key, leaf in ring.items()}
                 numbers = lay_out(numbers)
-            index = store(data, ring, numbers, len(sizes), time_dim, slot)
+            index = store(data, Ring(ring, numbers, len(sizes), time_dim), slot)
             stored.append([*ring.values(), numbers, index])
         assert all(map(torch.equal, *stored))
     written = torch.tensor(3 * slots + slot)
     ring = {key: torch.zeros_like(leaf) for key, leaf in ring.items()}
-    assert torch.equal(launch.store_frames(data, ring, None, len(sizes), time_dim, written), index)
+    assert torch.equal(launch.store_frames(data, Ring(ring, None, len(sizes), time_dim), written), index)
     assert all(map(torch.equal, ring.values(), stored[1]))
