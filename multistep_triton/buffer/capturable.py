@@ -181,13 +181,8 @@ class CapturableReplayBuffer(SampledReplayBuffer):
     # The buffer as a whole
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        with super()._undisturbed(), self._by_host():
-            yield
-
-    @contextmanager
-    def _settled(self) -> Iterator[None]:
-        with super()._settled(), self._by_host():
+    def _undisturbed(self, keep: bool = False) -> Iterator[None]:
+        with super()._undisturbed(keep), self._by_host():
             yield
 
     @property

@@ -31,16 +31,6 @@ _RING_FILE, _KEPT_FILE = "n_step_ring.json", "n_step_kept.pt"
 class CheckpointedReplayBuffer(CompactReplayBuffer):
     """A buffer that goes on where it was saved; other threads neither store nor sample while it saves or loads."""
 
-    @contextlib.contextmanager
-    def _settled(self) -> Iterator[None]:
-        """Keeps other threads from sampling, prefetching and storing within the block."""
-        self._begin()
-        with self._futures_lock:
-            # A sample that a thread is prefetching needs the other lock to finish.
-            self._synchronize_futures_locked()
-            with self._replay_lock:
-                yield
-
     def _ring_state(self) -> dict[str, Any]:
         position, entries = self._order.position(), self._order.entries()
         shape = None if entries is None else [*entries.shape]
@@ -134,10 +124,7 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
         """Encloses a load; if it fails after it has changed frames, marks their order as broken."""
-        with self._futures_lock:
-            # One of these batches may have failed.
-            self._clear_prefetch_queue_locked()
-        with self._settled():
+        with self._undisturbed():
             before = self._fingerprint()
             try:
                 yield
@@ -154,7 +141,7 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns torchrl's state, with the newest frame, the torn slots and how entries are stored."""
-        with self._settled():
+        with self._undisturbed(keep=True):
             return {**super().state_dict(), "_ring": self._ring_state(), "_kept": self._kept_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -171,7 +158,7 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
 
     def dumps(self, path: str | Path) -> None:
         """Saves the buffer into a folder, as in torchrl, with what :meth:`state_dict` adds."""
-        with self._settled():
+        with self._undisturbed(keep=True):
             super().dumps(path)
             (Path(path) / _RING_FILE).write_text(json.dumps(self._ring_state()))
             torch.save(self._kept_state(), Path(path) / _KEPT_FILE)

@@ -143,11 +143,12 @@ class OrderedReplayBuffer(ReplayBuffer):
         self._collate_fn: _CollateOwn = _CollateOwn(collate, collate_fn is not None)
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Drops prefetched batches, and keeps other threads from sampling and storing within the block."""
+    def _undisturbed(self, keep: bool = False) -> Iterator[None]:
+        """Drops prefetched batches, or waits to ``keep`` them; no other thread samples or stores within the block."""
+        self._begin()
         with self._futures_lock:
             # A batch that a thread is prefetching needs the other lock to finish.
-            self._clear_prefetch_queue_locked()
+            (self._synchronize_futures_locked if keep else self._clear_prefetch_queue_locked)()
             with self._replay_lock:
                 yield
 
@@ -216,7 +217,6 @@ class OrderedReplayBuffer(ReplayBuffer):
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Empties the buffer, as in torchrl, and drops its prefetched batches and the pending frame."""
-        self._begin()
         with self._undisturbed():
             super().empty(empty_write_count)
             self._order.pending = None
