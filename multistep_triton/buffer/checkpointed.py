@@ -7,7 +7,6 @@ Reaches into private attributes of torchrl's buffers, storages and writers. May 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,39 +24,19 @@ from multistep_triton.ends import Ends
 from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import as_path
 
-_RING_FILE, _KEPT_FILE = "n_step_ring.json", "n_step_kept.pt"
+_FILE = "n_step_order.pt"
 
 
 class CheckpointedReplayBuffer(CompactReplayBuffer):
     """A buffer that goes on where it was saved; other threads neither store nor sample while it saves or loads."""
 
-    def _ring_state(self) -> dict[str, Any]:
-        position, entries = self._order.position(), self._order.entries()
-        shape = None if entries is None else [*entries.shape]
-        return {"newest": None if position is None else position.newest, "torn": [*self._order.torn], "shape": shape}
+    def _order_state(self) -> dict[str, Any]:
+        """Returns where frames lie and how entries are stored, with the ends and the pending frame.
 
-    def _load_ring(self, ring: dict[str, Any] | None) -> None:
-        """Restores the newest frame and the torn slots; a checkpoint of torchrl's buffer has a cursor alone."""
-        order, newest = self._order, None if ring is None else ring["newest"]
-        entries = order.stored()
-        order.forget()
-        if entries is None:
-            return
-        check_layout(self._storage, entries)
-        if isinstance(self._writer, RoundRobinWriter):
-            # The ring's file may be older than a checkpoint that torchrl's buffer has saved beside it since.
-            at = (self._writer._cursor - 1) % entries.shape[0]
-            ring, newest = ring if newest == at else None, at
-        order.set_last(newest)
-        if ring is not None:
-            first, torn = ring["torn"]
-            order.torn = first, torn
-        if newest is not None:
-            order.go_on(newest, entries.shape[0])
-
-    def _kept_state(self) -> dict[str, Any]:
-        """Returns how entries are stored, with the ends and the pending frame, as tensors and plain containers."""
+        It consists of tensors and plain containers.
+        """
         order, ends, kept = self._order, self._order.ends, None
+        position, entries, pending = order.position(), order.entries(), order.pending
         if ends is not None:
             names = ("count", "rows", "done", "mask", "traj")
             kept = {**{name: getattr(ends, name) for name in names}, "by": tuple(order.ends_keys)}
@@ -67,15 +46,18 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
                 f"there: {'' if ends is None else ends.slots} rows of an environment, end_slots, are too few",
                 stacklevel=3,
             )
-        pending, entries = order.pending, order.entries()
-        waiting = None if pending is None else [[*pending.shape], pending.to_dict(), _group_sizes(pending)]
-        paths = None if entries is None else [*leaves_of(entries, self._storage.ndim)]
-        named = {"compact": bool(self._compact), "wide": dict(order.wide_dtypes), "paths": paths}
-        return {**named, "ends": kept, "waiting": waiting}
+        return {
+            "newest": None if position is None else position.newest,
+            "torn": order.torn,
+            "shape": None if entries is None else [*entries.shape],
+            "paths": None if entries is None else [*leaves_of(entries, self._storage.ndim)],
+            "compact": bool(self._compact),
+            "wide": dict(order.wide_dtypes),
+            "ends": kept,
+            "waiting": None if pending is None else [[*pending.shape], pending.to_dict(), _group_sizes(pending)],
+        }
 
-    def _check_kept(
-        self, state: dict[str, Any] | None, ring: dict[str, Any] | None, shape: Sequence[int] | None
-    ) -> None:
+    def _check_state(self, state: dict[str, Any], shape: Sequence[int] | None) -> None:
         """Checks that a checkpoint was saved with a size, ``compact`` and dtypes that agree with this buffer's."""
         entries = self._order.entries()
         if shape and (
@@ -83,17 +65,17 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         ):
             got = f"max_size={self._storage.max_size}" if entries is None else [*entries.shape]
             raise ValueError(f"storage must count the frames of the one that was saved, {[*shape]}, got {got}")
-        wide, own = {} if state is None else state["wide"], dict(self._order.wide_dtypes)
-        has_frames = ring is None or ring["newest"] is not None
+        wide, own = state.get("wide", {}), dict(self._order.wide_dtypes)
+        has_frames = not state or state["newest"] is not None
         if has_frames and entries is not None and wide != own:
             raise ValueError(
                 f"store_as must be that of what a buffer has saved, whose entries came as {wide} and others as they "
                 f"were stored, got a storage whose entries came as {own}: load into a new buffer"
             )
-        if (saved := state is not None and state["compact"]) != bool(self._compact):
+        if (saved := state.get("compact", False)) != bool(self._compact):
             saver = "with" if saved else "without"
             raise ValueError(f"compact must be {saved} to load what a buffer {saver} it has saved, got {self.compact}")
-        ends = state and state["ends"]
+        ends = state.get("ends")
         if ends is not None and not isinstance(self._compact, bool):
             kept = {path[1:] for path in ends["rows"]}
             if kept != {*self._compact}:
@@ -101,16 +83,27 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
                     f"compact must name {sorted(kept)} to load what a buffer has saved, got {self.compact}"
                 )
 
-    def _load_kept(self, state: dict[str, Any] | None) -> None:
-        order, entries = self._order, self._order.entries()
-        order.ends, order.wide_dtypes, ends = None, {} if state is None else state["wide"], state and state["ends"]
-        order.pending = None
-        if waiting := state and state["waiting"]:
+    def _load_order(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`_order_state` returned; a checkpoint of torchrl's buffer has a cursor alone."""
+        order, entries, newest, torn = self._order, self._order.entries(), state.get("newest"), state.get("torn")
+        order.forget()
+        if entries is not None and len(self._storage):
+            check_layout(self._storage, entries)
+            if isinstance(self._writer, RoundRobinWriter):
+                # The file may be older than a checkpoint that torchrl's buffer has saved beside it since.
+                at = (self._writer._cursor - 1) % entries.shape[0]
+                newest, torn = at, torn if newest == at else None
+            order.set_last(newest)
+            order.torn = torn or (0, 0)
+            if newest is not None:
+                order.go_on(newest, entries.shape[0])
+        order.ends, order.wide_dtypes, order.pending, ends = None, state.get("wide", {}), None, state.get("ends")
+        if waiting := state.get("waiting"):
             size, leaves, sizes = waiting
             order.pending = TensorDict(leaves, size)
             for path, each in sizes.items():
                 order.pending.get(path).batch_size = each
-        if (paths := state and state["paths"]) and entries is not None:
+        if (paths := state.get("paths")) and entries is not None:
             # Some of torchrl's checkpointers add entries, which later frames would lack.
             with entries.unlock_():
                 for path in leaves_of(entries, self._storage.ndim).keys() - {*paths}:
@@ -140,41 +133,36 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         return id(entries), len(storage), storage._mutation_revision, versions
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns torchrl's state, with the newest frame, the torn slots and how entries are stored."""
+        """Returns torchrl's state, with the order of the frames and how entries are stored."""
         with self._undisturbed(keep=True):
-            return {**super().state_dict(), "_ring": self._ring_state(), "_kept": self._kept_state()}
+            return {**super().state_dict(), "_order": self._order_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of a buffer of torchrl."""
         self._begin()
-        entries = state_dict["_storage"].get("_storage")
+        entries, state = state_dict["_storage"].get("_storage"), state_dict.get("_order", {})
         leaves = entries.values() if isinstance(entries, Mapping) else ()
         shape = next((leaf.shape[: self._storage.ndim] for leaf in leaves if isinstance(leaf, Tensor)), None)
-        self._check_kept(state_dict.get("_kept"), state_dict.get("_ring"), shape)
+        self._check_state(state, shape)
         with self._loading():
             super().load_state_dict(state_dict)
-            self._load_ring(state_dict.get("_ring"))
-            self._load_kept(state_dict.get("_kept"))
+            self._load_order(state)
 
     def dumps(self, path: str | Path) -> None:
         """Saves the buffer into a folder, as in torchrl, with what :meth:`state_dict` adds."""
         with self._undisturbed(keep=True):
             super().dumps(path)
-            (Path(path) / _RING_FILE).write_text(json.dumps(self._ring_state()))
-            torch.save(self._kept_state(), Path(path) / _KEPT_FILE)
+            torch.save(self._order_state(), Path(path) / _FILE)
 
     def loads(self, path: str | Path) -> None:
         """Loads the folder that :meth:`dumps`, or a buffer of torchrl, has written."""
         self._begin()
-        file, ring_file, ring = Path(path) / _KEPT_FILE, Path(path) / _RING_FILE, None
-        if ring_file.exists():
-            ring = json.loads(ring_file.read_text())
-        kept = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
-        self._check_kept(kept, ring, ring and ring.get("shape"))
+        file = Path(path) / _FILE
+        state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
+        self._check_state(state, state.get("shape"))
         with self._loading():
             super().loads(path)
-            self._load_ring(ring)
-            self._load_kept(kept)
+            self._load_order(state)
 
 
 def _group_sizes(data: TensorDictBase) -> dict[KeyPath, list[int]]:
