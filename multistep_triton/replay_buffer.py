@@ -1,46 +1,35 @@
 """NStepReplayBuffer: a buffer that stores single steps and samples n-step transitions.
 
-Owns what is computed from sampled frames, and which data may be stored. May import ``base`` and what it may,
-``backends``, ``capturable``, ``neighbours``, ``outputs``, ``repeated``, ``samples``, ``stored``, ``torchrl_internals``.
+Owns its arguments. May import ``arguments``, ``backends``, ``capturable`` and what it may, ``sampled``.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
-from torch import Tensor
-from torchrl.data import ImmutableDatasetWriter, TensorDictRoundRobinWriter
-from torchrl.envs.transforms import Transform
+from tensordict import NestedKey
+from torchrl.data import ReplayBuffer
 from typing_extensions import Unpack
 
 from multistep_triton.arguments import ARGUMENTS, Argument, DoneAt, TorchRLArguments
 from multistep_triton.backends import Backend
-from multistep_triton.base import MultiStepBase
 from multistep_triton.buffer.capturable import CapturableReplayBuffer
-from multistep_triton.buffer.outputs import Selection, StoredLayout
+from multistep_triton.buffer.ordered import Steps
+from multistep_triton.buffer.outputs import Selection
 from multistep_triton.buffer.repeated import INDEX
-from multistep_triton.buffer.stored import Leaves, Position, check_index, check_slots
+from multistep_triton.buffer.sampled import steps_of_call
 from multistep_triton.checks import check_bool, check_not_captured, check_steps
-from multistep_triton.frames import Frames
-from multistep_triton.neighbours import check_mixing, check_transforms
-from multistep_triton.roles import as_key, check_entries, check_single_steps
-from multistep_triton.samples import Samples
-from multistep_triton.torchrl_internals import calls, check_trainer, refuse_other_ways
-
-Steps = int | tuple[int, int]
-
-# The ``n_steps`` of a call of ``sample``, in its own thread alone: prefetching threads use the buffer's.
-_steps_of_call: ContextVar[Steps | None] = ContextVar("n_steps of a call", default=None)
+from multistep_triton.neighbours import check_mixing
+from multistep_triton.roles import as_key
+from multistep_triton.torchrl_internals import calls
 
 _COUNTED = {*ARGUMENTS, "_storage"}
 
 
-class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
+class NStepReplayBuffer(CapturableReplayBuffer):
     """A replay buffer that stores single steps and computes n-step transitions of the frames that it samples.
 
     For a sampled frame ``t``, with ``n = n_steps``, let ``e(t)`` be the smallest of ``t + n - 1``, the first boundary
@@ -126,9 +115,6 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         tensor([2, 1, 1])
     """
 
-    _layout_before: StoredLayout | None = None
-    _selection: Selection | None = None
-
     def __init__(
         self,
         *,
@@ -151,7 +137,6 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
     ) -> None:
         if kwargs.get("storage") is None:
             raise TypeError("storage must be a TensorStorage, such as LazyTensorStorage(max_size), got None")
-        self._changes, self._checked = 0, -1  # _checked: the value of _changes when data was last checked
         self._selection = None if outputs is None else Selection(outputs)
         self._set_compact(compact, end_slots)
         self._set_store_as(store_as)
@@ -164,7 +149,9 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         others = "outputs", "capturable", "compact", "end_slots", "store_as"
         more = (f"{name}={value!r}" for name in others if (value := getattr(self, name)))
         said = "".join([f"{each}, " for each in (*self._said(), *more)])
-        return CapturableReplayBuffer.__repr__(self).replace("(", f"(\n    {said}", 1)
+        self._pull()
+        torchrls: str = ReplayBuffer.__repr__(self)
+        return torchrls.replace("(", f"(\n    {said}", 1)
 
     @property
     def outputs(self) -> list[NestedKey] | None:
@@ -204,83 +191,16 @@ class NStepReplayBuffer(MultiStepBase, CapturableReplayBuffer):
         if n_steps is None and not self._prefetch:
             sampled = super().sample(*args, **kwargs)
         else:
-            token = _steps_of_call.set(None if n_steps is None else check_steps("n_steps", n_steps))
+            token = steps_of_call.set(None if n_steps is None else check_steps("n_steps", n_steps))
             try:
                 with self._up_to_date(self._changes, n_steps is not None):
                     sampled = super().sample(*args, **kwargs)
             finally:
-                _steps_of_call.reset(token)
+                steps_of_call.reset(token)
         if self._selection is not None and not self._selection[INDEX]:
             # torchrl's ``sample`` sets the index, selected or not.
             (sampled[0] if isinstance(sampled, tuple) else sampled).pop(INDEX, None)
         return sampled
-
-    def _check_call(self) -> None:
-        calling = calls(self)
-        refuse_other_ways(calling)
-        check_trainer(calling, self._roles_in(()).dones)
-        if not self._capturable:
-            check_not_captured("extend")
-
-    def _check_data(
-        self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
-    ) -> None:
-        self._check_call()
-        self._check_neighbours()
-        check_single_steps([(key,) for key in data.keys()])  # noqa: SIM118  # iterating it goes over its frames
-        roles = self._roles_in({**stored, **new})
-        check_entries(roles, new, stored, is_filled)
-        if self._checked != self._changes or not is_filled:
-            frames = Frames.read(data.unsqueeze(-1) if time_dim is None else data, roles.written)
-            self._groups_in(frames, roles)
-            self._checked = self._changes
-        self._check_room(data.numel() // (1 if time_dim is None else data.shape[time_dim]))
-
-    def _check_room(self, rows: int | None = None, n_steps: Steps | None = None) -> None:
-        slots, n_steps = self._slots(rows), n_steps or self._n_steps
-        if slots is not None and not isinstance(self._writer, ImmutableDatasetWriter):
-            size, high = self._storage.max_size, max(n_steps) if isinstance(n_steps, tuple) else n_steps
-            check_slots(high, slots, size, rows or size // slots)
-
-    def _n_step_at(self, index: Tensor | tuple[Tensor, ...], position: Position) -> TensorDict:
-        """Computes the n-step transitions of the frames at an index of the storage."""
-        layout = self._layout()
-        indices = check_index(index, self._storage.ndim, layout.frames.leaves[layout.roles.done].device)
-        shape = indices[0].shape
-        samples, high = self._samples([dim.reshape(-1) for dim in indices], position)
-        built, _ = layout.sample(samples, high, self, self._selection, False)
-        return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])
-
-    def _n_step_drawn(self, rows: Tensor, position: Position, with_index: bool) -> tuple[TensorDict, Any]:
-        layout = self._layout()
-        samples, high = self._samples([rows], position, layout.frames.batch_size)
-        return layout.sample(samples, high, self, self._selection, with_index)
-
-    def _layout(self) -> StoredLayout:
-        """Returns the storage's layout, which it reads again if entries, ends or arguments may have changed."""
-        order, before = self._order, self._layout_before
-        indexed = isinstance(self._writer, TensorDictRoundRobinWriter)
-        of = order.entries(), order.changes(), self._changes, indexed, self._ends(), order.wide_dtypes
-        if before is not None and of[0] is before.of[0] and of[1:] == before.of[1:]:
-            return before
-        self._layout_before = StoredLayout.read(of, self._storage.ndim, indexed, self, self._selection, *of[-2:])
-        return self._layout_before
-
-    def _samples(self, indices: Sequence[Tensor], position: Position, sizes: Any = None) -> tuple[Samples, int]:
-        """Returns samples at indices or, in a storage of ``sizes``, at drawn rows, and the largest n of any sample."""
-        low, high = steps if isinstance(steps := _steps_of_call.get() or self._n_steps, tuple) else (steps, steps)
-        drawn = None
-        if low < high:
-            generator, device = self._generator, indices[0].device
-            drawn_on = device if generator is None else generator.device
-            drawn = torch.randint(low, high + 1, indices[0].shape, generator=generator, device=drawn_on).to(device)
-        newest, live, slots, written = position
-        known = (newest, live) if written is None else (slots - 1, slots)
-        return Samples(indices, *known, drawn, sizes, written=written), high
-
-    def _check_transforms(self, transforms: list[Transform]) -> None:
-        roles = self._roles_in(())
-        check_transforms(transforms, roles.rewards, roles.dones, self._done_at)
 
 
 # Editors, ``help`` and the site would otherwise show the signature of torchrl's metaclass, without arguments.

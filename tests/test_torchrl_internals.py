@@ -65,8 +65,8 @@ NAMES = {
         "_storage", "_sampler", "_replay_lock", "_extend", "_add",
     },
     "replay_buffer.py": {
-        # a buffer's parts, and whether samples are prefetched
-        "_storage", "_writer", "_prefetch",
+        # whether samples are prefetched
+        "_prefetch",
     },
     "buffer/checkpointed.py": {
         # where a buffer was

@@ -6,7 +6,7 @@ Reaches into private attributes of torchrl's buffers. May import torchrl, ``stor
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +20,7 @@ from multistep_triton.buffer.storing import StoringReplayBuffer
 from multistep_triton.buffer.twins import marks_of, tensors_of
 from multistep_triton.ends import Ends
 from multistep_triton.layouts import KeyPath
-from multistep_triton.roles import Roles, as_key, as_path, check_key
+from multistep_triton.roles import as_key, as_path, check_key
 
 NARROW = torch.float16, torch.bfloat16, torch.float32
 """The dtypes that ``store_as`` may give."""
@@ -32,10 +32,6 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
     _compact: bool | tuple[KeyPath, ...] = False
     """Whether all twins are kept once, or the paths at the root of those that are."""
     _store_as: Mapping[KeyPath, torch.dtype] = MappingProxyType({})
-
-    def _roles_in(self, entries: Container[KeyPath]) -> Roles:
-        """Finds the roles of entries in data that holds these paths."""
-        raise NotImplementedError
 
     def _set_store_as(self, store_as: Mapping[NestedKey, torch.dtype] | None) -> None:
         """Checks and sets ``store_as``, once."""
@@ -98,7 +94,7 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
                 f"data must hold a group 'final', as that of the frames before, which came without what comes after "
                 f"them, got the entries {list(every)}"
             )
-        if getattr(self, "_capturable", False):
+        if self._capturable:
             raise ValueError("capturable must be False where frames come without what comes after them")
         if isinstance(self._sampler, PrioritizedSampler) and as_path(key := getattr(self, "priority_key", "")) in every:
             raise ValueError(

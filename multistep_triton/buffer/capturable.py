@@ -34,7 +34,6 @@ class CapturableReplayBuffer(SampledReplayBuffer):
     arguments, and reads nothing back. Any other use of the frames first makes the host read the device's count.
     """
 
-    _capturable = False
     _written: Tensor | None = None
     """The write count on the device, int64, or None: it tells the next slot, and whether the ring is full."""
     _read_last = 0
@@ -218,7 +217,7 @@ def _once_known(name: str) -> Any:
 
 
 for _name in (
-    *("__len__", "__getitem__", "__getstate__", "__repr__", "stats", "can_sample", "query", "read_all_in_order"),
+    *("__len__", "__getitem__", "__getstate__", "stats", "can_sample", "query", "read_all_in_order"),
     "ends_lost",
     *("set_at_", "set_", "update_"),
 ):

@@ -1,7 +1,7 @@
 """CompactReplayBuffer: a buffer that keeps observations once, as the next frame holds a frame's next observation.
 
 Owns which entries are kept once, and when final observations are written. Reaches into private attributes
-of torchrl's buffers. May import torchrl, ``checks``, ``ends``, ``engine``, ``arriving`` and what it may.
+of torchrl's buffers. May import torchrl, ``backends``, ``ends``, ``engine``, ``arriving`` and what it may.
 """
 
 from __future__ import annotations

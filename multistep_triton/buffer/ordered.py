@@ -1,7 +1,7 @@
 """OrderedReplayBuffer: a buffer whose storage is a ring in time.
 
-Owns the parts of a buffer; knows no windows. Reaches into private attributes of torchrl's buffers,
-storages and writers. May import torchrl, ``neighbours``, ``stored``, ``storage_order`` and ``torchrl_internals``.
+Owns the parts of a buffer, and what they must be. Reaches into private attributes of torchrl's buffers, storages and
+writers. May import torchrl, ``base``, ``neighbours``, ``stored``, ``storage_order`` and ``torchrl_internals``.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torchrl.data import ReplayBuffer, ReplayBufferEnsemble, Storage, Writer
+from torchrl.data import ImmutableDatasetWriter, ReplayBuffer, ReplayBufferEnsemble, Storage, Writer
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.envs.transforms import Transform
 
+from multistep_triton.base import MultiStepBase
 from multistep_triton.buffer.storage_order import Order, order_of
-from multistep_triton.buffer.stored import check_parts
-from multistep_triton.neighbours import facts_of
+from multistep_triton.buffer.stored import check_parts, check_slots
+from multistep_triton.neighbours import check_transforms, facts_of
 from multistep_triton.torchrl_internals import calls, transforms_in
+
+Steps = int | tuple[int, int]
 
 
 class _CollateOwn(NamedTuple):
@@ -38,7 +41,7 @@ class _CollateOwn(NamedTuple):
         return self.collate(data)
 
 
-class OrderedReplayBuffer(ReplayBuffer):
+class OrderedReplayBuffer(MultiStepBase, ReplayBuffer):
     """A replay buffer whose storage is a ring in time: its frames lie in the order in which they came.
 
     A base beside ``TensorDictReplayBuffer``, which calls ``_extend`` and ``_add`` after its transforms.
@@ -52,10 +55,12 @@ class OrderedReplayBuffer(ReplayBuffer):
     """The order of the storage's frames."""
     n_step_ordered = True
     """Tells ``Order`` that this buffer moves its writer to the storage's position before it writes."""
+    _capturable = False
 
     def _check_transforms(self, transforms: list[Transform]) -> None:
         """Checks transforms that run when the buffer is sampled."""
-        raise NotImplementedError
+        roles = self._roles_in(())
+        check_transforms(transforms, roles.rewards, roles.dones, self._done_at)
 
     def _check_neighbours(self) -> None:
         """Checks the buffer's transforms, if they or the arguments have changed since the last check."""
@@ -65,9 +70,12 @@ class OrderedReplayBuffer(ReplayBuffer):
             self._check_transforms(transforms)
             self._checked_beside = beside
 
-    def _check_room(self, rows: int | None = None) -> None:
+    def _check_room(self, rows: int | None = None, n_steps: Steps | None = None) -> None:
         """Checks that the storage has enough slots for each of ``rows`` environments, if their number is known."""
-        raise NotImplementedError
+        slots, n_steps = self._slots(rows), n_steps or self._n_steps
+        if slots is not None and not isinstance(self._writer, ImmutableDatasetWriter):
+            size, high = self._storage.max_size, max(n_steps) if isinstance(n_steps, tuple) else n_steps
+            check_slots(high, slots, size, rows or size // slots)
 
     # Where frames lie
 

@@ -1,36 +1,38 @@
-"""SampledReplayBuffer: a buffer whose samples are computed from frames, by methods of a subclass.
+"""SampledReplayBuffer: a buffer whose samples are computed from frames.
 
-Owns what is read under the buffer's locks, and which prefetched batches are valid. Reaches into private attributes of
-torchrl's buffers. May import torchrl, ``stored``, ``checkpointed`` and what it may.
+Owns what is computed under the buffer's locks, and which prefetched batches are valid. Reaches into private attributes
+of torchrl's buffers. May import torchrl, ``stored``, ``outputs``, ``samples``, ``checkpointed`` and what it may.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn.utils import _set_dispatch_td_nn_modules as set_dispatch_td_nn_modules
 from torch import Tensor
-from torchrl.data import TensorDictReplayBuffer
+from torchrl.data import TensorDictReplayBuffer, TensorDictRoundRobinWriter
 
 from multistep_triton.buffer.checkpointed import CheckpointedReplayBuffer
-from multistep_triton.buffer.stored import Position, draws_alike
+from multistep_triton.buffer.ordered import Steps
+from multistep_triton.buffer.outputs import Selection, StoredLayout
+from multistep_triton.buffer.stored import Position, check_index, draws_alike
+from multistep_triton.samples import Samples
+
+# The ``n_steps`` of a call of ``sample``, in its own thread alone: prefetching threads use the buffer's.
+steps_of_call: ContextVar[Steps | None] = ContextVar("n_steps of a call", default=None)
 
 
 class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
-    """A buffer whose samples are computed from frames, by methods that a subclass supplies."""
+    """A buffer whose samples are computed from frames."""
 
-    def _n_step_at(self, index: Any, position: Position) -> TensorDictBase:
-        """Computes the samples of the frames at an index of the storage."""
-        raise NotImplementedError
-
-    def _n_step_drawn(self, rows: Tensor, position: Position, with_index: bool) -> tuple[TensorDictBase, Tensor]:
-        """Computes the samples of rows ``[N]`` of :meth:`_draw`, maybe ``with_index``, and the index ``[N, ndim]``."""
-        raise NotImplementedError
+    _layout_before: StoredLayout | None = None
+    _selection: Selection | None = None
 
     def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
         """Stores frames, as in torchrl; a repeated call skips torchrl's copy if the buffer has no transforms."""
@@ -130,6 +132,42 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         if position is None:
             raise RuntimeError("storage must hold frames to be sampled, got an empty one")
         return self._n_step_at(info["index"], position)
+
+    def _n_step_at(self, index: Tensor | tuple[Tensor, ...], position: Position) -> TensorDict:
+        """Computes the n-step transitions of the frames at an index of the storage."""
+        layout = self._layout()
+        indices = check_index(index, self._storage.ndim, layout.frames.leaves[layout.roles.done].device)
+        shape = indices[0].shape
+        samples, high = self._samples([dim.reshape(-1) for dim in indices], position)
+        built, _ = layout.sample(samples, high, self, self._selection, False)
+        return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])
+
+    def _n_step_drawn(self, rows: Tensor, position: Position, with_index: bool) -> tuple[TensorDict, Any]:
+        layout = self._layout()
+        samples, high = self._samples([rows], position, layout.frames.batch_size)
+        return layout.sample(samples, high, self, self._selection, with_index)
+
+    def _layout(self) -> StoredLayout:
+        """Returns the storage's layout, which it reads again if entries, ends or arguments may have changed."""
+        order, before = self._order, self._layout_before
+        indexed = isinstance(self._writer, TensorDictRoundRobinWriter)
+        of = order.entries(), order.changes(), self._changes, indexed, self._ends(), order.wide_dtypes
+        if before is not None and of[0] is before.of[0] and of[1:] == before.of[1:]:
+            return before
+        self._layout_before = StoredLayout.read(of, self._storage.ndim, indexed, self, self._selection, *of[-2:])
+        return self._layout_before
+
+    def _samples(self, indices: Sequence[Tensor], position: Position, sizes: Any = None) -> tuple[Samples, int]:
+        """Returns samples at indices or, in a storage of ``sizes``, at drawn rows, and the largest n of any sample."""
+        low, high = steps if isinstance(steps := steps_of_call.get() or self._n_steps, tuple) else (steps, steps)
+        drawn = None
+        if low < high:
+            generator, device = self._generator, indices[0].device
+            drawn_on = device if generator is None else generator.device
+            drawn = torch.randint(low, high + 1, indices[0].shape, generator=generator, device=drawn_on).to(device)
+        newest, live, slots, written = position
+        known = (newest, live) if written is None else (slots - 1, slots)
+        return Samples(indices, *known, drawn, sizes, written=written), high
 
     def _check_whole(self) -> Position | None:
         """Checks the transforms; returns the result of :meth:`_find_whole`. Runs before anything is drawn."""

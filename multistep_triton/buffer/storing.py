@@ -1,8 +1,8 @@
 """StoringReplayBuffer: a buffer that stores frames in order, the frames of a call wholly or not at all.
 
-Owns how frames are written: by torchrl's writer or, in repeated calls, by the engine; knows no windows. Reaches into
-private attributes of torchrl's buffers, storages and writers. May import torchrl, ``ordered``, ``layouts``, ``stored``,
-``repeated``, ``backends`` and ``engine``.
+Owns which frames may be stored, and how: by torchrl's writer or, in repeated calls, by the engine. Reaches into private
+attributes of torchrl's buffers, storages and writers. May import torchrl, ``ordered`` and what it may, ``checks``,
+``layouts``, ``frames``, ``roles``, ``repeated`` and ``engine``.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from multistep_triton.backends import Backend
 from multistep_triton.buffer.ordered import OrderedReplayBuffer
 from multistep_triton.buffer.repeated import RepeatedCall, repeated_call
 from multistep_triton.buffer.stored import Leaves, Position, check_continues, check_dims, leaves_of, versions_of
+from multistep_triton.checks import check_not_captured
 from multistep_triton.engine import store_frames
+from multistep_triton.frames import Frames
 from multistep_triton.layouts import KeyPath, without_leftovers
+from multistep_triton.roles import check_entries, check_single_steps
+from multistep_triton.torchrl_internals import calls, check_trainer, refuse_other_ways
 
 
 class StoringReplayBuffer(OrderedReplayBuffer):
@@ -30,17 +33,31 @@ class StoringReplayBuffer(OrderedReplayBuffer):
 
     _repeated: RepeatedCall | None = None
     """A stored call; the engine stores calls like it directly. None if torchrl's writer must store the next call."""
-    _backend: Backend
+    _checked = -1
+    """The value of ``_changes`` when data was last checked."""
 
     def _check_call(self) -> None:
         """Checks that frames may be stored by the functions that are calling, whatever the data and the transforms."""
-        raise NotImplementedError
+        calling = calls(self)
+        refuse_other_ways(calling)
+        check_trainer(calling, self._roles_in(()).dones)
+        if not self._capturable:
+            check_not_captured("extend")
 
     def _check_data(
         self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
     ) -> None:
         """Checks data before it is written, by its leaves, those of the storage, and whether that holds frames."""
-        raise NotImplementedError
+        self._check_call()
+        self._check_neighbours()
+        check_single_steps([(key,) for key in data.keys()])  # noqa: SIM118  # iterating it goes over its frames
+        roles = self._roles_in({**stored, **new})
+        check_entries(roles, new, stored, is_filled)
+        if self._checked != self._changes or not is_filled:
+            frames = Frames.read(data.unsqueeze(-1) if time_dim is None else data, roles.written)
+            self._groups_in(frames, roles)
+            self._checked = self._changes
+        self._check_room(data.numel() // (1 if time_dim is None else data.shape[time_dim]))
 
     def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
         if self._repeated is not None:
