@@ -155,6 +155,12 @@ class Frames:
         carry.follow()
 
 
+def tensors_of(data: TensorDictBase) -> dict[KeyPath, Tensor]:
+    """Returns the tensors of frames by path; it stacks lazy stacks."""
+    frames = Frames.read(data)
+    return {path: leaf for path, leaf in frames.leaves.items() if path not in frames.structure.objects}
+
+
 def hold_back(carry: Carry, structure: Structure) -> Carry:
     """Completes a carry that a call has written: sets structure and stream, and drops objects that no frame uses."""
     if structure.objects:

@@ -19,11 +19,10 @@ from multistep_triton.backends import Backend
 from multistep_triton.buffer.capturable import CapturableReplayBuffer
 from multistep_triton.buffer.ordered import Steps
 from multistep_triton.buffer.outputs import Selection
-from multistep_triton.buffer.repeated import INDEX
 from multistep_triton.buffer.sampled import steps_of_call
 from multistep_triton.checks import check_bool, check_not_captured, check_steps
 from multistep_triton.neighbours import check_mixing
-from multistep_triton.roles import as_key
+from multistep_triton.roles import INDEX, as_key
 from multistep_triton.torchrl_internals import calls
 
 _COUNTED = {*ARGUMENTS, "_storage"}

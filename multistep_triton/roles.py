@@ -21,6 +21,8 @@ DEFAULT_DONE_KEYS = ("done", "truncated", "terminated")
 STEPS_KEY = "steps_to_next_obs"
 WINDOW_PATHS = ((STEPS_KEY,), ("gamma",), ("nonterminal",))
 ORIGINAL_REWARD_PATH = ("next", "original_reward")
+INDEX = ("index",)
+"""The entry in which a ``TensorDictRoundRobinWriter`` stores every frame's slot."""
 COUNT_PATH = ("n_step_ends",)
 """The path of the count of ends among the entries of a storage that keeps observations once."""
 AUTO = "auto"
@@ -107,7 +109,7 @@ def check_entries(roles: Roles, new: Mapping[KeyPath, Any], stored: Mapping[KeyP
         KeyError: an entry is missing.
         ValueError: ``is_filled``, and the stored frames lack an entry that plays a role.
     """
-    if missing := sorted(({*roles.needed} | stored.keys() - roles.written - {("index",)}) - new.keys()):
+    if missing := sorted(({*roles.needed} | stored.keys() - roles.written - {INDEX}) - new.keys()):
         message = f"data must hold {', '.join(map(str, missing))}, got the entries {list(new)}"
         if not {*missing}.isdisjoint(stored):
             message += "; the storage has the others, too: for data of other entries give it a new one (set_storage)"
@@ -117,6 +119,30 @@ def check_entries(roles: Roles, new: Mapping[KeyPath, Any], stored: Mapping[KeyP
             f"data must not hold {', '.join(map(str, late))}, which windows read and the frames stored before "
             f"lack: extend with it from the first call on, or empty the buffer before"
         )
+
+
+def find_pairs(roles: Roles, leaves: Mapping[KeyPath, Any]) -> list[KeyPath]:
+    """Finds the tensors under "next" that the root has, too, in any dtype and shape, but for rewards and flags."""
+
+    def is_pair(path: KeyPath, leaf: Any) -> bool:
+        twin = leaves.get(path[1:]) if path[0] == "next" and len(path) > 1 else None
+        if not isinstance(leaf, Tensor) or not isinstance(twin, Tensor) or roles.is_role(path, leaf):
+            return False
+        return path[1:] != INDEX and not any(path[: len(done)] == done for done in roles.dones)
+
+    return [path for path, leaf in leaves.items() if is_pair(path, leaf)]
+
+
+def find_twins(roles: Roles, leaves: Mapping[KeyPath, Any]) -> list[KeyPath]:
+    """Finds the pairs of one dtype and shape, which can be kept once, as the next frame holds their values."""
+    kinds = {path: (leaf.dtype, leaf.shape) for path, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    return [path for path in find_pairs(roles, leaves) if kinds[path] == kinds[path[1:]]]
+
+
+def marks_of(roles: Roles, leaves: Mapping[KeyPath, Any]) -> tuple[tuple[KeyPath, ...], KeyPath | None, KeyPath | None]:
+    """Finds the paths that define ends: the done flags of all groups; mask and trajectory ids, each None if absent."""
+    mask, traj = (path if path in leaves else None for path in (roles.mask, roles.traj))
+    return tuple([path for path, leaf in leaves.items() if roles.is_flag(path, leaf)]), mask, traj
 
 
 def check_single_steps(entries: Container[KeyPath]) -> None:

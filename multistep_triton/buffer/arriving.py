@@ -1,7 +1,7 @@
 """ArrivingReplayBuffer: a buffer that narrows floats, and adds next observations to frames that come without them.
 
-Reaches into private attributes of torchrl's buffers. May import torchrl, ``storing`` and what it may, ``ends``,
-``roles`` and ``twins``.
+Reaches into private attributes of torchrl's buffers. May import torchrl, ``storing`` and what it may, and
+``ends``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 
 from multistep_triton.buffer.stored import check_continues, check_dims, leaves_of
 from multistep_triton.buffer.storing import StoringReplayBuffer
-from multistep_triton.buffer.twins import marks_of, tensors_of
 from multistep_triton.ends import Ends
+from multistep_triton.frames import tensors_of
 from multistep_triton.layouts import KeyPath
-from multistep_triton.roles import as_key, as_path, check_key
+from multistep_triton.roles import as_key, as_path, check_key, marks_of
 
 NARROW = torch.float16, torch.bfloat16, torch.float32
 """The dtypes that ``store_as`` may give."""

@@ -17,12 +17,12 @@ from multistep_triton.backends import resolve_backend
 from multistep_triton.buffer.arriving import ArrivingReplayBuffer
 from multistep_triton.buffer.repeated import RepeatedCall
 from multistep_triton.buffer.stored import Leaves, leaves_of
-from multistep_triton.buffer.twins import find_twins, marks_of, tensors_of
 from multistep_triton.checks import check_positive_int
 from multistep_triton.ends import Ends
 from multistep_triton.engine import check_kept_once
+from multistep_triton.frames import tensors_of
 from multistep_triton.layouts import KeyPath
-from multistep_triton.roles import COUNT_PATH, Roles, as_key, as_path, key_list
+from multistep_triton.roles import COUNT_PATH, Roles, as_key, as_path, find_twins, key_list, marks_of
 
 SLOTS_PER_END = 16
 """Slots per row in the ring of final observations, unless ``end_slots`` is given."""

@@ -1,6 +1,6 @@
 """What a sample holds: entries of a storage, and entries that windows add.
 
-May import ``base`` and what it may, ``samples``, ``ends``, ``eager_ends`` and ``repeated``.
+May import ``base`` and what it may, ``samples``, ``ends`` and ``eager_ends``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
 from multistep_triton.base import MultiStepBase
-from multistep_triton.buffer.repeated import INDEX
 from multistep_triton.eager_ends import EndCounts
 from multistep_triton.ends import Ends
 from multistep_triton.frames import Frames
 from multistep_triton.groups import Group, n_step_sample_groups, steps_at
 from multistep_triton.layouts import KeyPath, Layout
-from multistep_triton.roles import COUNT_PATH, ORIGINAL_REWARD_PATH, Roles, as_path, check_single_steps, key_list
+from multistep_triton.roles import COUNT_PATH, INDEX, ORIGINAL_REWARD_PATH, Roles, as_path, check_single_steps, key_list
 from multistep_triton.samples import Samples
 from multistep_triton.task import AFTER_END, CachedLeaves, Keys, Task
 

@@ -1,7 +1,7 @@
 """Repeated calls: data like that of a call that was stored, whose leaves need no further checks.
 
-Owns what such calls have in common. May import ``layouts``, ``samples``, ``storage_order``, ``task`` and torchrl, by
-public names.
+Owns what such calls have in common. May import ``layouts``, ``roles``, ``samples``, ``storage_order``, ``task`` and
+torchrl, by public names.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from torchrl.data import RoundRobinWriter, Storage, TensorDictRoundRobinWriter, 
 
 from multistep_triton.buffer.storage_order import Order
 from multistep_triton.layouts import KeyPath, Layout, is_plain, read_layout
+from multistep_triton.roles import INDEX
 from multistep_triton.samples import Ring
 from multistep_triton.task import CachedLeaves
-
-INDEX = ("index",)
-"""The entry in which a ``TensorDictRoundRobinWriter`` stores every frame's slot."""
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """Checks whether observations can be kept once: a frame's entry under "next" must be the next frame's at the root.
 
-Owns the printed report. May import ``ends``, ``twins``, ``postproc`` and what they may, ``explain`` and ``verify``.
+Owns the printed report. May import ``ends``, ``postproc`` and what they may, ``explain`` and ``verify``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from multistep_triton.backends import EquivalenceError
-from multistep_triton.buffer.twins import find_pairs, find_twins, marks_of, tensors_of
 from multistep_triton.debug.explain import load_rollout
 from multistep_triton.debug.verify import check_kept_once
 from multistep_triton.ends import Ends
-from multistep_triton.frames import Frames
+from multistep_triton.frames import Frames, tensors_of
 from multistep_triton.postproc import MultiStep
+from multistep_triton.roles import find_pairs, find_twins, marks_of
 
 
 def run(path: Path, keys: Mapping[str, Any]) -> int:
