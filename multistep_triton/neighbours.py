@@ -8,7 +8,7 @@ names alone, ``base`` and what it may, and ``torchrl_internals``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from tensordict import is_tensor_collection
@@ -22,7 +22,7 @@ from torchrl.envs.transforms import Transform
 
 from multistep_triton.base import MultiStepBase
 from multistep_triton.layouts import KeyPath
-from multistep_triton.roles import STEPS_KEY, as_path
+from multistep_triton.roles import STEPS_KEY, Roles, as_path
 from multistep_triton.torchrl_internals import Calls, inverted_in, mixing_buffer, reads_ids
 
 # These transforms change shapes, names or devices of entries but no values.
@@ -48,21 +48,14 @@ _INVERT = "append it with invert=True, so that it runs on single steps when the 
 _IN_ENV = "use it in the environment"
 
 
-def check_transforms(
-    transforms: Iterable[Transform], rewards: Collection[KeyPath], dones: Collection[KeyPath], done_at: str
-) -> None:
+def check_transforms(transforms: Iterable[Transform], roles: Roles) -> None:
     """Checks the transforms that run on n-step transitions when a buffer is sampled.
-
-    Args:
-        transforms: the transforms to check.
-        rewards, dones: the rewards that windows sum, and the done flags that end windows.
-        done_at: the frame whose done flags a transition holds, ``"start"`` or ``"end"``.
 
     Raises:
         ValueError: a transform would be wrong on n-step transitions.
     """
     for transform in transforms:
-        if found := _find_fault(transform, {*rewards}, {*dones}, done_at):
+        if found := _find_fault(transform, roles):
             fault, remedy = found
             name = type(transform).__name__
             if inverted := inverted_in(transform):
@@ -83,9 +76,7 @@ def facts_of(part: Any) -> tuple[Any, ...]:
     return part, frozen, version, *(repr(key) for key in keys)
 
 
-def check_order(
-    before: Iterable[Transform], rewards: Collection[KeyPath], dones: Collection[KeyPath], done_at: str
-) -> None:
+def check_order(before: Iterable[Transform], roles: Roles) -> None:
     """Checks the transforms before a MultiStepTransform in a list, whose inverses run after it on extend.
 
     Raises:
@@ -93,13 +84,13 @@ def check_order(
     """
     for transform in before:
         if inverted := inverted_in(transform):
-            name, wrong = type(inverted).__name__, bool(_find_fault(inverted, {*rewards}, {*dones}, done_at))
+            name, wrong = type(inverted).__name__, bool(_find_fault(inverted, roles))
         else:
             keys = _paths(getattr(transform, "in_keys_inv", None)) | _paths(getattr(transform, "out_keys_inv", None))
             stacks = isinstance(transform, T.CatFrames) and transform.as_inverse
             drops = isinstance(transform, T.ExcludeTransform) and transform.inverse and _drops_steps(transform)
             name, wrong = type(transform).__name__, stacks or drops or isinstance(transform, T.Reward2GoTransform)
-            wrong = wrong or bool(keys & {*rewards} and not _is_linear(transform))
+            wrong = wrong or bool(keys & {*roles.rewards} and not _is_linear(transform))
         if wrong:
             raise ValueError(
                 f"a MultiStepTransform must be the first in the list, got {name} before it, which would run on n-step "
@@ -107,8 +98,9 @@ def check_order(
             )
 
 
-def _find_fault(transform: Any, rewards: set[KeyPath], dones: set[KeyPath], done_at: str) -> tuple[str, str] | None:
+def _find_fault(transform: Any, roles: Roles) -> tuple[str, str] | None:
     """Returns what a transform does wrong on n-step transitions and the remedy; None if it is right."""
+    rewards, dones, done_at = {*roles.rewards}, {*roles.dones}, roles.done_at
     read, written = (_paths(getattr(transform, name, None)) for name in ("in_keys", "out_keys"))
     moved = done_at == "end" and _path(getattr(transform, "done_key", ())) in {path[1:] for path in dones}
     flag_remedy = "give it done_key='done_orig', the flag as it came"
@@ -169,7 +161,7 @@ def _drops_steps(transform: Any) -> bool:
     return (STEPS_KEY,) in _paths(transform.excluded_keys)
 
 
-def check_mixing(calling: Calls, rewards: Collection[KeyPath], dones: Collection[KeyPath], done_at: str) -> None:
+def check_mixing(calling: Calls, roles: Roles) -> None:
     """Checks that the calling ensemble or OfflineToOnlineReplayBuffer, if there is one, suits n-step transitions.
 
     Raises:
@@ -179,7 +171,7 @@ def check_mixing(calling: Calls, rewards: Collection[KeyPath], dones: Collection
     if (mixing := mixing_buffer(calling)) is None:
         return
     buffers, transforms = mixing
-    check_transforms([each for each in transforms if not isinstance(each, MultiStepBase)], rewards, dones, done_at)
+    check_transforms([each for each in transforms if not isinstance(each, MultiStepBase)], roles)
     if any(isinstance(each, MultiStepBase) or holds_single_steps(each) for each in buffers):
         raise TypeError(
             "a buffer that samples from several must find n-step transitions in all of them, got single steps: give "
@@ -211,12 +203,11 @@ def check_holds_n_steps(buffer: ReplayBuffer) -> None:
         )
 
 
-def check_around(buffer: ReplayBuffer, unit: Any, done_at: str, dones: Collection[KeyPath], has_ids: bool) -> None:
+def check_around(buffer: ReplayBuffer, unit: Any, roles: Roles, has_ids: bool) -> None:
     """Checks what shares a buffer with a :class:`~multistep_triton.MultiStepTransform`, apart from transforms.
 
     Args:
         buffer, unit: the buffer and its sample unit.
-        done_at, dones: the frame whose done flags the buffer stores, ``"start"`` or ``"end"``, and the flags' paths.
         has_ids: whether the data holds trajectory ids where samplers look for them.
 
     Raises:
@@ -237,9 +228,9 @@ def check_around(buffer: ReplayBuffer, unit: Any, done_at: str, dones: Collectio
             f"checkpointer must keep next observations, which n-step transitions have of other frames, got "
             f"{type(buffer.storage.checkpointer).__name__}: use the storage's default"
         )
-    if done_at == "start":
+    if roles.done_at == "start":
         return
-    sampler, first = buffer.sampler, f"('next', '{min(dones)[-1]}_orig')"
+    sampler, first = buffer.sampler, f"('next', '{min(roles.dones)[-1]}_orig')"
     if isinstance(sampler, SliceSampler):
         if sampler.truncated_key is not None:
             raise ValueError(
@@ -247,13 +238,13 @@ def check_around(buffer: ReplayBuffer, unit: Any, done_at: str, dones: Collectio
                 f"{type(sampler).__name__} with truncated_key={sampler.truncated_key!r}: give it truncated_key=None"
             )
         ends = _paths(sampler.end_keys or [sampler.end_key] if sampler.end_key or sampler.end_keys else [])
-        if ends & {*dones} and not (reads_ids(sampler) and (has_ids or sampler.traj_key is not None)):
+        if ends & {*roles.dones} and not (reads_ids(sampler) and (has_ids or sampler.traj_key is not None)):
             raise ValueError(
                 f"sampler must find episodes by flags as they came, not by those of the window's end, got "
                 f"{type(sampler).__name__} with end_key={sampler.end_key!r}: give it end_key={first} or a traj_key, or "
                 f"use done_at='start'"
             )
-    if isinstance(unit, Sequence) and _path(unit.done_key) in dones:
+    if isinstance(unit, Sequence) and _path(unit.done_key) in roles.dones:
         raise ValueError(
             f"sample_unit must read flags as they came, not those of the window's end, got Sequence with "
             f"done_key={unit.done_key!r}: give it done_key={first}, or use done_at='start'"

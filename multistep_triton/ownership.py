@@ -75,7 +75,7 @@ class OwnedTransform(CarryingTransform):
                 f"second one: {remedy}"
             )
         # Assumes that the data holds ids, and skips transforms, which the buffer may lack as yet: calls check both.
-        check_around(buffer, sample_unit_of(buffer), self._done_at, self._roles_in(()).dones, True)
+        check_around(buffer, sample_unit_of(buffer), self._roles_in(()), True)
         self._owner, self._checked = weakref.ref(buffer), None
 
     def _find_owner(self) -> ReplayBuffer | None:
@@ -93,7 +93,7 @@ class OwnedTransform(CarryingTransform):
         if not calling and self._owner is None:
             return  # no buffer uses this transform
         roles = self._roles_in(())
-        check_mixing(calling, roles.rewards, roles.dones, self._done_at)
+        check_mixing(calling, roles)
         check_trainer(calling, roles.dones)
         buffer, caller = self._find_owner(), using_buffer(calling, self)
         if caller is not None and caller is not buffer:
@@ -120,11 +120,9 @@ class OwnedTransform(CarryingTransform):
             raise ValueError(
                 "a MultiStepTransform must be in a buffer's list once, got it twice: leave one of them out"
             )
-        check_around(buffer, unit, self._done_at, roles.dones, ids)
-        others = [each for each in transforms if each is not self]
-        check_transforms(others, roles.rewards, roles.dones, self._done_at)
-        before = transforms[: transforms.index(self)] if self in transforms else []
-        check_order(before, roles.rewards, roles.dones, self._done_at)
+        check_around(buffer, unit, roles, ids)
+        check_transforms([each for each in transforms if each is not self], roles)
+        check_order(transforms[: transforms.index(self)] if self in transforms else [], roles)
         check_holds_n_steps(buffer)
         self._checked = checked
 

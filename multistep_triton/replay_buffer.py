@@ -184,7 +184,7 @@ class NStepReplayBuffer(CapturableReplayBuffer):
             TensorDict ``[batch_size]``; with ``return_info``, a tuple of this and the sampler's info.
         """
         if calling := calls(self):
-            check_mixing(calling, (roles := self._roles_in(())).rewards, roles.dones, self._done_at)
+            check_mixing(calling, self._roles_in(()))
         if not self._capturable:
             check_not_captured("sample")
         if n_steps is None and not self._prefetch:

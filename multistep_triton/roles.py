@@ -38,6 +38,8 @@ class Roles:
     """Paths of the entries that play a role; equal keys mostly give the same object."""
 
     done: KeyPath
+    done_at: str
+    """The frame whose done flags a transition holds, ``"start"`` or ``"end"``."""
     mask: KeyPath
     traj: KeyPath | None
     rewards: tuple[KeyPath, ...]
@@ -99,7 +101,9 @@ def find_roles(
     at_start = frozenset(rewards if done_at == "end" else (*rewards, *dones))
     needed = (done, *rewards) if traj is None else (done, *rewards, traj)
     flags = tuple(dict.fromkeys(path[-1] for path in dones))
-    return Roles(done, mask, traj, rewards, needed, tuple(dones), flags, originals, at_start, frozenset(written))
+    return Roles(
+        done, done_at, mask, traj, rewards, needed, tuple(dones), flags, originals, at_start, frozenset(written)
+    )
 
 
 def check_entries(roles: Roles, new: Mapping[KeyPath, Any], stored: Mapping[KeyPath, Any], is_filled: bool) -> None:

@@ -57,17 +57,12 @@ class OrderedReplayBuffer(MultiStepBase, ReplayBuffer):
     """Tells ``Order`` that this buffer moves its writer to the storage's position before it writes."""
     _capturable = False
 
-    def _check_transforms(self, transforms: list[Transform]) -> None:
-        """Checks transforms that run when the buffer is sampled."""
-        roles = self._roles_in(())
-        check_transforms(transforms, roles.rewards, roles.dones, self._done_at)
-
     def _check_neighbours(self) -> None:
         """Checks the buffer's transforms, if they or the arguments have changed since the last check."""
         transforms = transforms_in(self._transform)
         beside = self._changes, *map(facts_of, transforms)
         if beside != self._checked_beside:
-            self._check_transforms(transforms)
+            check_transforms(transforms, self._roles_in(()))
             self._checked_beside = beside
 
     def _check_room(self, rows: int | None = None, n_steps: Steps | None = None) -> None:
@@ -221,7 +216,7 @@ class OrderedReplayBuffer(MultiStepBase, ReplayBuffer):
 
     def _check_given(self, transform: Any, invert: bool) -> None:
         if isinstance(transform, Transform) and not invert:
-            self._check_transforms(transforms_in(transform))
+            check_transforms(transforms_in(transform), self._roles_in(()))
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Empties the buffer, as in torchrl, and drops its prefetched batches and the pending frame."""
