@@ -5,7 +5,6 @@ Owns which frame lies in which slot, and no maths. May import torch only.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -156,17 +155,7 @@ def next_carry(
 
 def _new_slots(leaf: Tensor, capacity: int, time_dim: int, time_first: bool) -> Tensor:
     """Allocates ``capacity`` slots of a leaf ``[*B, T, ...]``."""
-    sizes = (*leaf.shape[:time_dim], capacity, *leaf.shape[time_dim + 1 :])
-    strides = _strides(sizes, time_dim if time_first else 0)
-    return torch.empty_strided(sizes, strides, dtype=leaf.dtype, device=leaf.device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _strides(sizes: tuple[int, ...], first: int = 0) -> tuple[int, ...]:
-    """Returns strides of contiguous memory whose outermost dimension is ``first``, with the others in order."""
-    order = (first, *(dim for dim in range(len(sizes)) if dim != first)) if sizes else ()
-    strides, step = [0] * len(sizes), 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= max(sizes[dim], 1)
-    return tuple(strides)
+    sizes = [*leaf.shape[:time_dim], capacity, *leaf.shape[time_dim + 1 :]]
+    if not time_first:
+        return leaf.new_empty(sizes)
+    return leaf.new_empty([sizes.pop(time_dim), *sizes]).movedim(0, time_dim)

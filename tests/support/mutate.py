@@ -221,9 +221,6 @@ MUTATIONS = (
     Mutation("future: inside", "rows", "row + steps - 1, mask=row < rows", "row + steps - 1, mask=row <= rows"),
     # what is launched, and how leaves lie
     Mutation("several pieces", "launch", "longest > 1 << piece, ", "False, "),
-    Mutation("layout: strides in order", "multistep_triton/carry",
-             "(first, *(dim for dim in range(len(sizes)) if dim != first))",
-             "(*range(len(sizes)),)"),
     Mutation("layout: leaf that lies otherwise", "layout", "if not leaf.movedim(time_dim, at).is_contiguous() and",
              "if not leaf.is_contiguous() and"),
     Mutation("layout: inner environments", "layout", "if dim != time_dim][at:]", "if dim != time_dim][at + 1 :]"),
