@@ -2,7 +2,7 @@
 
 Every backend implements the same four functions: :func:`n_step_extend` of carry and data, :func:`n_step_sample` of a
 storage, :func:`store_frames` into one, and :func:`gather_future`. May import ``task``, ``carry``, ``samples``,
-``ends``, ``backends``, ``eager`` and, inside the branch that runs them, the kernels and what verifies them.
+``backends``, ``eager`` and, inside the branch that runs them, the kernels and what verifies them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch._subclasses import FakeTensor
 from multistep_triton import eager
 from multistep_triton.backends import circumstances, resolve_backend
 from multistep_triton.carry import Carry
-from multistep_triton.ends import Ends
 from multistep_triton.samples import Ring, Samples
 from multistep_triton.task import Leaves, Results, Task, compute_once
 
@@ -91,20 +90,6 @@ def store_frames(data: Leaves, ring: Ring, slot: int | Tensor, backend: str = "a
     chosen = _resolve(backend, ring.leaves, data.values())
     index: Tensor = implementation_of(chosen).store_frames(data, ring, slot)
     return index
-
-
-def check_kept_once(ends: Ends, data: Leaves, ended: Tensor) -> None:
-    """Checks for ``"verify"`` that each frame holds the row after the frame before it, unless that was an end.
-
-    Args:
-        ends: the ends of the storage before it stores the frames.
-        data: leaves of the frames, ``[T, *R, ...]``.
-        ended: the result of :meth:`Ends.find_ended`.
-
-    Raises:
-        EquivalenceError: a frame holds another row.
-    """
-    implementation_of("verify").check_kept_once(ends, data, ended)
 
 
 def gather_future(value: Tensor, steps: Tensor, backend: str = "auto") -> Tensor:

@@ -19,7 +19,7 @@ from multistep_triton.buffer.repeated import RepeatedCall
 from multistep_triton.buffer.stored import Leaves, leaves_of
 from multistep_triton.checks import check_positive_int
 from multistep_triton.ends import Ends
-from multistep_triton.engine import check_kept_once
+from multistep_triton.engine import implementation_of
 from multistep_triton.frames import tensors_of
 from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import COUNT_PATH, Roles, as_key, as_path, find_twins, key_list, marks_of
@@ -162,7 +162,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
             if newest is None:
                 # No frame came before the first one, which thus continues no trajectory.
                 ended[0] = True
-            check_kept_once(ends, leaves, ended)
+            implementation_of("verify").check_kept_once(ends, leaves, ended)
 
     def _find_ended(self, frames: TensorDictBase) -> tuple[Ends, dict[KeyPath, Tensor], Tensor, int | None]:
         """Returns ends, leaves ``[T, *R, ...]``, whether the frame before each frame is an end, and the newest slot."""

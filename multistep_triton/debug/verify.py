@@ -107,7 +107,12 @@ def store_frames(data: Leaves, ring: Ring, slot: int | Tensor) -> Tensor:
 
 
 def check_kept_once(ends: Ends, data: Leaves, ended: Tensor) -> None:
-    """Checks that each frame of ``[T, *R]`` has at the root what the one before, if it is no end, has under "next".
+    """Checks that each frame has at the root what the one before, if it is no end, has under "next".
+
+    Args:
+        ends: the ends of the storage before it stores the frames.
+        data: leaves of the frames, ``[T, *R, ...]``.
+        ended: the result of :meth:`Ends.find_ended`.
 
     Raises:
         EquivalenceError: a frame does not.
