@@ -32,8 +32,6 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
     """A buffer that may be ``compact``; if it is not, it stores all entries as they come."""
 
     _end_slots: int | None = None
-    _ends_keys_before: tuple[int, tuple[Any, ...]] = -1, ()
-    """The result of :meth:`_ends_keys`, and the value of ``_changes`` for which it holds, first."""
 
     def _set_compact(self, compact: bool | Iterable[NestedKey], end_slots: int | None) -> None:
         """Checks and sets ``compact`` and ``end_slots``, once."""
@@ -103,11 +101,8 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         return ends
 
     def _ends_keys(self) -> tuple[Any, ...]:
-        """Returns the arguments that decide which frames are ends, as strings."""
-        if self._ends_keys_before[0] != self._changes:
-            names = ("done_key", "done_keys", "traj_key", "mask_key", "reward_keys")
-            self._ends_keys_before = self._changes, tuple([repr(getattr(self, f"_{name}")) for name in names])
-        return self._ends_keys_before[1]
+        """Returns the arguments that decide which frames are ends."""
+        return self._done_key, [*self._done_keys], self._traj_key, self._mask_key, [*self._reward_keys]
 
     def _twins(self, roles: Roles, leaves: Leaves) -> list[KeyPath]:
         """Finds the twins that this buffer keeps once."""

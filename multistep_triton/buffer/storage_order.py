@@ -45,7 +45,7 @@ class Order:
     pending: TensorDictBase | None = None
     """The newest frame, ``[*B, 1]``, if it came without its next observation and waits for the next frame."""
     ends_keys: tuple[Any, ...] = ()
-    """The key arguments, as strings, by which ``ends`` was found."""
+    """The key arguments by which ``ends`` was found."""
     ends_writes = 0
     """The value of ``writes`` when ``ends`` was last updated; -1 after a write that failed."""
     checked_entries: TensorDictBase | None = None
