@@ -39,18 +39,11 @@ class Ends:
         """The number ``E`` of ends that have rows."""
         return next(iter(self.rows.values())).shape[0] - 1
 
-    def is_like(self, other: Ends) -> bool:
-        """Returns whether ``other`` has the same flags, mask, ids, and kinds and shapes of rows."""
-        kinds = [
-            (
-                each.done,
-                each.mask,
-                each.traj,
-                [(key, row.dtype, row.shape, row.device) for key, row in each.rows.items()],
-            )
-            for each in (self, other)
-        ]
-        return kinds[0] == kinds[1] and self.count.shape == other.count.shape
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Flags, mask and ids, and the kinds and shapes of counts and rows."""
+        rows = [(key, row.dtype, row.shape, row.device) for key, row in self.rows.items()]
+        return self.done, self.mask, self.traj, self.count.shape, rows
 
     def find_ended(self, data: Leaves, ring: Leaves, newest: int | None) -> Tensor:
         """Returns whether the frame before each was an end, bool ``[T, *R]``; arguments as for :meth:`find_writes`.

@@ -168,7 +168,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         leaves = {path: leaf.to(to or leaf.device) for path, leaf in tensors_of(frames).items()}
         known = self._ends()
         ends = known if known is not None and position is not None else self._make_ends(leaves, storage.ndim)
-        if known is not None and known.is_like(ends):
+        if known is not None and known.kind == ends.kind:
             # A CUDA graph may have captured the tensors of ``known``.
             ends = known
         ring = {} if position is None or entries is None else leaves_of(entries, storage.ndim)
