@@ -17,7 +17,7 @@ from torchrl.envs.transforms import Transform
 
 from multistep_triton.base import MultiStepBase
 from multistep_triton.buffer.storage_order import Order, order_of
-from multistep_triton.buffer.stored import check_parts, check_slots
+from multistep_triton.buffer.stored import check_parts
 from multistep_triton.neighbours import check_transforms, facts_of
 from multistep_triton.torchrl_internals import calls, transforms_in
 
@@ -66,11 +66,17 @@ class OrderedReplayBuffer(MultiStepBase, ReplayBuffer):
             self._checked_beside = beside
 
     def _check_room(self, rows: int | None = None, n_steps: Steps | None = None) -> None:
-        """Checks that the storage has enough slots for each of ``rows`` environments, if their number is known."""
+        """Checks that a full window fits into the slots of each of ``rows`` environments, if their number is known."""
         slots, n_steps = self._slots(rows), n_steps or self._n_steps
-        if slots is not None and not isinstance(self._writer, ImmutableDatasetWriter):
-            size, high = self._storage.max_size, max(n_steps) if isinstance(n_steps, tuple) else n_steps
-            check_slots(high, slots, size, rows or size // slots)
+        high = max(n_steps) if isinstance(n_steps, tuple) else n_steps
+        if slots is not None and high > slots and not isinstance(self._writer, ImmutableDatasetWriter):
+            size = self._storage.max_size
+            rows = rows or size // slots
+            each = f" for all {rows} of them" if rows > 1 else ""
+            raise ValueError(
+                f"storage must have at least n_steps = {high} slots per environment, got max_size = {size}{each}: "
+                f"{slots} slots"
+            )
 
     # Where frames lie
 

@@ -122,16 +122,6 @@ def check_index(index: Any, ndim: int, device: torch.device) -> list[Tensor]:
     return [tensor.to(torch.int64) for tensor in tensors]
 
 
-def check_slots(n_steps: int, slots: int, max_size: int, rows: int) -> None:
-    """Checks that a full window fits into the slots of each of ``rows`` environments."""
-    if n_steps > slots:
-        each = f" for all {rows} of them" if rows > 1 else ""
-        raise ValueError(
-            f"storage must have at least n_steps = {n_steps} slots per environment, got max_size = {max_size}{each}: "
-            f"{slots} slots"
-        )
-
-
 def check_continues(new: Leaves, stored: Leaves, new_dims: int, dims: int, like: str = "as what is stored") -> None:
     """Checks that entries of the data have the dtypes and trailing shapes of the stored entries of their paths."""
     for path in new.keys() & stored.keys():

@@ -1,6 +1,7 @@
 """The backend ``verify``: runs the kernels or the fast path beside the specification, and raises if they differ.
 
-Owns the comparison. May import ``engine``, ``spec`` and what they may, ``differences``, ``rounding`` and ``tables``.
+Owns the comparison. May import ``engine``, ``spec`` and what they may, ``ends``, ``differences``, ``rounding`` and
+``tables``.
 """
 
 from __future__ import annotations
