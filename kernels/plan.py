@@ -34,8 +34,7 @@ class Plan(NamedTuple):
     take_rows: Callable[[Leaves], tuple[Tensor, ...]]
     """Takes those of these leaves whose rows have any bytes; they come first."""
     units: tuple[tuple[Any, ...], ...]
-    """How the leaves of ``take_rows`` are copied, see ``rows.units_of``, and ``widths``, the units of a row of each."""
-    widths: tuple[int, ...]
+    """How the leaves of ``take_rows`` are copied, see ``rows.units_of``."""
     gathered: tuple[int, ...]
     """Which row of a window each is read from: 0 is ``OWN``, 1 ``AT_END``, 2 ``AFTER_END``."""
     has_complex: bool
@@ -88,7 +87,6 @@ def _make_plan(keys: Keys, addresses: tuple[int, ...], every: bool, default_dtyp
         getter([key for _, key, _ in copied]),
         getter([key for _, key, _ in wide]),
         tuple([kinds[key][2] for _, key, _ in wide]),
-        tuple([kinds[key][2][2] for _, key, _ in wide]),
         tuple([int(at) for _, _, at in wide]),
         any(kinds[key][1].is_complex for _, key, _ in wide),
         {},
@@ -144,16 +142,16 @@ def copy_rows(
 ) -> None:
     """Launches ``rows.n_step_rows_kernel`` on ``jobs``, the leaves of data, carry, outputs and held frames."""
     # The kernel adds ``first`` to a place in the ring before it subtracts ``slots``.
-    check_fits(0, max(count, first + held, slots if held else 0) * plan.widths[0])
+    check_fits(0, max(count, first + held, slots if held else 0) * plan.units[0][2])
     tile = rows.TILE
     if plan.has_complex:
         jobs = [tuple(map(as_real, leaves)) for leaves in jobs]
-    programs = -sum([-count * width // tile + -held * width // tile for width in plan.widths])
+    programs = -sum([-count * unit[2] // tile + -held * unit[2] // tile for unit in plan.units])
     amd = is_amd()
     run(
         *(plan.compiled, rows.n_step_rows_kernel, (carried, amd), programs),
         *(*jobs, lists, count, held, carry_rows, first, slots),
-        *(plan.units, plan.widths, plan.gathered, carried, tile, not amd),
+        *(plan.units, plan.gathered, carried, tile, not amd),
         # A kernel for many leaves would take more registers, and be no faster.
         registers=rows.MOST_REGISTERS,
     )

@@ -108,7 +108,7 @@ def copy_tile(
 @triton.jit(do_not_specialize=["rows", "held_rows", "carry_rows", "first", "slots"])
 def n_step_rows_kernel(
     data, carry, out, held, rows_ptr, rows, held_rows, carry_rows, first, slots,
-    UNITS: tl.constexpr, WIDTHS: tl.constexpr, GATHERED: tl.constexpr, CARRIED: tl.constexpr, TILE: tl.constexpr,
+    UNITS: tl.constexpr, GATHERED: tl.constexpr, CARRIED: tl.constexpr, TILE: tl.constexpr,
     RETURNS: tl.constexpr,
 ):  # fmt: skip
     """Copies one tile of one leaf: programs count the tiles of leaf 0, emitted rows and then held ones, of leaf 1, ...
@@ -116,7 +116,7 @@ def n_step_rows_kernel(
     ``rows_ptr`` has lists of source rows, one after the other: of ``rows`` emitted frames, of ``held_rows`` frames to
     hold back, of the ``rows`` windows' last frames, and of what follows these. Leaf ``k`` emits rows of the first,
     third or fourth list if GATHERED[k] is 0, 1 or 2; if it is 2, ``carry[k]`` has the final observations. Held rows go
-    to a ring of ``slots`` rows from row ``first`` on. UNITS is what ``units_of`` returns, WIDTHS the units of a row.
+    to a ring of ``slots`` rows from row ``first`` on. UNITS is what ``units_of`` returns.
     With RETURNS a program returns after its tile, which Triton does not compile for AMD.
     """
     tile = tl.program_id(0).to(tl.uint32)
@@ -124,8 +124,8 @@ def n_step_rows_kernel(
     held_rows = held_rows.to(tl.uint32)
     first_tile = tile * 0
     for k in tl.static_range(len(UNITS)):
-        tiles = tl.cdiv(rows * WIDTHS[k], TILE)
-        held_tiles = tl.cdiv(held_rows * WIDTHS[k], TILE)
+        tiles = tl.cdiv(rows * UNITS[k][2], TILE)
+        held_tiles = tl.cdiv(held_rows * UNITS[k][2], TILE)
         mine = tile < first_tile + tiles + held_tiles
         if not RETURNS:
             mine &= tile >= first_tile
