@@ -169,33 +169,26 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             self._sampler.add(index)
             return index
 
-        def write() -> Any:
-            return self._put(data, put)
-
-        return self._write(write, data, None, 1)
+        return self._write(lambda: self._put(data, put), data, None, 1)
 
     def _write(self, write: Callable[[], Any], data: TensorDictBase, time_dim: int | None, frames: int) -> Any:
         """Checks data, and writes it after the newest frame, which stays the newest if the write fails."""
         with self._replay_lock, self._write_lock:
             order, (entries, stored) = self._order, self._stored()
             self._check_new(leaves_of(data, data.batch_dims), stored, data, time_dim, entries)
-            return self._whole(write, order.take_position(), stored.values(), frames)
+            position, storage, leaves = order.take_position(), self._storage, stored.values()
+            count = getattr(self._writer, "_write_count", None)
+            before = storage._len, storage._last_cursor_index, order.writes, order.torn, count, versions_of(leaves)
+            try:
+                return write()
+            except BaseException:
+                self._undo(before, position, leaves, frames)
+                raise
 
     def _stored(self) -> tuple[TensorDictBase | None, Leaves]:
         """Returns the storage's entries and their leaves, those among them that are kept elsewhere."""
         entries = self._order.entries()
         return entries, {} if entries is None else {**leaves_of(entries, self._storage.ndim), **self._kept_once()}
-
-    def _whole(self, write: Callable[[], Any], position: Position | None, stored: Collection[Any], frames: int) -> Any:
-        """Calls ``write``, which writes into the ``stored`` leaves, and undoes its bookkeeping if it fails."""
-        storage, count = self._storage, getattr(self._writer, "_write_count", None)
-        order = self._order
-        before = storage._len, storage._last_cursor_index, order.writes, order.torn, count, versions_of(stored)
-        try:
-            return write()
-        except BaseException:
-            self._undo(before, position, stored, frames)
-            raise
 
     def _undo(
         self, before: Any, position: Position | None, stored: Collection[Any], frames: int, wrote: bool = False
