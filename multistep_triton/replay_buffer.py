@@ -25,7 +25,7 @@ from multistep_triton.neighbours import check_mixing
 from multistep_triton.roles import INDEX, as_key
 from multistep_triton.torchrl_internals import calls
 
-_COUNTED = {*ARGUMENTS, "_storage"}
+_COUNTED = {*ARGUMENTS, "_storage", "_writer"}
 
 
 class NStepReplayBuffer(CapturableReplayBuffer):
@@ -165,7 +165,7 @@ class NStepReplayBuffer(CapturableReplayBuffer):
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; counts the change if it is one of the arguments or the storage."""
+        """Sets an attribute; counts the change if it is an argument, the storage or the writer."""
         super().__setattr__(name, value)
         if name in _COUNTED:
             self._changes += 1  # prefetched batches and past checks belong to the old value

@@ -145,7 +145,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
                 return super()._store(call, leaves, frames)
         if not 0 < frames <= call.most:
             return None
-        self._check_alone(call.storage)
+        self._check_alone(self._storage)
         try:
             index = self._store_at(call, leaves, written)
             written.add_(frames)

@@ -48,7 +48,7 @@ class OrderedReplayBuffer(MultiStepBase, ReplayBuffer):
     """
 
     _changes = 0
-    """How often an argument or the storage was set."""
+    """How often an argument, the storage or the writer was set."""
     _checked_beside: tuple[Any, ...] = ()
     """The value of ``_changes`` and the facts of the transforms at their last check."""
     _order: Order

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import RoundRobinWriter, Storage, TensorDictRoundRobinWriter, TensorStorage, Writer
+from torchrl.data import RoundRobinWriter, TensorDictRoundRobinWriter, TensorStorage, Writer
 
 from multistep_triton.buffer.storage_order import Order
 from multistep_triton.layouts import KeyPath, Layout, is_plain, read_layout
@@ -25,8 +25,6 @@ from multistep_triton.task import CachedLeaves
 class RepeatedCall:
     """What a call must have in common with a stored one to be stored without checks of its leaves."""
 
-    storage: Storage
-    writer: Writer
     entries: TensorDictBase
     layout: Layout
     """The layout of the data."""
@@ -83,7 +81,7 @@ def repeated_call(
         return None
     most = len(entries) - bool(kept_once)
     to = Ring(CachedLeaves(ring), numbers, ndim, time_dim)
-    return RepeatedCall(storage, writer, entries, layout, _rows_of(data, time_dim), to, order.changes(), most)
+    return RepeatedCall(entries, layout, _rows_of(data, time_dim), to, order.changes(), most)
 
 
 def _rows_of(data: TensorDictBase, time_dim: int) -> tuple[int, ...]:

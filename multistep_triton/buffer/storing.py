@@ -116,10 +116,10 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         if call is None or (leaves := call.read(data)) is None:
             return None
         with self._replay_lock, self._write_lock:
-            order, storage, writer = self._order, self._storage, self._writer
+            order = self._order
             # Other writers may have added entries, or track generations, which this path does not count.
-            known = call.storage is storage and call.writer is writer and call.entries is order.entries()
-            if not known or call.other_writes != order.changes() or writer._generation is not None:
+            known = call.entries is order.entries() and call.other_writes == order.changes()
+            if not known or self._writer._generation is not None:
                 return None
             self._check_call()
             return self._store(call, leaves, data.batch_size[call.ring.time_dim])

@@ -250,7 +250,7 @@ MUTATIONS = (
     Mutation("buffer: alike, rows", "multistep_triton/buffer/repeated",
              " or _rows_of(data, self.ring.time_dim) != self.rows", ""),
     Mutation("buffer: alike, what others wrote", "multistep_triton/buffer/storing",
-             "call.other_writes != order.changes()", "False"),
+             " and call.other_writes == order.changes()", ""),
     Mutation("buffer: alike, more than slots", "multistep_triton/buffer/storing", "not 0 < frames <= call.most",
              "not 0 < frames"),
     Mutation("buffer: frames that are written", "multistep_triton/buffer/storage_order",
