@@ -38,24 +38,17 @@ class NStepReplayBuffer(CapturableReplayBuffer):
         steps(t) = e(t) - t + 1, \\quad reward'(t) = \\sum_{i=0}^{steps(t)-1} \\gamma^i reward(t + i), \\quad
         next'(t) = next(e(t))
 
-    A boundary is a frame where a done flag is set: ``done_key``, or another of ``done_keys`` that lies beside it and
-    has its shape. With a mask in the data, it is also a frame that is invalid or that an invalid frame follows; with
-    trajectory ids, a frame that a frame of another trajectory follows. The storage is a ring: windows end at the newest
-    frame, as the oldest one follows it there, and no slot is read that was not written. The storage tells which frame
-    is the newest, whichever buffer wrote it.
+    Boundaries are those of :class:`MultiStepTransform`. The storage is a ring: windows end at the newest frame, as the
+    oldest one follows it there, and no slot is read that was not written. The storage tells which frame is the newest,
+    whichever buffer wrote it.
 
     ``extend`` takes 1-step transitions ``[*B, T]``, time last, of any number of frames (if there are more than slots,
     the newest stay), and stores them as they are. It holds nothing back; if it fails, windows end where they did. A
     storage of ``ndim`` dimensions holds frames of ``ndim - 1`` batch dimensions, and needs at least ``n_steps`` slots
     for every environment. Slices such as ``rb[:]`` return single steps as they are stored.
 
-    A sample, ``[N]``, has the keys, dtypes and rules of :class:`MultiStepTransform`. The root holds
-    ``steps_to_next_obs`` (int64), ``gamma`` (float32, ``gamma ** steps``) and ``nonterminal`` (bool). Under ``"next"``
-    every reward key holds the n-step return, ``<reward_key>_orig`` the reward as it came and, with exactly one reward
-    key, ``original_reward`` the same. Done keys are those of frame ``e(t)``, and ``<done_key>_orig`` keeps those of
-    frame ``t``; with ``done_at="start"`` done keys stay those of frame ``t``. Every other entry under ``"next"`` is
-    that of frame ``e(t)``, bit for bit. Other root entries are those of frame ``t``; ``"index"`` tells where it lies.
-    A sample is new memory on the storage's device, where the buffer computes it; the host does not wait for kernels. An
+    A sample, ``[N]``, has the keys, dtypes and rules of :class:`MultiStepTransform`; ``"index"`` tells where a frame
+    lies. It is new memory on the storage's device, where the buffer computes it; the host does not wait for kernels. An
     index of no frame is an error on a CPU; on an accelerator its row has 0 steps, discount 1, NaN rewards, else zeros.
 
     Keyword Args:
