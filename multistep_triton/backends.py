@@ -112,13 +112,14 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
     if backend == "auto" and (variable := os.environ.get(BACKEND_VARIABLE)):
         asker = f"the environment variable {BACKEND_VARIABLE}"
         backend = check_backend(variable, asker.removeprefix("the "))
+    asked_for = Choice(backend, f"{asker} asks for it")
     if backend == "reference":
-        return _asked_for(backend, asker)
+        return asked_for
     if backend == "auto" and all(tensor.is_cpu for tensor in tensors):
         return _ON_CPU
     obstacle = find_obstacle(tensors, rewards)
     if obstacle is None:
-        return _asked_for(backend, asker) if backend != "auto" else _ON_ACCELERATOR
+        return asked_for if backend != "auto" else _ON_ACCELERATOR
     if backend == "verify" and (is_transformed() or any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)):
         why = "a transform of torch.func, or on tensors without values, and cannot compare"
         return Choice("reference", f"{asker} asks for 'verify' inside {why}", logging.WARNING)
@@ -134,11 +135,6 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
 def circumstances(backend: str) -> tuple[Any, ...]:
     """Returns all that a choice depends on besides the tensors."""
     return backend, backend == "auto" and os.environ.get(BACKEND_VARIABLE), torch.is_grad_enabled(), is_transformed()
-
-
-@functools.cache
-def _asked_for(backend: str, asker: str) -> Choice:
-    return Choice(backend, f"{asker} asks for it")
 
 
 def find_obstacle(tensors: Collection[Tensor], rewards: Iterable[Tensor]) -> str | None:

@@ -186,10 +186,8 @@ class Order:
         else:
             writer._cursor = (newest + 1) % slots
             self.newest, self.cursor, self.revision = newest, storage._last_cursor, storage._mutation_revision
-        self.known_position, self.noticed_revision = (
-            (Position(newest, live, slots), self.revision, live * rows),
-            self.revision,
-        )
+        self.known_position = Position(newest, live, slots), self.revision, live * rows
+        self.noticed_revision = self.revision
 
     def go_on(self, newest: int, slots: int) -> None:
         """Moves the cursor of every writer of the storage to the slot after ``newest``."""
