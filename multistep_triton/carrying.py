@@ -1,35 +1,58 @@
-"""A transform that carries frames from call to call: it saves, moves and copies them.
+"""A transform that carries frames of one replay buffer from call to call: it saves, moves and copies them.
 
-May import ``base``, ``carry``, ``checks``, ``frames`` and ``layouts``.
+Owns whose stream it is, and checks what shares that buffer. May import ``base``, ``carry``, ``checks``, ``frames``,
+``neighbours``, ``roles``, ``stored`` and ``torchrl_internals``.
 """
 
 from __future__ import annotations
 
-import io
-import sys
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict, is_tensorclass
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torchrl.data import ReplayBuffer
 from torchrl.envs.transforms import Transform
 
 from multistep_triton.base import MultiStepBase
+from multistep_triton.buffer.stored import check_time_dim
 from multistep_triton.carry import Carry
 from multistep_triton.checks import check_gamma, check_positive_int
-from multistep_triton.frames import Structure, frames_of, moved
-from multistep_triton.layouts import KeyPath, Layout, Node
+from multistep_triton.frames import frames_of, from_state, moved, to_state
+from multistep_triton.neighbours import (
+    check_around,
+    check_holds_n_steps,
+    check_mixing,
+    check_order,
+    check_transforms,
+    facts_of,
+)
+from multistep_triton.roles import TRAJ_PATH
+from multistep_triton.torchrl_internals import (
+    Calls,
+    check_trainer,
+    sample_unit_of,
+    taking_buffer,
+    transforms_in,
+    using_buffer,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
 class CarryingTransform(MultiStepBase, Transform):
-    """A transform that holds back the last frames of a stream, and a lock for its calls."""
+    """A transform that holds back the last frames of one replay buffer's stream; a copy belongs to no buffer."""
 
+    _owner: weakref.ref[ReplayBuffer] | None = None
+    """The buffer whose stream this transform holds back; None if it belongs to none."""
+    _checked: tuple[Any, ...] | None = None
+    """The facts on which :meth:`_check_owner` last found the buffer right; None before that."""
     # Every call replaces the carry; the frames of the replaced one stay intact until the next call only.
     _carry: Carry | None = None
 
@@ -96,7 +119,7 @@ class CarryingTransform(MultiStepBase, Transform):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state without the lock, and with a copy of the frames held back.
+        """Returns the state without lock and owner, and with a copy of the frames held back.
 
         A process that is being spawned, such as a collector's worker, begins a stream of its own and gets no frames:
         otherwise each of several workers would emit the same frames again.
@@ -104,15 +127,14 @@ class CarryingTransform(MultiStepBase, Transform):
         with self._lock:
             state: dict[str, Any] = super().__getstate__()
             state["_carry"] = self._carry and self._carry.compact() if get_spawning_popen() is None else None
-        del state["_lock"]
-        return state
+        return {name: value for name, value in state.items() if name not in ("_lock", "_owner", "_checked")}
 
     def clone(self) -> Self:
-        """Returns a copy without parent and container, with its own copy of the frames held back."""
+        """Returns a copy without parent, container and owner, with its own copy of the frames held back."""
         with self._lock:
             twin: Self = super().clone()
             twin._carry = self._carry and self._carry.compact()
-        twin._lock = threading.RLock()
+        twin._lock, twin._owner, twin._checked = threading.RLock(), None, None
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -126,77 +148,86 @@ class CarryingTransform(MultiStepBase, Transform):
             frames = None if self._carry is None else frames_of(self._carry)
         return None if frames is None else frames.structure.build(frames.leaves, frames.batch_size)
 
+    # Whose stream it is
 
-def to_state(carry: Carry) -> dict[str, Any]:
-    """Converts a carry to tensors and plain containers, which ``torch.load`` reads with ``weights_only=True``.
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode as in torch; a replay buffer that takes the transform calls this, and becomes its owner.
 
-    Raises:
-        TypeError: a non-tensor entry holds objects that ``torch.load`` refuses.
-    """
-    frames = frames_of(carry)
-    structure = frames.structure
-    for path, objects in structure.objects.items():
-        _check_loadable(path, objects)
-    nodes = {
-        path: {
-            "tensorclass": None if node.kind is None else [node.kind.__module__, node.kind.__qualname__],
-            "tail": list(node.tail),
-            "names": node.names and [*node.names],
-            "on_device": node.device is not None,
-        }
-        for path, node in structure.layout.nodes.items()
-    }
-    copies = {path: list(objects) for path, objects in structure.objects.items()}
-    return {"batch_size": list(frames.batch_size), "leaves": frames.leaves, "objects": copies, "nodes": nodes}
+        Raises:
+            ValueError: the transform belongs to another buffer, holds back its frames, or would be wrong in this one.
+        """
+        super().train(mode)
+        if (taking := taking_buffer()) is not None:
+            buffer, inverted = taking
+            if inverted:
+                raise ValueError("invert must be False for an n-step transform, which runs when a buffer is extended")
+            with self._lock:
+                self._join(buffer)
+        return self
 
-
-def from_state(state: dict[str, Any]) -> Carry:
-    """Builds a carry from a copy of what :func:`to_state` returned, on the devices where its tensors are now.
-
-    Raises:
-        ValueError: the state is not one of :func:`to_state`, or names a tensorclass that has not been imported.
-    """
-    try:
-        batch_size, leaves, objects = torch.Size(state["batch_size"]), dict(state["leaves"]), dict(state["objects"])
-        device = next((leaf.device for leaf in leaves.values()), None)
-        nodes = {
-            path: Node(
-                kind=None if node["tensorclass"] is None else _find_tensorclass(*node["tensorclass"]),
-                tail=tuple(node["tail"]),
-                names=node["names"] and tuple(node["names"]),
-                device=device if node["on_device"] else None,
+    def _join(self, buffer: ReplayBuffer) -> None:
+        owner = self._find_owner()
+        if owner not in (None, buffer):
+            # The other buffer may be garbage that Python has not collected yet.
+            del owner
+            gc.collect()
+            owner = self._find_owner()
+        # Torchrl asks twice before it appends a transform to its list.
+        is_known = self._owner is None or owner is buffer or self._owner() is buffer
+        if owner not in (None, buffer) or (not is_known and self._carry is not None):
+            remedy = "clear() it, as the other one is gone" if owner is None else "give each a transform of its own"
+            raise ValueError(
+                f"a MultiStepTransform must belong to one replay buffer, as it holds back frames of one stream, got a "
+                f"second one: {remedy}"
             )
-            for path, node in state["nodes"].items()
-        }
-        whole = all(leaf.shape[: len(batch_size)] == batch_size and path[:-1] in nodes for path, leaf in leaves.items())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the state of frames held back must be one that was saved, got {state!r:.200}") from error
-    if not whole or not leaves.keys() >= objects.keys() or not leaves:
-        raise ValueError(f"the state of frames held back must be whole, got {state!r:.200}")
-    layout = Layout.of_leaves(leaves, len(batch_size), nodes, objects)
-    return Carry.of(leaves, batch_size[-1], Structure(batch_size[:-1], layout, objects))
+        # Assumes that the data holds ids, and skips transforms, which the buffer may lack as yet: calls check both.
+        check_around(buffer, sample_unit_of(buffer), self._roles_in(()), True)
+        self._owner, self._checked = weakref.ref(buffer), None
 
+    def _find_owner(self) -> ReplayBuffer | None:
+        """Returns the owner; None if it is gone, is not initialized, or no longer has the transform in its list."""
+        owner = None if self._owner is None else self._owner()
+        if owner is None or not owner.initialized or self not in transforms_in(owner.transform):
+            return None
+        return owner
 
-def _check_loadable(path: KeyPath, objects: list[Any]) -> None:
-    file = io.BytesIO()
-    try:
-        torch.save(objects, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
-    except Exception as error:
-        kinds = ", ".join(sorted({type(each).__name__ for each in objects}))
-        raise TypeError(
-            f"non-tensor entry {path} must hold what torch.load reads with weights_only=True to be part of a state, "
-            f"got {kinds}: allow it with torch.serialization.add_safe_globals, or flush before"
-        ) from error
+    def _check_owner(self, data: TensorDictBase, calling: Calls) -> None:
+        """Checks what shares the buffer with this transform, unless nothing has changed since the last check.
 
-
-def _find_tensorclass(module: str, name: str) -> type:
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, type) or not is_tensorclass(found):
-        raise ValueError(
-            f"tensorclass {name} of the frames held back must be imported from {module} before, got {found}"
-        )
-    return found
+        A copy that belongs to no buffer, such as a worker's, joins the buffer that calls it.
+        """
+        if not calling and self._owner is None:
+            return  # no buffer uses this transform
+        roles = self._roles_in(())
+        check_mixing(calling, roles)
+        check_trainer(calling, roles.dones)
+        buffer, caller = self._find_owner(), using_buffer(calling, self)
+        if caller is not None and caller is not buffer:
+            self._join(caller)
+            buffer = caller
+        if buffer is None:
+            return
+        if "extend" in calling and caller is not None:
+            check_time_dim(data, buffer.storage, buffer.dim_extend)
+            if not data.ndim:
+                raise ValueError(
+                    "data must be of batch size [*B, T] to extend a buffer, got [], a single frame: add it, or extend "
+                    "with data.unsqueeze(-1)"
+                )
+        entries = data.keys(True)
+        ids = any(key in entries for key in (TRAJ_PATH, "episode"))
+        transforms, unit = transforms_in(buffer.transform), sample_unit_of(buffer)
+        parts = map(facts_of, (buffer.sampler, unit, buffer.storage.checkpointer, *transforms))
+        keys = *self._reward_keys, self._done_key, *self._done_keys
+        checked = (*parts, bool(len(buffer.storage)), ids, self._done_at, *keys)
+        if checked == self._checked:
+            return
+        if transforms.count(self) > 1:
+            raise ValueError(
+                "a MultiStepTransform must be in a buffer's list once, got it twice: leave one of them out"
+            )
+        check_around(buffer, unit, roles, ids)
+        check_transforms([each for each in transforms if each is not self], roles)
+        check_order(transforms[: transforms.index(self)] if self in transforms else [], roles)
+        check_holds_n_steps(buffer)
+        self._checked = checked

@@ -2,11 +2,14 @@
 
 The module reads a tensordict of batch shape ``[*B, T]``, nested in any way, into one flat dict of tensors, and builds
 a tensordict of the same structure from such a dict. It owns the structure (nested batch dimensions, names, devices,
-tensorclasses, non-tensor entries) and no maths. May import tensordict, torch, ``carry`` and ``layouts``.
+tensorclasses, non-tensor entries), its form in a state, and no maths. May import tensordict, torch, ``carry`` and
+``layouts``.
 """
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -17,11 +20,12 @@ from tensordict import (
     NonTensorStack,
     TensorDict,
     TensorDictBase,
+    is_tensorclass,
 )
 from torch import Tensor
 
 from multistep_triton.carry import Carry, current_stream
-from multistep_triton.layouts import KeyPath, Layout, read_layout
+from multistep_triton.layouts import KeyPath, Layout, Node, read_layout
 
 
 @dataclass(slots=True)
@@ -192,6 +196,81 @@ def moved(carry: Carry, device_of: Callable[[Tensor], torch.device]) -> Carry:
     layout = Layout.of({path: (*kind[:2], kind[2] and device) for path, kind in old.layout.kinds.items()}, nodes)
     new = replace(old, layout=layout)
     return replace(carry, leaves=leaves, spare={}, structure=new, stream=current_stream(leaves.values()))
+
+
+def to_state(carry: Carry) -> dict[str, Any]:
+    """Converts a carry to tensors and plain containers, which ``torch.load`` reads with ``weights_only=True``.
+
+    Raises:
+        TypeError: a non-tensor entry holds objects that ``torch.load`` refuses.
+    """
+    frames = frames_of(carry)
+    structure = frames.structure
+    for path, objects in structure.objects.items():
+        _check_loadable(path, objects)
+    nodes = {
+        path: {
+            "tensorclass": None if node.kind is None else [node.kind.__module__, node.kind.__qualname__],
+            "tail": list(node.tail),
+            "names": node.names and [*node.names],
+            "on_device": node.device is not None,
+        }
+        for path, node in structure.layout.nodes.items()
+    }
+    copies = {path: list(objects) for path, objects in structure.objects.items()}
+    return {"batch_size": list(frames.batch_size), "leaves": frames.leaves, "objects": copies, "nodes": nodes}
+
+
+def from_state(state: dict[str, Any]) -> Carry:
+    """Builds a carry from a copy of what :func:`to_state` returned, on the devices where its tensors are now.
+
+    Raises:
+        ValueError: the state is not one of :func:`to_state`, or names a tensorclass that has not been imported.
+    """
+    try:
+        batch_size, leaves, objects = torch.Size(state["batch_size"]), dict(state["leaves"]), dict(state["objects"])
+        device = next((leaf.device for leaf in leaves.values()), None)
+        nodes = {
+            path: Node(
+                kind=None if node["tensorclass"] is None else _find_tensorclass(*node["tensorclass"]),
+                tail=tuple(node["tail"]),
+                names=node["names"] and tuple(node["names"]),
+                device=device if node["on_device"] else None,
+            )
+            for path, node in state["nodes"].items()
+        }
+        whole = all(leaf.shape[: len(batch_size)] == batch_size and path[:-1] in nodes for path, leaf in leaves.items())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the state of frames held back must be one that was saved, got {state!r:.200}") from error
+    if not whole or not leaves.keys() >= objects.keys() or not leaves:
+        raise ValueError(f"the state of frames held back must be whole, got {state!r:.200}")
+    layout = Layout.of_leaves(leaves, len(batch_size), nodes, objects)
+    return Carry.of(leaves, batch_size[-1], Structure(batch_size[:-1], layout, objects))
+
+
+def _check_loadable(path: KeyPath, objects: list[Any]) -> None:
+    file = io.BytesIO()
+    try:
+        torch.save(objects, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:
+        kinds = ", ".join(sorted({type(each).__name__ for each in objects}))
+        raise TypeError(
+            f"non-tensor entry {path} must hold what torch.load reads with weights_only=True to be part of a state, "
+            f"got {kinds}: allow it with torch.serialization.add_safe_globals, or flush before"
+        ) from error
+
+
+def _find_tensorclass(module: str, name: str) -> type:
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, type) or not is_tensorclass(found):
+        raise ValueError(
+            f"tensorclass {name} of the frames held back must be imported from {module} before, got {found}"
+        )
+    return found
 
 
 def _describe(kind: tuple[Any, ...] | None) -> str:

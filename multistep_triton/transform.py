@@ -1,7 +1,7 @@
 """MultiStepTransform: computes n-step transitions when ``ReplayBuffer.extend`` stores frames.
 
 Owns which transitions a call emits and which a flush stores. May import ``arguments``, ``backends``, ``frames``,
-``ownership``, ``neighbours`` and ``torchrl_internals``.
+``carrying``, ``neighbours`` and ``torchrl_internals``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torchrl.envs.transforms import Transform
 
 from multistep_triton.arguments import DoneAt
 from multistep_triton.backends import Backend
+from multistep_triton.carrying import CarryingTransform
 from multistep_triton.frames import frames_of
 from multistep_triton.neighbours import check_holds_n_steps
-from multistep_triton.ownership import OwnedTransform
 from multistep_triton.torchrl_internals import calls, lock_of, refuse_other_ways, store, transforms_in, update_priority
 
 
-class MultiStepTransform(OwnedTransform):
+class MultiStepTransform(CarryingTransform):
     """Turns the 1-step transitions that extend a replay buffer into n-step transitions.
 
     A drop-in for ``torchrl.envs.transforms.MultiStepTransform``. With ``n = n_steps``, the window of frame ``t`` ends

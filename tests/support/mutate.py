@@ -340,7 +340,7 @@ MUTATIONS = (
              "self._initialize_prioritized_sampler()", "pass"),
     Mutation("turns: whose call it is", "multistep_triton/torchrl_internals",
              "if user is not (of := user if of is None else of):", "if False:"),
-    Mutation("turns: asked twice", "multistep_triton/ownership", " or self._owner() is buffer", ""),
+    Mutation("turns: asked twice", "multistep_triton/carrying", " or self._owner() is buffer", ""),
     # observations kept once
     Mutation("kept once: gone in a block", "windows", "ends |= ahead(lost.", "ends |= False & ahead(lost."),
     Mutation("kept once: gone, the newest is not", "ends", "followed = mask & (frame + 1 < known)", "followed = mask"),
