@@ -23,12 +23,10 @@ def check_positive_int(name: str, value: int) -> int:
 def check_steps(name: str, value: int | tuple[int, int]) -> int | tuple[int, int]:
     """Checks that ``value`` is an int >= 1, or a pair ``(low, high)`` of them with ``low <= high``."""
     pair = value if isinstance(value, tuple | list) else (value, value)
-    if len(pair) != 2 or not all(isinstance(each, int) and not isinstance(each, bool) for each in pair):
-        raise ValueError(f"{name} must be an int >= 1 or a pair of them, (low, high), got {value!r}")
-    low, high = pair
-    if not 1 <= low <= high:
+    are_ints = len(pair) == 2 and all(isinstance(each, int) and not isinstance(each, bool) for each in pair)
+    if not are_ints or not 1 <= pair[0] <= pair[1]:
         raise ValueError(f"{name} must be an int >= 1 or a pair (low, high) with 1 <= low <= high, got {value!r}")
-    return (low, high) if isinstance(value, tuple | list) else value
+    return (pair[0], pair[1]) if isinstance(value, tuple | list) else value
 
 
 def check_gamma(value: float) -> float:
