@@ -121,22 +121,19 @@ class StoredLayout(NamedTuple):
             frames.leaves[COUNT_PATH] = ends.count
             frames.structure.layout = Layout.of_leaves(frames.leaves, ndim, frames.structure.layout.nodes)
         roles = buffer._roles_in(frames.leaves)
-        groups, structure, match = buffer._groups_in(frames, roles), frames.structure, buffer._match_reward_shape
+        every, structure, match = buffer._groups_in(frames, roles), frames.structure, buffer._match_reward_shape
         twins: tuple[KeyPath, ...] = () if ends is None else tuple(ends.rows)
         wide = {**wide, **{path: wide[path[1:]] for path in twins if path[1:] in wide}}
-        stored = roles, match, twins, tuple(wide.items())
-        if twins or wide:
-            usual = groups
-            groups = structure.layout.compute_once(
-                stored, lambda: [stored_otherwise(each, twins, wide) for each in usual]
-            )
+
+        def fitted(group: Group) -> Group:
+            group = stored_otherwise(group, twins, wide) if twins or wide else group
+            return group if selection is None else select_outputs(group, roles, selection.__getitem__, match)
+
+        by = None if selection is None else selection.by
+        depends_on = roles, match, twins, tuple(wide.items()), by
+        groups: list[Group] = structure.layout.compute_once(depends_on, lambda: [fitted(each) for each in every])
         if selection is not None:
-            selection.check({*frames.leaves, *objects} - {COUNT_PATH}, roles, groups)
-            all_of_them, is_selected = groups, selection.__getitem__
-            groups = structure.layout.compute_once(
-                (*stored, selection.by),
-                lambda: [select_outputs(each, roles, is_selected, match) for each in all_of_them],
-            )
+            selection.check({*frames.leaves, *objects} - {COUNT_PATH}, roles, every)
             nodes = {path: node for path, node in structure.layout.nodes.items() if selection.may_hold(path)}
             structure.layout = Layout.of(structure.layout.kinds, nodes)
         frames.leaves = CachedLeaves(frames.leaves)
