@@ -11,13 +11,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from multiprocessing.context import get_spawning_popen
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.envs.transforms import Transform
+from typing_extensions import Self
 
 from multistep_triton.base import MultiStepBase
 from multistep_triton.buffer.stored import check_time_dim
@@ -41,9 +42,6 @@ from multistep_triton.torchrl_internals import (
     transforms_in,
     using_buffer,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class CarryingTransform(MultiStepBase, Transform):

@@ -1,16 +1,15 @@
-"""Tasks: what a backend receives beside the frames, and the results that it returns. May import torch only."""
+"""Tasks: what a backend receives beside the frames, and what it returns. May import torch and ``carry``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from multistep_triton.carry import Carry
+from multistep_triton.carry import Carry
 
 Leaves = Mapping[Any, Tensor]
 """Tensors of the same frames, by keys that backends do not interpret."""

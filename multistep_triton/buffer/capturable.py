@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage, Writer
 from torchrl.data.replay_buffers.samplers import Sampler
+from typing_extensions import Self
 
 from multistep_triton.backends import resolve_backend
 from multistep_triton.buffer.repeated import RepeatedCall
@@ -22,9 +23,6 @@ from multistep_triton.buffer.sampled import SampledReplayBuffer
 from multistep_triton.buffer.stored import Position, draws_alike
 from multistep_triton.checks import check_not_captured
 from multistep_triton.layouts import KeyPath
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class CapturableReplayBuffer(SampledReplayBuffer):
