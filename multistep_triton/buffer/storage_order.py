@@ -48,8 +48,6 @@ class Order:
     """The key arguments by which ``ends`` was found."""
     ends_writes = 0
     """The value of ``writes`` when ``ends`` was last updated; -1 after a write that failed."""
-    checked_entries: TensorDictBase | None = None
-    """The storage's entries, once :func:`check_layout` has accepted them."""
     known_position: tuple[Position, int, int] | None = None
     """The position found last, with the storage's mutation revision and length at that time."""
 
@@ -61,11 +59,7 @@ class Order:
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns all attributes but the lock and those that hold only in this process."""
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("lock", "checked_entries", "known_position")
-        }
+        return {name: value for name, value in vars(self).items() if name not in ("lock", "known_position")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`__getstate__` returned, with a new lock."""
@@ -123,9 +117,7 @@ class Order:
             return None
         slots, last, broken = int(entries.shape[0]), storage._last_cursor_index, self.broken
         live = -(-len(storage) // max(entries.shape[1 : storage.ndim].numel(), 1))
-        if self.checked_entries is not entries:
-            check_layout(storage, entries)
-            self.checked_entries = entries
+        check_layout(storage, entries)
         newest = live - 1 if live < slots else last
         if live < slots and last not in (None, newest):
             broken = f"of {live} slots that hold frames slot {last} was the last one written"
