@@ -86,10 +86,8 @@ class Carry:
         return leaf.movedim(time_dim, 0).contiguous().movedim(0, time_dim) if self.time_first else leaf.contiguous()
 
     def runs(self, begin: int, count: int) -> list[tuple[int, int]]:
-        """Returns first slot and length of each run of slots that ``count`` frames from ``begin`` on occupy."""
-        slot = (self.first + begin) % max(self.capacity, 1)
-        length = min(count, self.capacity - slot)
-        return [run for run in ((slot, length), (0, count - length)) if run[1]]
+        """Returns the runs of slots that ``count`` frames from ``begin`` on fill, see :func:`runs_of`."""
+        return runs_of((self.first + begin) % max(self.capacity, 1), count, self.capacity)
 
     def pieces(self, key: Hashable, time_dim: int, begin: int = 0, count: int | None = None) -> list[Tensor]:
         """Returns views ``[*B, k, ...]`` of the frames from ``begin`` on, oldest first."""
@@ -100,7 +98,7 @@ class Carry:
 
     def frames(self, key: Hashable, time_dim: int) -> Tensor:
         """Returns the frames, ``[*B, count, ...]``, oldest first; a view if they lie in one run of slots."""
-        pieces = self.pieces(key, time_dim) or [self.leaves[key].narrow(time_dim, 0, 0)]
+        pieces = self.pieces(key, time_dim)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, time_dim)
 
 
@@ -109,6 +107,12 @@ def _copied(
 ) -> Carry:
     stream = current_stream(leaves.values())
     return Carry(leaves, first, count, capacity, time_first, structure=structure, stream=stream)
+
+
+def runs_of(slot: int, frames: int, slots: int) -> list[tuple[int, int]]:
+    """Returns first slot and length of each run that frames from ``slot`` on fill; the first slot follows the last."""
+    near = min(frames, slots - slot)
+    return [(slot, near)] if near == frames else [(slot, near), (0, frames - near)]
 
 
 def current_stream(leaves: Iterable[Tensor]) -> Any:

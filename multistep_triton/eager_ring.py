@@ -1,6 +1,6 @@
 """The fast path in eager PyTorch for frames in a ring: stores frames there, and samples them.
 
-Keys are opaque. May import torch, ``task``, ``samples``, ``eager_ends`` and ``windows``.
+Keys are opaque. May import torch, ``carry``, ``task``, ``samples``, ``eager_ends`` and ``windows``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multistep_triton.carry import runs_of
 from multistep_triton.eager_ends import EndCounts, NextRows
 from multistep_triton.samples import Ring, Samples, sampled_where_frames_are
 from multistep_triton.task import AFTER_END, Leaves, Results, Task, compute_once, return_dtype, summed_dtype
@@ -22,7 +23,6 @@ from multistep_triton.windows import (
     find_windows,
     move_rows,
     powers_of,
-    runs_of,
     take_rows,
     takers,
     write_runs,

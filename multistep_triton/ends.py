@@ -3,7 +3,7 @@
 The next frame holds the row after a frame, except after an end, which no frame of its trajectory follows, and after
 the newest frame. The last row of ``Ends`` follows the newest frame until the next frame comes. If the newest frame was
 an end, that row is then passed on to the ring of the other rows, where it stays until a later end overwrites it. Keys
-are opaque. May import torch, ``task`` and ``windows``.
+are opaque. May import torch, ``carry``, ``task`` and ``windows``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multistep_triton.carry import runs_of
 from multistep_triton.task import Leaves
-from multistep_triton.windows import bits, find_boundaries, runs_of, write_runs
+from multistep_triton.windows import bits, find_boundaries, write_runs
 
 
 @dataclass(slots=True, eq=False)

@@ -125,12 +125,6 @@ def move_rows(rows: Tensor, slots: int | Tensor, live: int, envs: int) -> Tensor
     return torch.add(rows, slots, alpha=envs) % (live * envs)
 
 
-def runs_of(slot: int, frames: int, slots: int) -> list[tuple[int, int]]:
-    """Returns first slot and length of each run that frames from ``slot`` on fill; the first slot follows the last."""
-    near = min(frames, slots - slot)
-    return [(slot, near)] if near == frames else [(slot, near), (0, frames - near)]
-
-
 def write_runs(leaf: Tensor, frames: Tensor, runs: list[tuple[int, int]], time_dim: int) -> None:
     """Writes frames into runs of slots."""
     parts = (frames,) if len(runs) == 1 else frames.split_with_sizes([count for _, count in runs], time_dim)

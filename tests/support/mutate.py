@@ -242,7 +242,7 @@ MUTATIONS = (
     Mutation("layout: slots that are free", "multistep_triton/carry", "known <= carry.capacity <=",
              "known <= carry.capacity + 1 <="),
     # the fast path, the carry, and the buffer
-    Mutation("fast: stored after the last slot", "multistep_triton/windows", "near), (0, frames", "near), (1, frames"),
+    Mutation("fast: stored after the last slot", "multistep_triton/carry", "near), (0, frames", "near), (1, frames"),
     Mutation("fast: index after the last slot", "multistep_triton/eager_ring", ".remainder_(slots)",
              ".remainder_(slots + 1)"),
     Mutation("drawn: in eager mode", "multistep_triton/samples", "others.append(slot % size)", "others.append(slot)"),
@@ -296,7 +296,7 @@ MUTATIONS = (
     Mutation("fast: select", "multistep_triton/windows", "total.ndim - on.ndim)), longer, total)",
              "total.ndim - on.ndim)), longer, longer)"),
     Mutation("fast: discounts", "multistep_triton/windows", "gamma**k for k", "gamma * k for k"),
-    Mutation("carry: first slot", "multistep_triton/carry", "slot = (self.first + begin)", "slot = begin"),
+    Mutation("carry: first slot", "multistep_triton/carry", "runs_of((self.first + begin)", "runs_of((begin)"),
     Mutation("carry: oldest frame", "multistep_triton/carry", "first = (carry.first + emitted) % carry.capacity",
              "first = carry.first"),
     Mutation("carry: graph", "multistep_triton/carry", "frame.requires_grad for frame", "False for frame"),
