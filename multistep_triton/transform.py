@@ -51,12 +51,8 @@ class MultiStepTransform(CarryingTransform):
     other root entries stay those of frame ``t``. The result is new memory on the data's device; the input stays as is.
 
     With one done flag per agent, ``[*B, T, *A]`` or ``[*B, T, *A, 1]``, and a reward of the same shape beside it or
-    below, every agent has its own windows, for all entries ``[*B, T, *A, ...]`` of the flag's group. The windows of the
-    group's other entries end where the window of any agent ends. ``steps_to_next_obs``, ``gamma`` and ``nonterminal``
-    then have the done flag's shape. If another group under ``"next"`` has a done flag of its own, this flag governs the
-    group; if the group has a reward, too, the transform writes these three entries for it, under keys such as
-    ``(*group, "steps_to_next_obs")``. Entries in no such group are governed by the flags directly under ``"next"`` or,
-    without these, by ``done_key``.
+    below, every agent has its own windows, and the three entries at the root have the flag's shape. Groups under
+    ``"next"`` that have done flags of their own have windows of their own (``docs/agents.md``).
 
     A transform belongs to one replay buffer at a time, the one that takes it.
 
