@@ -15,13 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from tensordict import (
-    NonTensorData,
-    NonTensorStack,
-    TensorDict,
-    TensorDictBase,
-    is_tensorclass,
-)
+from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase, is_tensorclass
 from torch import Tensor
 
 from multistep_triton.carry import Carry, current_stream
