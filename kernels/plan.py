@@ -47,18 +47,6 @@ def getter(keys: Sequence[Hashable]) -> Callable[[Leaves], tuple[Tensor, ...]]:
     return itemgetter(*keys) if len(keys) > 1 else lambda leaves: tuple([leaves[key] for key in keys])
 
 
-def dtype_of(keys: Keys, key: Hashable, dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which kernels write a leaf: its own in the interpreter, which converts unlike GPUs."""
-    return dtype if windows.INTERPRETED else keys.wide_dtypes.get(key, dtype)
-
-
-def _units(keys: Keys, key: Hashable, dtype: torch.dtype, count: int, address: int) -> tuple[Any, ...]:
-    wide = keys.wide_dtypes.get(key)
-    if wide is None or windows.INTERPRETED:
-        return rows.units_of(count * dtype.itemsize, address)
-    return rows.units_as(count, (address, 0), dtype, wide)
-
-
 def find_plan(keys: Keys, addresses: tuple[int, ...], every: bool = True) -> Plan:
     """Returns the plan for leaves at ``addresses``, modulo 16; it copies ``every`` output, or only gathered ones."""
     default_dtype = torch.get_default_dtype()
@@ -69,24 +57,29 @@ def find_plan(keys: Keys, addresses: tuple[int, ...], every: bool = True) -> Pla
 
 
 def _make_plan(keys: Keys, addresses: tuple[int, ...], every: bool, default_dtype: torch.dtype) -> Plan:
-    kinds = {
-        key: (features, dtype, _units(keys, key, dtype, math.prod(features), address))
-        for (key, dtype, features), address in zip(keys.kinds, addresses, strict=True)
-    }
+    # In the interpreter, which converts unlike GPUs, each output has the dtype of its leaf.
+    wide_dtypes = {} if windows.INTERPRETED else keys.wide_dtypes
+    kinds, units = {}, {}
+    for (key, dtype, features), address in zip(keys.kinds, addresses, strict=True):
+        kinds[key], count = (features, wide_dtypes.get(key, dtype)), math.prod(features)
+        if key in wide_dtypes:
+            units[key] = rows.units_as(count, (address, 0), dtype, wide_dtypes[key])
+        else:
+            units[key] = rows.units_of(count * dtype.itemsize, address)
     copied = [output for output in keys.outputs if every or output[2]]
     order = [*kinds]
-    copied.sort(key=lambda output: (-kinds[output[1]][2][2], order.index(output[1])))
-    wide = [output for output in copied if kinds[output[1]][2][2]]
-    returns = [(key, *kinds[key][:2]) for key in keys.rewards]
+    copied.sort(key=lambda output: (-units[output[1]][2], order.index(output[1])))
+    wide = [output for output in copied if units[output[1]][2]]
+    returns = [(key, *kinds[key]) for key in keys.rewards]
     return Plan(
         [(key, features, dtype if dtype.is_floating_point else default_dtype) for key, features, dtype in returns],
         tuple([math.prod(features) for _, features, _ in returns]),
         dict.fromkeys([out for out, _, _ in keys.outputs]),
         [out for out, _, _ in copied],
-        [(kinds[key][0], dtype_of(keys, key, kinds[key][1])) for _, key, _ in copied],
+        [kinds[key] for _, key, _ in copied],
         getter([key for _, key, _ in copied]),
         getter([key for _, key, _ in wide]),
-        tuple([kinds[key][2] for _, key, _ in wide]),
+        tuple([units[key] for _, key, _ in wide]),
         tuple([int(at) for _, _, at in wide]),
         any(kinds[key][1].is_complex for _, key, _ in wide),
         {},
