@@ -72,7 +72,7 @@ def test_the_core_imports_the_kernels_and_the_tools_where_they_run_alone():
 
 @pytest.mark.parametrize(
     "module",
-    ["spec", "spec_ring", "eager", "eager_ring", "eager_ends", "ends", "carry", "task", "samples", "windows"],
+    ["spec", "spec_ring", "eager", "eager_ring", "ends", "carry", "task", "samples", "windows"],
 )
 def test_what_computes_knows_tensors_alone(module):
     source = (ROOT / "multistep_triton" / f"{module}.py").read_text()

@@ -1,6 +1,6 @@
 """What a sample holds: entries of a storage, and entries that windows add.
 
-May import ``base`` and what it may, ``samples``, ``ends`` and ``eager_ends``.
+May import ``base`` and what it may, ``samples``, ``ends`` and ``eager_ring``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
 from multistep_triton.base import MultiStepBase
-from multistep_triton.eager_ends import EndCounts
+from multistep_triton.eager_ring import EndCounts
 from multistep_triton.ends import Ends
 from multistep_triton.frames import Frames
 from multistep_triton.groups import Group, n_step_sample_groups, steps_at
