@@ -101,7 +101,7 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
 
     ``"auto"``, unless the environment variable names a backend, is Triton for tensors on an accelerator where Triton
     can run, else the reference. ``"verify"`` verifies the reference where the kernels cannot run; inside transforms of
-    torch.func and of tensors without values, which cannot be compared, the reference runs unverified.
+    torch.func and on tensors without values, which cannot be compared, the reference runs unverified.
 
     Raises:
         ValueError: ``backend``, or the value of the environment variable, is none of ``BACKENDS``.
@@ -121,8 +121,8 @@ def choose_backend(backend: str, tensors: Collection[Tensor], rewards: Iterable[
     if obstacle is None:
         return asked_for if backend != "auto" else _ON_ACCELERATOR
     if backend == "verify" and (is_transformed() or any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)):
-        why = "a transform of torch.func, or on tensors without values, and cannot compare"
-        return Choice("reference", f"{asker} asks for 'verify' inside {why}", logging.WARNING)
+        why = "inside a transform of torch.func, or for tensors without values, which cannot be compared"
+        return Choice("reference", f"{asker} asks for 'verify' {why}", logging.WARNING)
     if backend == "verify":
         level = logging.INFO if all(tensor.is_cpu for tensor in tensors) else logging.WARNING
         return Choice("verify", f"{asker} asks for it, of the reference, as the kernels cannot run: {obstacle}", level)

@@ -198,7 +198,7 @@ class CarryingTransform(MultiStepBase, Transform):
             return  # no buffer uses this transform
         roles = self._roles_in(())
         check_mixing(calling, roles)
-        check_trainer(calling, roles.dones)
+        check_trainer(calling, roles.dones, self._n_steps)
         buffer, caller = self._find_owner(), using_buffer(calling, self)
         if caller is not None and caller is not buffer:
             self._join(caller)

@@ -20,7 +20,7 @@ from multistep_triton.eager_ring import store_frames as store_frames
 from multistep_triton.task import Leaves, Results, Task, return_dtype
 from multistep_triton.windows import discounts, find_windows, index_dtype, take_rows, write_runs
 
-# Up to this many bytes, joining carry and data costs less than the further calls that read both where they lie.
+# Up to this many bytes of a leaf, joining carry and data costs less than further calls that read both where they lie.
 JOIN_BYTES = 1 << 16
 
 
@@ -123,7 +123,7 @@ def _gather_in_joined(both: _Joined, lengths: Tensor, emitted: int, n_steps: int
     _, data, dim, carried, known = both
     *lead, _ = lengths.shape
     seam, near = min(carried, emitted), min(carried + n_steps - 1, known)
-    if seam and sum(leaf.nbytes for leaf in data.values()) <= JOIN_BYTES:
+    if seam and sum(leaf.nbytes for leaf in data.values()) <= JOIN_BYTES * len(data):
         seam, near = emitted, known
     seam_rows = _end_rows(lengths.narrow(dim, 0, seam), near, 0)
     if seam < emitted:

@@ -45,7 +45,8 @@ def n_step_sample(task: Task, samples: Samples, data: Leaves) -> Results:
         counted = EndCounts(samples.ends, samples.newest, live, envs, own)
         own, lost = counted.rows, counted if counted.has_lost else None
     first: dict[Any, Tensor] = {}
-    if samples.n_steps is None and lost is None and 2 * live * envs <= 3 * n_steps * len(own):
+    few = n_steps.bit_length() * live * envs > 3 * n_steps * len(own)
+    if samples.n_steps is None and lost is None and not few:
         # Joining the windows of all frames of the ring costs less than reading so many sampled windows frame by frame.
         length, returns, nonterminal = _windows_of_ring(task, samples, data, own, envs)
     else:
@@ -104,7 +105,7 @@ def _windows_of_frames(
         # A window ends before an end that is gone, of any group.
         last[:-2] |= lost.are_lost(walk[1:], lost.count(walk[1:]))
     last |= ahead >= (n_steps if samples.n_steps is None else samples.n_steps) - 1
-    # The maximum of ``last`` would have its index, too, but torch shares it out among threads, however small it is.
+    # torch.max would return this index itself, but shares even the smallest tensors out among threads.
     length = torch.where(last, ahead, count).amin(0).to(torch.int64)
     beyond, returns = ahead > length, {}
     for key in keys.rewards:
@@ -149,7 +150,8 @@ def store_frames(data: Leaves, ring: Ring, slot: int | Tensor) -> Tensor:
     kept = next(iter(leaves.values()))
     slots, *lead = kept.shape[:dims]
     slot, frames = int(slot) % slots, next(iter(data.values())).shape[time_dim]
-    index = _frames_in_order(frames, *lead, device=kept.device).clone()
+    in_order = _frames_in_order if frames * math.prod(lead) <= MOST_CACHED else _frames_in_order.__wrapped__
+    index = in_order(frames, *lead, device=kept.device).clone()
     index.select(1, 0).add_(slot)
     runs = runs_of(slot, frames, slots)
     if len(runs) > 1:
@@ -167,6 +169,9 @@ def store_frames(data: Leaves, ring: Ring, slot: int | Tensor) -> Tensor:
     if numbers is not None:
         write_runs(numbers, index.select(1, 0).view(frames, *lead), runs, 0)
     return index
+
+
+MOST_CACHED = 1 << 14
 
 
 @functools.lru_cache(maxsize=16)

@@ -23,7 +23,7 @@ from torchrl.envs.transforms import Transform
 from multistep_triton.base import MultiStepBase
 from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import STEPS_KEY, Roles, as_path
-from multistep_triton.torchrl_internals import Calls, inverted_in, mixing_buffer, reads_ids
+from multistep_triton.torchrl_internals import Calls, inverted_in, mixing_buffer, reads_ids, transforms_in
 
 # These transforms change shapes, names or devices of entries but no values.
 _KEEP_VALUES = (
@@ -46,6 +46,7 @@ _KEEP_VALUES = (
 )
 _INVERT = "append it with invert=True, so that it runs on single steps when the buffer is extended"
 _IN_ENV = "use it in the environment"
+_LEAVE_OUT = "leave one of the two out"
 
 
 def check_transforms(transforms: Iterable[Transform], roles: Roles) -> None:
@@ -59,7 +60,8 @@ def check_transforms(transforms: Iterable[Transform], roles: Roles) -> None:
             fault, remedy = found
             name = type(transform).__name__
             if inverted := inverted_in(transform):
-                name, remedy = f"the inverse of {type(inverted).__name__}", "append it without invert=True"
+                name = f"the inverse of {type(inverted).__name__}"
+                remedy = remedy if remedy is _LEAVE_OUT else "append it without invert=True"
             raise ValueError(
                 f"transform must leave rewards and the entries under 'next' to the windows, got {name}, which {fault}: "
                 f"{remedy}"
@@ -104,8 +106,9 @@ def _find_fault(transform: Any, roles: Roles) -> tuple[str, str] | None:
     read, written = (_paths(getattr(transform, name, None)) for name in ("in_keys", "out_keys"))
     moved = done_at == "end" and _path(getattr(transform, "done_key", ())) in {path[1:] for path in dones}
     flag_remedy = "give it done_key='done_orig', the flag as it came"
-    if isinstance(inverted_in(transform) or transform, T.MultiStepTransform | MultiStepBase):
-        return "makes n-step transitions of what it gets", "leave one of the two out"
+    parts = transforms_in(inverted_in(transform) or transform)
+    if any(isinstance(part, T.MultiStepTransform | MultiStepBase) for part in parts):
+        return "makes n-step transitions of what it gets", _LEAVE_OUT
     match transform:
         case T.NextStateReconstructor():
             return "writes what is one step ahead", "store next observations (compact_obs=False)"

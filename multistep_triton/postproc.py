@@ -81,9 +81,9 @@ class MultiStep(MultiStepBase, nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         # torchrl's class saves the powers of its gamma, which replace those of the module that loads them.
-        powers = torch.tensor([self._gamma**k for k in range(self._n_steps + 1)])
+        powers = torch.tensor([float(self._gamma) ** k for k in range(self._n_steps + 1)])
         saved = state_dict.pop(f"{prefix}gammas", powers).flatten()
-        if saved.shape != powers.shape or not torch.allclose(saved.cpu(), powers):
+        if saved.shape != powers.shape or not torch.allclose(saved, powers.to(saved)):
             raise ValueError(
                 f"n_steps and gamma must be those of the module that was saved, whose powers of gamma are "
                 f"{saved.tolist()}, got n_steps={self._n_steps} and gamma={self._gamma}"

@@ -25,7 +25,8 @@ from multistep_triton.neighbours import check_mixing
 from multistep_triton.roles import INDEX, as_key
 from multistep_triton.torchrl_internals import calls
 
-_COUNTED = {*ARGUMENTS, "_storage", "_writer"}
+# n and gamma are read when frames are sampled.
+_COUNTED = {*ARGUMENTS, "_storage", "_writer"} - {"n_steps", "gamma"}
 
 
 class NStepReplayBuffer(CapturableReplayBuffer):
@@ -185,7 +186,7 @@ class NStepReplayBuffer(CapturableReplayBuffer):
         else:
             token = steps_of_call.set(None if n_steps is None else check_steps("n_steps", n_steps))
             try:
-                with self._up_to_date(self._changes, n_steps is not None):
+                with self._up_to_date((self._changes, self._n_steps, self._gamma), n_steps is not None):
                     sampled = super().sample(*args, **kwargs)
             finally:
                 steps_of_call.reset(token)

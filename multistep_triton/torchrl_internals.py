@@ -117,30 +117,26 @@ def refuse_other_ways(calling: Calls) -> None:
         )
 
 
-def check_trainer(calling: Calls, dones: Collection[tuple[str, ...]], depth: int = 16) -> None:
+def check_trainer(calling: Calls, dones: Collection[tuple[str, ...]], n_steps: Any) -> None:
     """Checks that a calling trainer has not set ``"truncated"`` in every frame, if that is one of the flags ``dones``.
 
     Raises:
-        ValueError: it has, as it makes one row of the frames.
+        ValueError: it has, as it makes one row of the frames, and windows may be longer.
     """
-    # Importing the module warns.
+    # Who trains has imported the module, which warns of torchrl's own classes.
     trainers = sys.modules.get("torchrl.trainers.trainers")
-    if trainers is None or "extend" not in calling or ("next", "truncated") not in dones:
+    if trainers is None or "extend" not in calling or ("next", "truncated") not in dones or n_steps == 1:
         return
-    code, frame = trainers.ReplayBufferTrainer.extend.__code__, calling["extend"].f_back
+    code, frame, depth = trainers.ReplayBufferTrainer.extend.__code__, calling["extend"].f_back, 16
     while frame is not None and depth and frame.f_code is not code:
         frame, depth = frame.f_back, depth - 1
     if frame is None or not depth:
         return
     trainer, batch = (frame.f_locals[name] for name in ("self", "batch"))
     flag, keys = batch.get(("next", "truncated"), None), batch.keys(True)
-    # The trainer sets the last flags of the last dimension, which is not time in [*B, T, 1].
-    if (
-        trainer.flatten_tensordicts
-        and ("collector", "mask") not in keys
-        and flag is not None
-        and flag.ndim > batch.ndim
-    ):
+    # The trainer sets the last flags of the last dimension, which is not time in [*B, T, 1]; the batch is on the CPU.
+    is_row = trainer.flatten_tensordicts and ("collector", "mask") not in keys
+    if is_row and flag is not None and flag.ndim > batch.ndim and flag.numel() and flag.all():
         raise ValueError(
             "done_keys must not name 'truncated' where torchrl's trainer makes one row of all frames, as it sets that "
             "flag in every frame, and every window would be of one frame: give done_keys=['done', 'terminated'], or "

@@ -147,12 +147,11 @@ def takers(data: Leaves, sizes: torch.Size) -> Mapping[Any, Taker]:
 
 
 def _taker(leaf: Tensor, sizes: torch.Size) -> Taker:
-    inside = torch._C._are_functorch_transforms_active()
-    if leaf.dtype not in SELECTED and leaf.is_floating_point() and (leaf.requires_grad or inside):
-        # torch neither adds gradients of such numbers, which are float32, too, nor selects them under vmap.
+    if leaf.dtype not in SELECTED and leaf.is_floating_point() and leaf.requires_grad:
+        # torch adds no gradients of such numbers, which are float32, too.
         take_floats, narrow = _taker(leaf.float(), sizes), leaf.dtype
         return lambda rows: take_floats(rows).to(narrow)
-    if leaf.dtype not in SELECTED and not (leaf.is_floating_point() or leaf.is_complex()):
+    if leaf.dtype not in SELECTED:
         take_bits, dtype = _taker(bits(leaf), sizes), leaf.dtype
         return lambda rows: take_bits(rows).view(dtype)
     strides, dims = leaf.stride(), [dim for dim, size in enumerate(sizes) if size != 1]

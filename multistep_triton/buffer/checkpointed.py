@@ -59,11 +59,10 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
 
     def _check_state(self, state: dict[str, Any], shape: Sequence[int] | None) -> None:
         """Checks that a checkpoint was saved with a size, ``compact`` and dtypes that agree with this buffer's."""
-        entries = self._order.entries()
-        if shape and (
-            math.prod(shape) != self._storage.max_size or (entries is not None and [*entries.shape] != [*shape])
-        ):
-            got = f"max_size={self._storage.max_size}" if entries is None else [*entries.shape]
+        entries, storage = self._order.entries(), self._storage
+        sizes = (storage.ndim, storage.max_size) if entries is None else [*entries.shape]
+        if shape and sizes != ((len(shape), math.prod(shape)) if entries is None else [*shape]):
+            got = f"ndim={storage.ndim} and max_size={storage.max_size}" if entries is None else sizes
             raise ValueError(f"storage must count the frames of the one that was saved, {[*shape]}, got {got}")
         wide, own = state.get("wide", {}), dict(self._order.wide_dtypes)
         has_frames = not state or state["newest"] is not None
@@ -103,10 +102,11 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
             order.pending = TensorDict(leaves, size)
             for path, each in sizes.items():
                 order.pending.get(path).batch_size = each
-        if (paths := state.get("paths")) and entries is not None:
-            # Some of torchrl's checkpointers add entries, which later frames would lack.
+        saved = state.get("paths")
+        # Some of torchrl's checkpointers add entries, which later frames would lack.
+        if entries is not None and saved and (added := leaves_of(entries, self._storage.ndim).keys() - {*saved}):
             with entries.unlock_():
-                for path in leaves_of(entries, self._storage.ndim).keys() - {*paths}:
+                for path in added:
                     entries.del_(path)
         if ends is not None and entries is not None:
             device = next(iter(entries.values(True, True))).device
@@ -143,7 +143,7 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         entries, state = state_dict["_storage"].get("_storage"), state_dict.get("_order", {})
         leaves = entries.values() if isinstance(entries, Mapping) else ()
         shape = next((leaf.shape[: self._storage.ndim] for leaf in leaves if isinstance(leaf, Tensor)), None)
-        self._check_state(state, shape)
+        self._check_state(state, state.get("shape", shape))
         with self._loading():
             super().load_state_dict(state_dict)
             self._load_order(state)

@@ -195,8 +195,8 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         return data, info
 
     @contextlib.contextmanager
-    def _up_to_date(self, changes: int, anew: bool) -> Iterator[None]:
-        """Makes the next prefetched batch one that was computed after so many ``changes`` or, if ``anew``, now.
+    def _up_to_date(self, changes: tuple[Any, ...], anew: bool) -> Iterator[None]:
+        """Makes the next prefetched batch one that was computed with these ``changes`` or, if ``anew``, now.
 
         Drops the batches whose frames are gone, since another buffer emptied the storage.
 

@@ -40,7 +40,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         """Checks that frames may be stored by the functions that are calling, whatever the data and the transforms."""
         calling = calls(self)
         refuse_other_ways(calling)
-        check_trainer(calling, self._roles_in(()).dones)
+        check_trainer(calling, self._roles_in(()).dones, self._n_steps)
         if not self._capturable:
             check_not_captured("extend")
 
@@ -73,7 +73,8 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         data = self._narrowed(data)
 
         def put(part: TensorDictBase) -> Tensor:
-            index: Tensor = self._writer.extend(part)
+            # The writer sets "index" in what it stores.
+            index: Tensor = self._writer.extend(part.copy() if part is given else part)
             self._sampler.extend(index)
             return index
 

@@ -16,7 +16,7 @@ from rings import (
     wrapped,
 )
 from saving import EVERY_WAY, WAYS, loading_is_told
-from torchrl.data import LazyTensorStorage, RandomSampler, ReplayBuffer, SamplerWithoutReplacement
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, RandomSampler, ReplayBuffer, SamplerWithoutReplacement
 from torchrl.envs.transforms import ObservationNorm
 
 
@@ -180,3 +180,30 @@ def test_a_writer_that_cannot_go_on_is_not_taken():
     with pytest.raises(RuntimeError, match="it was told so"):
         buffer.set_writer(type(writer)())
     assert buffer._writer is writer
+
+
+@loading_is_told
+@pytest.mark.parametrize("way", ["dumps", "state_dict"])
+def test_a_checkpoint_of_another_number_of_dimensions(way):
+    for batch, other in (((2,), ()), ((), (2,))):
+        source, buffer = make_buffer(8, batch), make_buffer(16 if batch else 4, other)
+        source.extend(make_stream(batch, 4))
+        assert source.storage.max_size == buffer.storage.max_size
+        with pytest.raises(ValueError, match="storage must count the frames of the one that was saved"):
+            WAYS[way](source, lambda: buffer)  # noqa: B023
+        buffer.extend(make_stream(other, 4))
+        assert buffer.sample(4).batch_size == (4,)
+
+
+@loading_is_told
+@pytest.mark.parametrize("way", ["dumps", "state_dict"])
+def test_a_storage_stays_mapped(way):
+    def make():
+        return make_buffer(8, (2,), storage=LazyMemmapStorage)
+
+    source = make()
+    source.extend(make_stream((2,), 5))
+    resumed = make()
+    resumed.extend(make_stream((2,), 5))
+    resumed = WAYS[way](source, lambda: resumed)
+    assert resumed.storage._storage.is_memmap()

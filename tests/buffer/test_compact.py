@@ -665,7 +665,7 @@ def test_what_fails_leaves_what_was(fails, end_slots, monkeypatch):
         raise OSError("no space left")
 
     # What is like a call before is stored before the sampler hears of it.
-    buffers[0].n_steps = 3
+    buffers[0].done_at = "end"
     with monkeypatch.context() as patch:
         if fails == "storage":
             patch.setattr(buffers[0].storage, "set", fail)

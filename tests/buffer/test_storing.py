@@ -427,3 +427,28 @@ def test_what_was_torn_before_a_call_that_fails_stays_torn(monkeypatch):
         buffer.sample(4)
     buffer.extend(stream[:, 12:15])
     assert len(buffer.sample(16)) == 16
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("event", ["add", "empty", "an argument"])
+def test_a_call_is_remembered_again(event, batch):
+    stream, buffer = make_stream(batch, 20), make_buffer(8, batch)
+    calls = stored_at_once(buffer)
+    if event == "add":
+        buffer.add(stream[..., 0])
+    else:
+        buffer.extend(stream[..., :3])
+        buffer.empty() if event == "empty" else setattr(buffer, "done_at", "start")
+    for t in range(3, 9, 2):
+        buffer.extend(stream[..., t : t + 2])
+    assert len(calls) == 2
+
+
+def test_to_anneal_n_and_gamma_costs_no_checks():
+    ring, buffer = Ring(make_stream((2,), 40), 8), make_buffer(8, (2,))
+    calls = stored_at_once(buffer)
+    for n_steps, gamma in ((2, 0.9), (3, 0.8), ((1, 4), 0.7), (1, 0.6)):
+        buffer.n_steps, buffer.gamma = n_steps, gamma
+        buffer.extend(ring.take(3))
+        assert_sampled(buffer.sample(50), ring, n_steps, gamma=gamma)
+    assert len(calls) == 3

@@ -32,7 +32,7 @@ from neighbours import (
     wanted,
 )
 from rollouts import make_rollout
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
 from torchrl.data import (
     FlatStorageCheckpointer,
     HERReplayBuffer,
@@ -123,8 +123,11 @@ def test_refused_as_it_has_no_sense(label, of, done_at):
 @at
 @beside
 def test_n_step_transitions_of_samples_have_no_sense(of, done_at):
-    with pytest.raises(ValueError, match="got the inverse of MultiStepTransform, which makes n-step transitions"):
-        of(make_data(), SENSELESS["MultiStepTransform"], done_at, invert=True)
+    for make in (SENSELESS["MultiStepTransform"], lambda: Compose(SENSELESS["MultiStepTransform"]())):
+        with pytest.raises(
+            ValueError, match=r"got the inverse of .+ makes n-step transitions .+ leave one of the two out"
+        ):
+            of(make_data(), make, done_at, invert=True)
 
 
 @beside
@@ -465,15 +468,17 @@ def test_a_trainer_that_sets_a_flag_in_every_frame(n_step, shape):
     batch["next", "truncated"] = torch.zeros(shape, dtype=torch.bool)
     batch["next", "terminated"], batch["next", "done"] = (batch["next", "done"].view(shape) for _ in range(2))
 
-    def trained(done_keys, flatten=True, **entries):
+    def trained(done_keys, flatten=True, n_steps=3, change=TensorDict.clone, **entries):
         storage = LazyTensorStorage(40, ndim=1 if flatten else 2)
         if n_step == "buffer":
-            buffer = NStepReplayBuffer(n_steps=3, gamma=0.9, done_keys=done_keys, storage=storage)
+            buffer = NStepReplayBuffer(n_steps=n_steps, gamma=0.9, done_keys=done_keys, storage=storage)
         else:
-            buffer = TensorDictReplayBuffer(storage=storage, transform=MultiStepTransform(3, 0.9, done_keys=done_keys))
+            buffer = TensorDictReplayBuffer(
+                storage=storage, transform=MultiStepTransform(n_steps, 0.9, done_keys=done_keys)
+            )
         trainer = ReplayBufferTrainer(buffer, flatten_tensordicts=flatten)
-        trainer.extend(batch.clone().update(entries))
-        trainer.extend(batch.clone().update(entries))
+        for _ in range(2):
+            trainer.extend(change(batch.clone().update(entries)))
         return buffer
 
     steps = trained(["done", "terminated"]).sample(200)["steps_to_next_obs"]
@@ -486,6 +491,11 @@ def test_a_trainer_that_sets_a_flag_in_every_frame(n_step, shape):
             ValueError, match=r"done_keys must not name 'truncated' .+ give done_keys=\['done', 'terminated'\]"
         ):
             trained(None)
+    # In a lazy stack the trainer sets the flags of a copy.
+    assert (
+        trained(None, change=lambda data: lazy_stack([*data.unbind(1)], 1)).sample(200)["steps_to_next_obs"].max() == 3
+    )
+    assert trained(None, n_steps=1).sample(200)["steps_to_next_obs"].max() == 1
     valid = {"collector": TensorDict({"mask": torch.ones(2, 20, dtype=torch.bool)}, [2, 20])}
     assert trained(None, **valid).sample(200)["steps_to_next_obs"].max() == 3
     assert trained(None, flatten=False).sample(200)["steps_to_next_obs"].max() == 3

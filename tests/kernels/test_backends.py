@@ -7,10 +7,12 @@ import torch
 from fresh import run
 from paths import kernels
 from rollouts import make_rollout
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from multistep_triton import MultiStepTransform, backends, eager, gather_future, n_step_return
 from multistep_triton.backends import BACKENDS, resolve_backend
+from multistep_triton.debug import verify
 
 ON_CPU = torch.ones(2, 5)
 WITHOUT_TRITON = """
@@ -313,3 +315,14 @@ def test_where_values_cannot_be_compared_the_reference_runs():
     on_meta = verified(reward.to("meta"), done.to("meta"))
     assert on_meta.reward.shape == (3, 5)
     assert gather_future(torch.ones(3, 5, 2, device="meta"), on_meta.steps, backend="verify").shape == (3, 5, 2)
+
+
+def test_fake_tensors_choose_a_backend_of_their_own(monkeypatch):
+    verified = []
+    compute = verify.n_step_extend
+    monkeypatch.setattr(verify, "n_step_extend", lambda *arguments: verified.append(1) or compute(*arguments))
+    with FakeTensorMode():
+        MultiStepTransform(2, 0.9, backend="verify").inv(make_rollout((2,), 5))
+    assert not verified
+    MultiStepTransform(2, 0.9, backend="verify").inv(make_rollout((2,), 5))
+    assert verified

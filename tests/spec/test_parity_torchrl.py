@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from rollouts import extend, make_rollout, window_ends, window_sums
-from tensordict import LazyStackedTensorDict
+from tensordict import LazyStackedTensorDict, lazy_stack
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.postprocs import MultiStep as TorchRLMultiStep
 from torchrl.envs import SerialEnv
@@ -185,3 +185,50 @@ def test_rollouts_that_go_on_from_next_as_in_torchrls_docstring(envs):
     assert len(single) == len(pair[0]) + 3 * envs
     one, other = (kind(0.9, 3)(rollouts[-1].clone()) for kind in (MultiStep, TorchRLMultiStep))
     assert_same(one, other)
+
+
+def take(kind, data):
+    """Has a class take a rollout."""
+    if kind is MultiStep:
+        return kind(0.9, 2)(data)
+    storage = LazyTensorStorage(200, ndim=data.ndim)
+    if kind is NStepReplayBuffer:
+        buffer = kind(n_steps=2, gamma=0.9, storage=storage, batch_size=8)
+    else:
+        buffer = ReplayBuffer(storage=storage, transform=kind(2, 0.9), batch_size=8)
+    buffer.extend(data)
+    return buffer.sample()
+
+
+ALL = pytest.mark.parametrize("kind", [MultiStep, MultiStepTransform, NStepReplayBuffer])
+
+
+@ALL
+@pytest.mark.parametrize("first", ["time", "environments"])
+def test_what_the_first_frames_hold_of_the_last_rollout_in_stacks_of_stacks(kind, first):
+    rollout = make_rollout((2,), 6)
+
+    def frame(env, t):
+        data = rollout[env, t].clone()
+        return data.set("reward", torch.ones(1)) if not t else data
+
+    rows = [[frame(env, t) for t in range(6)] for env in range(2)]
+    if first == "time":
+        data = lazy_stack([lazy_stack(list(column), 0) for column in zip(*rows, strict=True)], 1)
+    else:
+        data = lazy_stack([lazy_stack(row, 0) for row in rows], 0)
+    assert "reward" not in take(kind, data).keys()  # noqa: SIM118
+
+
+@ALL
+@pytest.mark.parametrize("odd", [0, 3])
+def test_what_other_frames_lack_is_an_error(kind, odd):
+    frames = [frame.clone() for frame in make_rollout((), 6).unbind(0)]
+    for t, frame in enumerate(frames):
+        frame["next", "state"] = torch.ones(1)
+        if t != odd:
+            frame["state"] = torch.ones(1)
+    if odd == 3:
+        frames[odd]["seed"] = torch.ones(1)
+    with pytest.raises(ValueError, match=r"in every element of a lazily|the same entries in all of a lazy stack"):
+        take(kind, lazy_stack(frames, 0))

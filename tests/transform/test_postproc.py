@@ -135,7 +135,9 @@ def test_lazy_stacks_tensorclasses_and_non_tensors():
 def test_the_state_of_torchrls_class_is_loaded_if_it_is_of_the_same_arguments():
     saved = torch.nn.Sequential(TorchRLMultiStep(0.9, 3)).state_dict()
     assert list(saved) == ["0.gammas"]
-    torch.nn.Sequential(MultiStep(0.9, 3)).load_state_dict(saved)
+    for kept in (saved, torch.nn.Sequential(TorchRLMultiStep(0.9, 3)).double().state_dict()):
+        torch.nn.Sequential(MultiStep(0.9, 3)).load_state_dict(kept)
+    MultiStep(1, 3).load_state_dict(TorchRLMultiStep(1, 3).state_dict())
     for gamma, n_steps in ((0.8, 3), (0.9, 2)):
         with pytest.raises(ValueError, match=f"must be those of the module that was saved, .+ got n_steps={n_steps} "):
             torch.nn.Sequential(MultiStep(gamma, n_steps)).load_state_dict(saved)
