@@ -143,7 +143,8 @@ def next_carry(
     """
     known, time_first = new + (carry.count if carry else 0), new < n_steps
     emitted = max(known - n_steps, 0)
-    writes = carry is not None and carry.may_write(data.values())
+    # Into memory of longer calls the kernels alone write, to which torch's rules of writing do not apply.
+    writes = carry is not None and (carry.may_write(data.values()) if time_first else carry.free)
     if carry and writes and time_first and carry.time_first and known <= carry.capacity <= 2 * (n_steps + new):
         first = (carry.first + emitted) % carry.capacity
         memory = {key: carry.leaves[key] for key in held}

@@ -202,7 +202,7 @@ def _layout_of(read: tuple[Any, ...]) -> Layout:
 def _lazy_items(data: LazyStackedTensorDict, path: KeyPath) -> Iterator[tuple[str, Any]]:
     """Yields the entries of a lazy stack; raises for those that some elements lack, which the stack would skip."""
     keys = _key_sets(data)
-    if some := set.union(*keys) - set.intersection(*keys):
+    if some := set[str]().union(*keys) - keys[0].intersection(*keys):
         entries = [(*path, key) for key in sorted(some)]
         raise ValueError(f"entries {entries} must be in every element of a lazily stacked tensordict, got some without")
     for key in data.tensordicts[0].keys():  # noqa: SIM118  # iterating a tensordict goes over its frames
