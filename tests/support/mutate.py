@@ -65,9 +65,19 @@ TURNS = (
     "tests/buffer/test_without_next.py",
     "tests/transform/test_refused_at_once.py",
 )
+ARRIVES = (
+    "tests/spec/test_parity_torchrl.py",
+    "tests/buffer/test_storing.py",
+    "tests/buffer/test_checkpoints.py",
+    "tests/buffer/test_position.py",
+    "tests/buffer/test_without_next.py",
+    "tests/buffer/test_prefetching.py",
+    "tests/buffer/test_replay_buffer.py::test_no_operator_waits_for_threads_that_other_processes_keep_busy",
+    "tests/integrations/test_neighbours.py::test_a_trainer_that_sets_a_flag_in_every_frame",
+)
 LIES = ("tests/kernels/test_memory_layouts.py", "tests/kernels/test_kernels.py")
 # By how the description of a mutation begins; the others are noticed by tests of the core, or of the kernels.
-OWN = {"kept once": KEPT, "keep": KEPT, "ends": KEPT, "narrow": KEPT, "turns": TURNS, "lies": LIES}
+OWN = {"kept once": KEPT, "keep": KEPT, "ends": KEPT, "narrow": KEPT, "turns": TURNS, "lies": LIES, "arrives": ARRIVES}
 SECONDS = 600
 
 
@@ -341,6 +351,25 @@ MUTATIONS = (
     Mutation("turns: whose call it is", "multistep_triton/torchrl_internals",
              "if user is not (of := user if of is None else of):", "if False:"),
     Mutation("turns: asked twice", "multistep_triton/carrying", " or self._owner() is buffer", ""),
+    # what arrives with frames, and what is kept of it
+    Mutation("arrives: further entries of first frames", "multistep_triton/layouts",
+             'if further and {("next", *path) for path in further} <= second', "if further"),
+    Mutation("arrives: along time alone", "multistep_triton/layouts", "if dim != time_dim:", "if False:"),
+    Mutation("arrives: an index of the caller's", "multistep_triton/buffer/storing",
+             "part.copy() if part is given else part", "part"),
+    Mutation("arrives: flags that a trainer has not set", "multistep_triton/torchrl_internals", " and flag.all()", ""),
+    Mutation("arrives: where a trainer may set them", "multistep_triton/torchrl_internals", "or n_steps == 1", ""),
+    Mutation("arrives: sizes of a checkpoint", "multistep_triton/buffer/checkpointed", "if shape and sizes",
+             "if 0 and sizes"),
+    Mutation("arrives: batch sizes of a frame that waits", "multistep_triton/buffer/checkpointed",
+             "order.pending.get(path).batch_size = each", "pass"),
+    Mutation("arrives: entries that a checkpoint adds", "multistep_triton/buffer/checkpointed",
+             "for path in added:", "for path in ():"),
+    Mutation("arrives: another n or gamma", "multistep_triton/replay_buffer", ' - {"n_steps", "gamma"}', ""),
+    Mutation("arrives: what was prefetched", "multistep_triton/replay_buffer",
+             "(self._changes, self._n_steps, self._gamma)", "(self._changes,)"),
+    Mutation("arrives: threads", "multistep_triton/eager_ring",
+             "torch.where(last, ahead, count).amin(0).to(torch.int64)", "last.max(0).indices"),
     # observations kept once
     Mutation("kept once: gone in a block", "windows", "ends |= ahead(lost.", "ends |= False & ahead(lost."),
     Mutation("kept once: gone, the newest is not", "ends", "followed = mask & (frame + 1 < known)", "followed = mask"),
