@@ -143,10 +143,14 @@ def sum_piece(value, end, lane, count, powers_ptr, PIECE: tl.constexpr):
         weight = tl.load(powers_ptr + (1 << level)).to(value.dtype)
         if (count >> level) & 1 != 0:
             # The longest of these sums comes first, so that the order depends on a window and not on ``count``.
-            further = value + weight * ahead(total, lane, 1 << level)
-            total = tl.where(goes_on & ((count & ((1 << level) - 1)) != 0), further, value)
+            if (count & ((1 << level) - 1)) != 0:
+                total = tl.where(goes_on, value + weight * ahead(total, lane, 1 << level), value)
+            else:
+                total = value
         value = tl.where(goes_on, value + weight * ahead(value, lane, 1 << level), value)
-    return tl.where(count == 1 << PIECE, value, total)
+    if count == 1 << PIECE:
+        total = value
+    return total
 
 
 @triton.jit
