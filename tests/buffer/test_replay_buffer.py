@@ -422,7 +422,7 @@ def test_what_is_sampled_is_the_same_to_the_bit_however_much_is():
 
 
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("sampled", [2, 64], ids=["few", "many"])
+@pytest.mark.parametrize("sampled", [1, 64], ids=["few", "many"])
 def test_no_operator_waits_for_threads_that_other_processes_keep_busy(sampled, compact):
     stream, buffer = make_stream((), 12), make_buffer(8, backend="reference", compact=compact)
     buffer.extend(stream)

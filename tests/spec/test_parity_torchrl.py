@@ -221,14 +221,15 @@ def test_what_the_first_frames_hold_of_the_last_rollout_in_stacks_of_stacks(kind
 
 
 @ALL
-@pytest.mark.parametrize("odd", [0, 3])
+@pytest.mark.parametrize("odd", [None, 0, 3])
 def test_what_other_frames_lack_is_an_error(kind, odd):
     frames = [frame.clone() for frame in make_rollout((), 6).unbind(0)]
     for t, frame in enumerate(frames):
         frame["next", "state"] = torch.ones(1)
         if t != odd:
             frame["state"] = torch.ones(1)
-    if odd == 3:
-        frames[odd]["seed"] = torch.ones(1)
+    if odd is None:
+        # Not under "next".
+        frames[0]["seed"] = torch.ones(1)
     with pytest.raises(ValueError, match=r"in every element of a lazily|the same entries in all of a lazy stack"):
         take(kind, lazy_stack(frames, 0))

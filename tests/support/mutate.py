@@ -435,7 +435,7 @@ def altered_copy(mutation: Mutation | None) -> Iterator[Path]:
     """A copy of what the tests need, as it is without a mutation."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("kernels", "multistep_triton", "tests"):
+        for name in ("benchmarks", "kernels", "multistep_triton", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         if mutation:
