@@ -30,13 +30,13 @@ from multistep_triton.neighbours import (
     check_holds_n_steps,
     check_mixing,
     check_order,
+    check_trainer,
     check_transforms,
     facts_of,
 )
 from multistep_triton.roles import TRAJ_PATH
 from multistep_triton.torchrl_internals import (
     Calls,
-    check_trainer,
     sample_unit_of,
     taking_buffer,
     transforms_in,
@@ -198,7 +198,7 @@ class CarryingTransform(MultiStepBase, Transform):
             return  # no buffer uses this transform
         roles = self._roles_in(())
         check_mixing(calling, roles)
-        check_trainer(calling, roles.dones, self._n_steps)
+        check_trainer(self)
         buffer, caller = self._find_owner(), using_buffer(calling, self)
         if caller is not None and caller is not buffer:
             self._join(caller)

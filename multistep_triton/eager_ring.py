@@ -171,6 +171,7 @@ def store_frames(data: Leaves, ring: Ring, slot: int | Tensor) -> Tensor:
     return index
 
 
+# The index of more frames is made anew, as the cache would keep its memory.
 MOST_CACHED = 1 << 14
 
 

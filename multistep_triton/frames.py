@@ -84,6 +84,11 @@ class Frames:
     left_out: list[KeyPath] = field(default_factory=list)
     """Entries that the tensordict holds and :meth:`read` was told to leave out."""
 
+    @property
+    def tensors(self) -> dict[KeyPath, Tensor]:
+        """The leaves of all entries but non-tensors."""
+        return {path: leaf for path, leaf in self.leaves.items() if path not in self.structure.objects}
+
     @classmethod
     def read(cls, data: TensorDictBase, without: frozenset[KeyPath] = frozenset()) -> Frames:
         """Reads a tensordict except the entries ``without``; the leaves are its own tensors, stacked if it is lazy.
@@ -151,12 +156,6 @@ class Frames:
                 mine.objects[path] = before + objects
                 self.leaves[path] = self.leaves[path] + len(before)
         carry.follow()
-
-
-def tensors_of(data: TensorDictBase) -> dict[KeyPath, Tensor]:
-    """Returns the tensors of frames by path; it stacks lazy stacks."""
-    frames = Frames.read(data)
-    return {path: leaf for path, leaf in frames.leaves.items() if path not in frames.structure.objects}
 
 
 def hold_back(carry: Carry, structure: Structure) -> Carry:

@@ -23,7 +23,14 @@ from torchrl.envs.transforms import Transform
 from multistep_triton.base import MultiStepBase
 from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import STEPS_KEY, Roles, as_path
-from multistep_triton.torchrl_internals import Calls, inverted_in, mixing_buffer, reads_ids, transforms_in
+from multistep_triton.torchrl_internals import (
+    Calls,
+    inverted_in,
+    mixing_buffer,
+    reads_ids,
+    transforms_in,
+    truncates_all,
+)
 
 # These transforms change shapes, names or devices of entries but no values.
 _KEEP_VALUES = (
@@ -181,6 +188,21 @@ def check_mixing(calling: Calls, roles: Roles) -> None:
             "each a MultiStepTransform of the same arguments, an OfflineToOnlineReplayBuffer's by "
             "online_buffer.append_transform(...)"
         )
+
+
+def check_trainer(of: MultiStepBase) -> None:
+    """Checks that no trainer of torchrl's ends every window of ``of`` with its first frame.
+
+    Raises:
+        ValueError: a trainer is calling that does.
+    """
+    if of._n_steps == 1 or not truncates_all() or ("next", "truncated") not in of._roles_in(()).dones:
+        return
+    raise ValueError(
+        "done_keys must not name 'truncated' where torchrl's trainer makes one row of all frames, as it sets that "
+        "flag in every frame, and every window would be of one frame: give done_keys=['done', 'terminated'], or "
+        "collect with split_trajs=True"
+    )
 
 
 def holds_single_steps(buffer: ReplayBuffer) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -117,31 +117,27 @@ def refuse_other_ways(calling: Calls) -> None:
         )
 
 
-def check_trainer(calling: Calls, dones: Collection[tuple[str, ...]], n_steps: Any) -> None:
-    """Checks that a calling trainer has not set ``"truncated"`` in every frame, if that is one of the flags ``dones``.
+def truncates_all(depth: int = 32) -> bool:
+    """Returns whether a trainer that makes one row of all frames is calling, and has set "truncated" in each of them.
 
-    Raises:
-        ValueError: it has, as it makes one row of the frames, and windows may be longer.
+    It is found among the ``depth`` innermost stack frames.
     """
     # Who trains has imported the module, which warns of torchrl's own classes.
     trainers = sys.modules.get("torchrl.trainers.trainers")
-    if trainers is None or "extend" not in calling or ("next", "truncated") not in dones or n_steps == 1:
-        return
-    code, frame, depth = trainers.ReplayBufferTrainer.extend.__code__, calling["extend"].f_back, 16
-    while frame is not None and depth and frame.f_code is not code:
-        frame, depth = frame.f_back, depth - 1
-    if frame is None or not depth:
-        return
+    if trainers is None:
+        return False
+    code, frame = trainers.ReplayBufferTrainer.extend.__code__, sys._getframe(1)
+    while frame.f_code is not code:
+        depth -= 1
+        if frame.f_back is None or not depth:
+            return False
+        frame = frame.f_back
     trainer, batch = (frame.f_locals[name] for name in ("self", "batch"))
     flag, keys = batch.get(("next", "truncated"), None), batch.keys(True)
+    if not trainer.flatten_tensordicts or ("collector", "mask") in keys or flag is None or flag.ndim == batch.ndim:
+        return False
     # The trainer sets the last flags of the last dimension, which is not time in [*B, T, 1]; the batch is on the CPU.
-    is_row = trainer.flatten_tensordicts and ("collector", "mask") not in keys
-    if is_row and flag is not None and flag.ndim > batch.ndim and flag.numel() and flag.all():
-        raise ValueError(
-            "done_keys must not name 'truncated' where torchrl's trainer makes one row of all frames, as it sets that "
-            "flag in every frame, and every window would be of one frame: give done_keys=['done', 'terminated'], or "
-            "collect with split_trajs=True"
-        )
+    return bool(flag.numel() and flag.all())
 
 
 def lock_of(buffer: ReplayBuffer) -> contextlib.AbstractContextManager[Any]:

@@ -18,7 +18,7 @@ from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 from multistep_triton.buffer.stored import check_continues, check_dims, leaves_of
 from multistep_triton.buffer.storing import StoringReplayBuffer
 from multistep_triton.ends import Ends
-from multistep_triton.frames import tensors_of
+from multistep_triton.frames import Frames
 from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import as_key, as_path, check_key, marks_of
 
@@ -75,7 +75,7 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         if pending is not None:
             device = next(iter(data["final"].values(True, True))).device
             data = torch.cat([pending.apply(lambda leaf: leaf.to(device)), data], dim)
-        leaves = {path: leaf.transpose(0, dim) for path, leaf in tensors_of(data).items()}
+        leaves = {path: leaf.transpose(0, dim) for path, leaf in Frames.read(data).tensors.items()}
         marks, finals = marks_of(self._roles_in(leaves), leaves), [path for path in leaves if path[0] == "final"]
         ended = Ends(torch.empty(1, *leaves[finals[0]].shape[1 : data.ndim]), {}, *marks).find_ended(leaves, {}, None)
         whole = data.narrow(dim, 0, data.shape[dim] - 1).exclude("final")

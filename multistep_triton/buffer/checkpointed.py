@@ -60,9 +60,11 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
     def _check_state(self, state: dict[str, Any], shape: Sequence[int] | None) -> None:
         """Checks that a checkpoint was saved with a size, ``compact`` and dtypes that agree with this buffer's."""
         entries, storage = self._order.entries(), self._storage
-        sizes = (storage.ndim, storage.max_size) if entries is None else [*entries.shape]
-        if shape and sizes != ((len(shape), math.prod(shape)) if entries is None else [*shape]):
-            got = f"ndim={storage.ndim} and max_size={storage.max_size}" if entries is None else sizes
+        if shape and (
+            (storage.ndim, storage.max_size) != (len(shape), math.prod(shape))
+            or (entries is not None and entries.shape != torch.Size(shape))
+        ):
+            got = f"ndim={storage.ndim} and max_size={storage.max_size}" if entries is None else [*entries.shape]
             raise ValueError(f"storage must count the frames of the one that was saved, {[*shape]}, got {got}")
         wide, own = state.get("wide", {}), dict(self._order.wide_dtypes)
         has_frames = not state or state["newest"] is not None

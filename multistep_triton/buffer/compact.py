@@ -20,7 +20,7 @@ from multistep_triton.buffer.stored import Leaves, leaves_of
 from multistep_triton.checks import check_positive_int
 from multistep_triton.ends import Ends
 from multistep_triton.engine import implementation_of
-from multistep_triton.frames import tensors_of
+from multistep_triton.frames import Frames
 from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import COUNT_PATH, Roles, as_key, as_path, find_twins, key_list, marks_of
 
@@ -165,7 +165,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
         position, entries = order.position(), order.entries()
         # Before the storage has entries, its own device says where they will lie; "auto" is that of the data.
         to = storage.device if isinstance(storage.device, torch.device) else None
-        leaves = {path: leaf.to(to or leaf.device) for path, leaf in tensors_of(frames).items()}
+        leaves = {path: leaf.to(to or leaf.device) for path, leaf in Frames.read(frames).tensors.items()}
         known = self._ends()
         ends = known if known is not None and position is not None else self._make_ends(leaves, storage.ndim)
         if known is not None and known.kind == ends.kind:

@@ -21,9 +21,10 @@ from multistep_triton.checks import check_not_captured
 from multistep_triton.engine import store_frames
 from multistep_triton.frames import Frames
 from multistep_triton.layouts import KeyPath, without_leftovers
+from multistep_triton.neighbours import check_trainer
 from multistep_triton.roles import check_entries, check_single_steps
 from multistep_triton.samples import Ring
-from multistep_triton.torchrl_internals import calls, check_trainer, refuse_other_ways
+from multistep_triton.torchrl_internals import calls, refuse_other_ways
 
 
 class StoringReplayBuffer(OrderedReplayBuffer):
@@ -39,9 +40,8 @@ class StoringReplayBuffer(OrderedReplayBuffer):
 
     def _check_call(self) -> None:
         """Checks that frames may be stored by the functions that are calling, whatever the data and the transforms."""
-        calling = calls(self)
-        refuse_other_ways(calling)
-        check_trainer(calling, self._roles_in(()).dones, self._n_steps)
+        refuse_other_ways(calls(self))
+        check_trainer(self)
         if not self._capturable:
             check_not_captured("extend")
 

@@ -15,7 +15,7 @@ from multistep_triton.backends import EquivalenceError
 from multistep_triton.debug.explain import load_rollout
 from multistep_triton.debug.verify import check_kept_once
 from multistep_triton.ends import Ends
-from multistep_triton.frames import Frames, tensors_of
+from multistep_triton.frames import Frames
 from multistep_triton.postproc import MultiStep
 from multistep_triton.roles import find_pairs, find_twins, marks_of
 
@@ -38,19 +38,19 @@ def run(path: Path, keys: Mapping[str, Any]) -> int:
     data = load_rollout(path)
     if not data.batch_size.numel() or not data.ndim:
         raise ValueError(f"FILE must hold frames [*B, T], got {[*data.batch_size]}")
-    dims = data.ndim
-    leaves = {path: leaf.movedim(dims - 1, 0) for path, leaf in tensors_of(data).items()}
+    dims, frames = data.ndim, Frames.read(data)
+    leaves = {entry: leaf.movedim(dims - 1, 0) for entry, leaf in frames.tensors.items()}
     multistep = MultiStep(1.0, 1, **keys)
     roles = multistep._roles_in(leaves)
-    multistep._groups_in(Frames.read(data), roles)  # raises if flags or rewards are wrong
+    multistep._groups_in(frames, roles)  # raises if flags or rewards are wrong
     pairs, twins, marks = find_pairs(roles, leaves), find_twins(roles, leaves), marks_of(roles, leaves)
     if not pairs or not marks[0]:
         raise KeyError(f"FILE must hold a done flag, and entries both at the root and under 'next', got {list(leaves)}")
-    lead, odd = leaves[pairs[0]].shape[1:dims], 0
-    for pair in (each for each in pairs if each not in twins):
+    lead, unlike = leaves[pairs[0]].shape[1:dims], [pair for pair in pairs if pair not in twins]
+    odd = len(unlike)
+    for pair in unlike:
         own, after = (f"{leaf.dtype} {[*leaf.shape[dims:]]}" for leaf in (leaves[pair[1:]], leaves[pair]))
         print(f"{pair[1:]}: must be kept twice, as each frame has {own} at the root and {after} under 'next'")
-        odd += 1
     for twin in twins:
         # No frame precedes the first one, whose own entry stands in for the row to compare with and so passes.
         ends = Ends(torch.empty(1, *lead), {twin: leaves[twin[1:]][:1]}, *marks)

@@ -501,6 +501,17 @@ def test_a_trainer_that_sets_a_flag_in_every_frame(n_step, shape):
     assert trained(None, flatten=False).sample(200)["steps_to_next_obs"].max() == 3
 
 
+def test_a_trainer_after_a_call_that_is_remembered():
+    buffer = NStepReplayBuffer(n_steps=3, gamma=0.9, storage=LazyTensorStorage(40))
+    # With a device, as what the trainer passes on has one.
+    data = make_rollout((), 20).cpu()
+    for _ in range(2):
+        buffer.extend(data.clone())
+    with pytest.raises(ValueError, match="done_keys must not name 'truncated'"):
+        ReplayBufferTrainer(buffer, flatten_tensordicts=True).extend(data.clone())
+    assert buffer.write_count == 40
+
+
 def test_a_checkpoint_that_leaves_next_observations_out():
     buffer = ReplayBuffer(
         storage=LazyTensorStorage(40), transform=MultiStepTransform(3, 1.0), checkpointer=FlatStorageCheckpointer()
