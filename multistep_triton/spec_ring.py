@@ -33,7 +33,8 @@ def with_next(samples: Samples, data: Leaves, keys: Keys) -> tuple[Samples, Leav
             features = [1] * (data[key].ndim - count.ndim)
             row, kept = torch.where(not_newest, count % ends.slots, ends.slots), end & ~gone | ~not_newest
             every = ends.rows[key].view(ends.slots + 1, *data[key].shape[1:])
-            rows = every[(row, *torch.meshgrid(*map(torch.arange, count.shape), indexing="ij")[1:])]
+            along = (torch.arange(size, device=time.device) for size in count.shape)
+            rows = every[(row, *torch.meshgrid(*along, indexing="ij")[1:])]
             leaves[key] = torch.where(kept.view(*kept.shape, *features), rows, leaves[key].roll(-1, 0))
     before = (time - 1) % live
     stands = torch.where(end[(before, *others)], newest, before)

@@ -242,7 +242,7 @@ class MultiStepTransform(CarryingTransform):
                 for transform in reversed(transforms):
                     data = None if data is None else transform.inv(data)
                 if data is None:
-                    return torch.zeros((0, replay_buffer.storage.ndim), dtype=torch.long)
+                    return torch.zeros((0, replay_buffer.storage.ndim), dtype=torch.long, device="cpu")
                 indices = store(replay_buffer, data)
             except BaseException:
                 self._carry = before

@@ -70,7 +70,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         check_dims(data, ndim, ndim)
         frames = data.shape[time_dim]
         if not data.batch_size.numel():
-            return torch.zeros((0, ndim) if ndim > 1 else (0,), dtype=torch.long)
+            return torch.zeros((0, ndim) if ndim > 1 else (0,), dtype=torch.long, device="cpu")
         data = self._narrowed(data)
 
         def put(part: TensorDictBase) -> Tensor:

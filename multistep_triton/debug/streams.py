@@ -164,7 +164,7 @@ class Stream:
         """Returns ``data`` with each next observation copied to the root of the frame after it, except after an end."""
         both: Any = data if before is None else torch.cat((before, data), -1)
         first, then = both[..., :-1], both[..., 1:]
-        ended = torch.zeros(then.batch_size, dtype=torch.bool)
+        ended = torch.zeros(then.batch_size, dtype=torch.bool, device="cpu")
         for name in ("done", "terminated"):
             ended |= first[("next", *self._group, name)].flatten(then.ndim).any(-1)
         if self.kind.mask:

@@ -84,16 +84,14 @@ def store_frames(data: Leaves, ring: Ring, slot: int | Tensor) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`, and checks that every frame lies in its slot."""
     leaves, numbers, dims, time_dim, _ = ring
     tested = _tested([*data.values(), *leaves.values()])
-    slots, *lead = next(iter(leaves.values())).shape[:dims]
-    frames = next(iter(data.values())).shape[time_dim]
-    at = (int(slot) + torch.arange(frames)) % slots
+    (slots, *lead), device = next(iter(leaves.values())).shape[:dims], next(iter(leaves.values())).device
+    at, *others = (torch.arange(size, device=device) for size in (next(iter(data.values())).shape[time_dim], *lead))
+    at = (at + int(slot)) % slots
     index: Tensor = tested.compute.store_frames(data, ring, slot)
-    expected = torch.cartesian_prod(at, *map(torch.arange, lead)).view(-1, dims)
+    expected = torch.cartesian_prod(at, *others).view(-1, dims)
     stored = [Output("index", "where frames lie", index, expected.to(index.device), COPIED)]
     for key, leaf in leaves.items():
-        came, lies = (
-            each.flatten(0, dims - 1) for each in (data[key].transpose(0, time_dim), leaf[at.to(leaf.device)])
-        )
+        came, lies = (each.flatten(0, dims - 1) for each in (data[key].transpose(0, time_dim), leaf[at]))
         output = Output(key, f"{key} as it is stored", lies, came.to(leaf.dtype), COPIED)
         if leaf.dtype != came.dtype:
             # A NaN may get any of several bit patterns in another dtype, so that values are compared and not bits.
@@ -101,8 +99,8 @@ def store_frames(data: Leaves, ring: Ring, slot: int | Tensor) -> Tensor:
             output = output._replace(source="what is stored is rounded once", tolerance=equal, exact=came.double())
         stored.append(output)
     if numbers is not None:
-        lies = numbers[at.to(numbers.device)].flatten()
-        stored.append(Output("numbers", "slots of frames", lies, expected[:, 0].to(lies.device), COPIED))
+        lies = numbers[at].flatten()
+        stored.append(Output("numbers", "slots of frames", lies, expected[:, 0], COPIED))
     check(tested[:2], stored, 1, lambda output, frame, item: f"  stored at  {expected[frame[0]].tolist()}", "frame")
     return index
 

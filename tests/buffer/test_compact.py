@@ -209,9 +209,9 @@ def test_what_comes_out(arguments):
 @pytest.mark.parametrize("outputs", [["observation"], [("next", "reward"), "index"], [NEXT], None], ids=str)
 def test_samples_write_nothing_beyond_their_memory(outputs, monkeypatch):
     """Whether or not an entry that is kept once comes out, of each group."""
-    stream = stream_of()
-    add_group(stream, "mice")
     with kernels():
+        stream = stream_of()
+        add_group(stream, "mice")
         buffer, _ = make_pair(compact=["observation"], outputs=outputs, reward_keys=["reward", ("mice", "reward")])
         buffer.extend(stream[:7])
         usual, beyond = torch.empty_like, []
@@ -294,8 +294,8 @@ def test_groups_with_flags_of_their_own(arguments, batch, agents):
 
 
 def test_groups_by_the_kernels():
-    stream = stream_of_groups((), (5,))
     with kernels():
+        stream = stream_of_groups((), (5,))
         buffers = make_pair(5, **GROUPS["of agents"])
         for part in stream[:12].split([2, 1, 1, 2, 1, 1, 4]):
             extend(buffers, part)
@@ -305,11 +305,11 @@ def test_groups_by_the_kernels():
 
 def test_long_windows_by_the_kernels_that_have_lost_ends():
     """Of two pieces of 64 frames, the first of which ends just before an end that is lost, among others."""
-    stream = stream_of((), 150, p_done=0.0)
-    for t in (70, 140, 145):
-        stream["next", "done"][t] = True
-    ring = Losing(kept_once(stream), 150, 1)
     with kernels():
+        stream = stream_of((), 150, p_done=0.0)
+        for t in (70, 140, 145):
+            stream["next", "done"][t] = True
+        ring = Losing(kept_once(stream), 150, 1)
         buffers = make_pair(150, end_slots=1, n_steps=100)
         extend(buffers, ring.take(150))
         assert_kept_once(buffers, ring)
@@ -317,8 +317,8 @@ def test_long_windows_by_the_kernels_that_have_lost_ends():
 
 def test_rows_of_what_comes_after_ends_are_counted_in_31_bits(monkeypatch):
     """There is one more than slots, for the newest frame."""
-    stream = stream_of((2,), 12)
     with kernels():
+        stream = stream_of((2,), 12)
         buffers = make_pair(batch=(2,))
         extend(buffers, stream[:, :2]), extend(buffers, stream[:, 2:4])
         monkeypatch.setattr(running, "MOST_ROWS", 2 * SLOTS)
@@ -329,8 +329,8 @@ def test_rows_of_what_comes_after_ends_are_counted_in_31_bits(monkeypatch):
 
 
 def test_more_frames_than_a_program_counts_at_once():
-    stream = stream_of((), 160)
     with kernels():
+        stream = stream_of((), 160)
         buffers = make_pair(140)
         for part in stream.split([2, 135, 10, 13]):
             extend(buffers, part)

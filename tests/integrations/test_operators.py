@@ -320,7 +320,7 @@ def test_fake_tensors_cannot_be_verified():
         arguments = [mode.from_tensor(each) for each in draw()]
         _, steps = targets(*arguments, backend="verify")
         assert steps.shape == (BATCH, FRAMES)
-        with pytest.raises(RuntimeError, match=r"cannot run: (a tensor is a FakeTensor|Triton)"):
+        with pytest.raises(RuntimeError, match=r"cannot run: (a tensor is (a FakeTensor|on cpu)|Triton)"):
             targets(*arguments, backend="triton")
 
 
@@ -330,6 +330,9 @@ def test_symbolic_sizes():
     assert_equal(traced(reward, done, mask, observation), targets(reward, done, mask, observation))
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.13", raises=RuntimeError, strict=True, reason="torch 2.11 cannot batch view(dtype)"
+)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_vmap_gathers_dtypes_of_one_byte(dtype):
     reward, done, _, observation = draw()

@@ -70,7 +70,8 @@ def test_a_storage_that_lies_agent_by_agent_and_is_partly_filled():
     keys = {"done_key": ("agents", "done"), "done_keys": [("agents", "done")], "reward_keys": [("agents", "reward")]}
     with kernels():
         for backend in BACKENDS:
-            sampler, storage = SamplerWithoutReplacement(shuffle=False), TensorStorage(frames(8))
+            sampler = SamplerWithoutReplacement(shuffle=False)
+            storage = TensorStorage(frames(8), device=torch.get_default_device())
             buffer = NStepReplayBuffer(
                 n_steps=3, gamma=0.9, storage=storage, batch_size=4, sampler=sampler, backend=backend, **keys
             )

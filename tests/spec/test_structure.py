@@ -9,6 +9,7 @@ from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement
 from torchrl.envs.transforms import MultiStepTransform as TorchRLMultiStepTransform
 
 from multistep_triton import MultiStep, MultiStepTransform, NStepReplayBuffer
+from multistep_triton.debug.streams import run_verified
 from multistep_triton.frames import Frames
 
 pytestmark = pytest.mark.usefixtures("path")
@@ -120,7 +121,7 @@ def test_a_tensorclass_without_room_for_what_is_written():
     out = transformed(rollout)
     assert type(out["next"]) is TensorDict
     assert (out == expected).all()
-    storage = LazyTensorStorage(2 * FRAMES, ndim=2)
+    storage = LazyTensorStorage(2 * FRAMES, ndim=2, device=torch.get_default_device())
     buffer = NStepReplayBuffer(n_steps=N_STEPS, gamma=0.9, storage=storage, sampler=SamplerWithoutReplacement())
     buffer.extend(rollout)
     sample = buffer.sample(2 * FRAMES)
@@ -352,7 +353,12 @@ def test_the_default_device_does_not_matter():
     expected = transformed(rollout)
     with torch.device("meta"):
         out = transformed(rollout)
+        results = [run_verified(seed, torch.device("cpu")) for seed in (3, 9)]
+        buffer = NStepReplayBuffer(n_steps=2, gamma=0.9, storage=LazyTensorStorage(12, ndim=2))
+        index = buffer.extend(rollout[:, :0])
     assert (out == expected).all()
+    assert [each.difference for each in results] == [None, None]
+    assert index.is_cpu and index.shape == (0, 2)
 
 
 def test_gradients_flow_through_the_reference():
