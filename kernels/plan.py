@@ -14,6 +14,7 @@ from torch import Tensor
 from multistep_triton.kernels import rows, windows
 from multistep_triton.kernels.run import as_real, check_fits, is_amd, run
 from multistep_triton.task import Keys, Leaves
+from multistep_triton.windows import powers_of
 
 
 class Plan(NamedTuple):
@@ -119,7 +120,7 @@ def powers(gamma: float, n_steps: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _powers(gamma: float, n_steps: int, device: torch.device) -> Tensor:
-    return torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=torch.float64, device=device)
+    return powers_of(gamma, n_steps, device, torch.float64)
 
 
 def copy_rows(

@@ -144,9 +144,12 @@ def _check_entries(frames: Frames, roles: Roles) -> None:
         check_flag(f"mask {roles.mask}, named by mask_key,", leaves[roles.mask], lead, otherwise)
     if roles.traj is not None:
         check_ids(f"trajectory ids {roles.traj}, named by traj_key,", leaves[roles.traj], lead)
+    device = leaves[roles.done].device
     for path, leaf in leaves.items():
         if path in roles.dones and leaf.dtype != torch.bool:
             raise TypeError(f"done {path} must be bool, got {leaf.dtype}")
+        if leaf.device != device and (path in named or path[0] == "next"):
+            raise ValueError(f"{path} must be on {device}, as {roles.done}, whose windows read it, got {leaf.device}")
 
 
 def _find_agents(frames: Frames, roles: Roles, path: KeyPath) -> torch.Size:

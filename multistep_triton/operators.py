@@ -23,6 +23,8 @@ from multistep_triton.task import return_dtype
     mutates_args=(),
     schema="(Tensor reward, Tensor done, Tensor? mask, float gamma, SymInt n_steps, str backend) -> "
     "(Tensor, Tensor, Tensor)",
+    # A CUDA graph of the compiler's would free the powers of gamma, which outlive the call.
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def _n_step_return(
     reward: Tensor, done: Tensor, mask: Tensor | None, gamma: float, n_steps: int, backend: Backend

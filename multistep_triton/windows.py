@@ -111,9 +111,10 @@ def discounts(steps: Tensor, n_steps: int, gamma: float) -> Tensor:
     return powers_of(gamma, n_steps, steps.device).index_select(0, steps.view(steps.numel())).view(steps.shape)
 
 
-def powers_of(gamma: float, n_steps: int, device: torch.device) -> Tensor:
-    """Returns ``gamma ** k`` for ``k = 0 .. n_steps``, float32."""
-    return torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=torch.float32, device=device)
+def powers_of(gamma: float, n_steps: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns ``gamma ** k`` for ``k = 0 .. n_steps``; the host does not wait until they are on the device."""
+    powers = torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=dtype, device="cpu")
+    return powers.to(device, non_blocking=True)
 
 
 def index_dtype(largest: int) -> torch.dtype:

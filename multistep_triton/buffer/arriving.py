@@ -71,10 +71,10 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         if not self._compact or (group is None and pending is None) or not data.numel():
             return data, None
         check_dims(data, self._storage.ndim, self._storage.ndim)
+        data = self._moved(data)
         self._check_final(data)
         if pending is not None:
-            device = next(iter(data["final"].values(True, True))).device
-            data = torch.cat([pending.apply(lambda leaf: leaf.to(device)), data], dim)
+            data = torch.cat([self._moved(pending), data], dim)
         leaves = {path: leaf.transpose(0, dim) for path, leaf in Frames.read(data).tensors.items()}
         marks, finals = marks_of(self._roles_in(leaves), leaves), [path for path in leaves if path[0] == "final"]
         ended = Ends(torch.empty(1, *leaves[finals[0]].shape[1 : data.ndim]), {}, *marks).find_ended(leaves, {}, None)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 from torchrl.data import RoundRobinWriter
 
 from multistep_triton.buffer.compact import CompactReplayBuffer
-from multistep_triton.buffer.stored import check_layout, leaves_of, versions_of
+from multistep_triton.buffer.stored import check_layout, device_of, leaves_of, move_to, versions_of
 from multistep_triton.ends import Ends
 from multistep_triton.layouts import KeyPath
 from multistep_triton.roles import as_path
@@ -86,8 +86,11 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
 
     def _load_order(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`_order_state` returned; a checkpoint of torchrl's buffer has a cursor alone."""
-        order, entries, newest, torn = self._order, self._order.entries(), state.get("newest"), state.get("torn")
+        order, storage, newest, torn = self._order, self._storage, state.get("newest"), state.get("torn")
         order.forget()
+        if is_tensor_collection(entries := order.entries()) and isinstance(storage.device, torch.device):
+            # torchrl leaves them where they were saved.
+            storage._storage = entries = move_to(entries, storage.device)
         if entries is not None and len(self._storage):
             check_layout(self._storage, entries)
             if isinstance(self._writer, RoundRobinWriter):
@@ -106,12 +109,12 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
                 order.pending.get(path).batch_size = each
         saved = state.get("paths")
         # Some of torchrl's checkpointers add entries, which later frames would lack.
-        if entries is not None and saved and (added := leaves_of(entries, self._storage.ndim).keys() - {*saved}):
+        if entries is not None and saved and (added := leaves_of(entries, storage.ndim).keys() - {*saved}):
             with entries.unlock_():
                 for path in added:
                     entries.del_(path)
         if ends is not None and entries is not None:
-            device = next(iter(entries.values(True, True))).device
+            device = device_of(leaves_of(entries, storage.ndim))
             rows = {path: leaf.to(device, copy=True) for path, leaf in ends["rows"].items()}
             order.ends = Ends(ends["count"].to(device, copy=True), rows, ends["done"], ends["mask"], ends["traj"])
             order.ends_keys, order.ends_writes = ends["by"], order.writes

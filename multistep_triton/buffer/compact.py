@@ -162,10 +162,7 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
     def _find_ended(self, frames: TensorDictBase) -> tuple[Ends, dict[KeyPath, Tensor], Tensor, int | None]:
         """Returns ends, leaves ``[T, *R, ...]``, whether the frame before each frame is an end, and the newest slot."""
         storage, order = self._storage, self._order
-        position, entries = order.position(), order.entries()
-        # Before the storage has entries, its own device says where they will lie; "auto" is that of the data.
-        to = storage.device if isinstance(storage.device, torch.device) else None
-        leaves = {path: leaf.to(to or leaf.device) for path, leaf in Frames.read(frames).tensors.items()}
+        position, entries, leaves = order.position(), order.entries(), Frames.read(frames).tensors
         known = self._ends()
         ends = known if known is not None and position is not None else self._make_ends(leaves, storage.ndim)
         if known is not None and known.kind == ends.kind:

@@ -77,7 +77,7 @@ def repeated_call(
     count = len([*entries.keys(True, True)])
     if kinds != layout.kinds or count != len(stored) or INDEX in ring:
         return None
-    if numbers is not None and numbers.dtype != torch.int64:
+    if numbers is not None and (numbers.dtype, numbers.device) != (torch.int64, stored[0].device):
         return None
     most = len(entries) - bool(kept_once)
     to = Ring(CachedLeaves(ring), numbers, ndim, time_dim)

@@ -55,7 +55,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         with self._replay_lock, self._write_lock:
             # Without transforms, no neighbours need a check.
             if (position := self._find_whole()) is not None:
-                data, index = self._n_step_drawn(self._draw(size, position), position, True)
+                data, index = self._n_step_drawn(size, position, True)
         if position is None:
             # torchrl raises its error, under locks that come before these.
             return super().sample(batch_size, return_info)
@@ -97,7 +97,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         with self._replay_lock, self._write_lock:
             position = self._check_whole()
             if position is not None and self._draws():
-                data, index = self._n_step_drawn(self._draw(batch_size, position), position, False)
+                data, index = self._n_step_drawn(batch_size, position, False)
                 return self._finished(data, self._info_of(index))
             index, info = self._sampler.sample(self._storage, batch_size)
             if self._sample_unit is not None:
@@ -119,11 +119,15 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         """Whether the buffer draws frames, uniformly in one launch; a sampler takes one launch per dimension."""
         return draws_alike(self._sampler) and self._sample_unit is None and not self._writer.tracks_generations
 
-    def _draw(self, batch_size: int, position: Position) -> Tensor:
+    def _draw(self, batch_size: int, position: Position, device: torch.device) -> Tensor:
         """Draws rows ``[N]``, counted over the slots that hold frames."""
-        storage = self._storage
-        rows = storage.max_size // position.slots * position.live
-        return torch.randint(rows, (batch_size,), generator=self._generator, device=storage.device)
+        rows = self._storage.max_size // position.slots * position.live
+        return self._draw_integers(0, rows, (batch_size,), device)
+
+    def _draw_integers(self, low: int, high: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Draws integers below ``high`` where the buffer's generator is, and returns them on ``device``."""
+        drawn_on = device if self._generator is None else self._generator.device
+        return torch.randint(low, high, shape, generator=self._generator, device=drawn_on).to(device)
 
     def _read(self, info: dict[str, Any], position: Position | None) -> TensorDictBase:
         """Computes the samples of the frames at the index in ``info``; adds their generations to it, if tracked."""
@@ -142,8 +146,10 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         built, _ = layout.sample(samples, high, self, self._selection, False)
         return built if len(shape) == 1 else built.reshape(*shape, *built.shape[1:])
 
-    def _n_step_drawn(self, rows: Tensor, position: Position, with_index: bool) -> tuple[TensorDict, Any]:
+    def _n_step_drawn(self, batch_size: int, position: Position, with_index: bool) -> tuple[TensorDict, Any]:
+        """Draws frames, and computes their n-step transitions and, if wanted, their index."""
         layout = self._layout()
+        rows = self._draw(batch_size, position, layout.frames.leaves[layout.roles.done].device)
         samples, high = self._samples([rows], position, layout.frames.batch_size)
         return layout.sample(samples, high, self, self._selection, with_index)
 
@@ -160,11 +166,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
     def _samples(self, indices: Sequence[Tensor], position: Position, sizes: Any = None) -> tuple[Samples, int]:
         """Returns samples at indices or, in a storage of ``sizes``, at drawn rows, and the largest n of any sample."""
         low, high = steps if isinstance(steps := steps_of_call.get() or self._n_steps, tuple) else (steps, steps)
-        drawn = None
-        if low < high:
-            generator, device = self._generator, indices[0].device
-            drawn_on = device if generator is None else generator.device
-            drawn = torch.randint(low, high + 1, indices[0].shape, generator=generator, device=drawn_on).to(device)
+        drawn = None if low == high else self._draw_integers(low, high + 1, indices[0].shape, indices[0].device)
         newest, live, slots, written = position
         known = (newest, live) if written is None else (slots - 1, slots)
         return Samples(indices, *known, drawn, sizes, written=written), high

@@ -189,7 +189,7 @@ class Order:
             writer.n_step_seen = writer._write_count
         if isinstance(storage._last_cursor, int):
             # Two writes may leave the same int object, and ``is`` must tell their cursors apart.
-            storage._last_cursor = torch.tensor([storage._last_cursor])
+            storage._last_cursor = torch.tensor([storage._last_cursor], device="cpu")
         self.newest, self.cursor, self.revision = newest, storage._last_cursor, storage._mutation_revision
 
     def set_last(self, newest: int | None) -> None:

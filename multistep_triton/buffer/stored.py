@@ -149,6 +149,20 @@ def leaves_of(data: TensorDictBase, dims: int) -> Leaves:
     return {(key,) if isinstance(key, str) else key: leaf for key, leaf in items}
 
 
+def device_of(leaves: Leaves) -> torch.device | None:
+    """Returns the device of the first tensor."""
+    return next((leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor)), None)
+
+
+def move_to(data: TensorDictBase, device: Any) -> TensorDictBase:
+    """Returns data on a device, as its own ``device`` tells; on the CPU that may be None, as the leaves' default."""
+    if device is None or data.device == device:
+        return data
+    leaves = leaves_of(data, data.batch_dims).values()
+    is_there = device.type == "cpu" and all(leaf.is_cpu for leaf in leaves if isinstance(leaf, Tensor))
+    return data if is_there else data.to(device)
+
+
 def versions_of(leaves: Iterable[Any]) -> list[int | None]:
     """Returns torch's version counter of every tensor; None for inference tensors, which have no counter."""
     return [None if leaf.is_inference() else leaf._version for leaf in leaves if isinstance(leaf, Tensor)]

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from multistep_triton.buffer.ordered import OrderedReplayBuffer
 from multistep_triton.buffer.repeated import RepeatedCall, repeated_call
-from multistep_triton.buffer.stored import Leaves, Position, check_continues, check_dims, leaves_of, versions_of
+from multistep_triton.buffer.stored import (
+    Leaves,
+    Position,
+    check_continues,
+    check_dims,
+    device_of,
+    leaves_of,
+    move_to,
+    versions_of,
+)
 from multistep_triton.checks import check_not_captured
 from multistep_triton.engine import store_frames
 from multistep_triton.frames import Frames
@@ -65,8 +74,10 @@ class StoringReplayBuffer(OrderedReplayBuffer):
             self._check_neighbours()
             if (index := self._extend_repeated(data)) is not None:
                 return index
-        ndim, time_dim, given = self._storage.ndim, self.dim_extend, data
-        data = without_leftovers(data)
+        given = self._moved(without_leftovers(data))
+        if given is not data and (index := self._extend_repeated(given)) is not None:
+            return index
+        ndim, time_dim, data = self._storage.ndim, self.dim_extend, given
         check_dims(data, ndim, ndim)
         frames = data.shape[time_dim]
         if not data.batch_size.numel():
@@ -95,6 +106,15 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         with self._replay_lock:
             self._repeated = self._find_repeated(given, time_dim)
         return stored
+
+    def _moved(self, data: TensorDictBase) -> TensorDictBase:
+        """Returns data where the storage's leaves lie or, if it has neither these nor a device, where its own do."""
+        entries, device = self._order.entries(), self._storage.device
+        if entries is not None:
+            device = device_of(leaves_of(entries, self._storage.ndim))
+        elif not isinstance(device, torch.device):
+            device = device_of(leaves_of(data, data.batch_dims))
+        return move_to(data, device)
 
     def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
         """Returns data in the dtypes in which it is stored."""
@@ -165,7 +185,7 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         if self.dim_extend > 1:
             # The order of dimensions in which extend stores one frame of every environment.
             data = data.unsqueeze(self.dim_extend).transpose(self.dim_extend, 0)[0]
-        data = self._narrowed(data)
+        data = self._narrowed(self._moved(data))
 
         def put(data: TensorDictBase) -> Any:
             index = self._writer.add(data)
