@@ -147,8 +147,8 @@ class Frames:
             mine.layout is not carried.layout and mine.layout.kinds != carried.layout.kinds
         ):
             raise ValueError(
-                "data must continue the frames held back from the last call (clear() drops them and starts anew, to(device) moves them): "
-                + "; ".join(mine.differences(carried))
+                "data must continue the frames held back from the last call (clear() drops them and starts anew, "
+                "to(device) moves them): " + "; ".join(mine.differences(carried))
             )
         for path, objects in mine.objects.items():
             before = carried.objects[path]

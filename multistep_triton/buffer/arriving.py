@@ -68,7 +68,7 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         Next observations are those of the next frame or, at an end, of the group "final". Returns other data with None.
         """
         dim, pending, group = self.dim_extend, self._order.pending, data.get("final", None)
-        if not self._compact or (group is None and pending is None) or not data.numel():
+        if not self._compact or (group is None and pending is None) or not data.batch_size.numel():
             return data, None
         check_dims(data, self._storage.ndim, self._storage.ndim)
         data = self._moved(data)

@@ -7,6 +7,7 @@ writers. May import torchrl, ``base``, ``neighbours``, ``stored``, ``storage_ord
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torchrl.envs.transforms import Transform
 
 from multistep_triton.base import MultiStepBase
 from multistep_triton.buffer.storage_order import Order, order_of
-from multistep_triton.buffer.stored import check_parts
+from multistep_triton.buffer.stored import check_parts, has_failed
 from multistep_triton.neighbours import check_transforms, facts_of
 from multistep_triton.torchrl_internals import calls, transforms_in
 
@@ -153,11 +154,20 @@ class OrderedReplayBuffer(MultiStepBase, ReplayBuffer):
 
     @contextmanager
     def _undisturbed(self, keep: bool = False) -> Iterator[None]:
-        """Drops prefetched batches, or waits to ``keep`` them; no other thread samples or stores within the block."""
+        """Drops prefetched batches, or waits to ``keep`` them; no other thread samples or stores within the block.
+
+        Batches that have failed are not kept, as what they failed of may have been mended.
+        """
         self._begin()
         with self._futures_lock:
             # A batch that a thread is prefetching needs the other lock to finish.
-            (self._synchronize_futures_locked if keep else self._clear_prefetch_queue_locked)()
+            if keep:
+                wait(self._prefetch_queue)
+                for future in filter(has_failed, [*self._prefetch_queue]):
+                    self._prefetch_queue.remove(future)
+                self._synchronize_futures_locked()
+            else:
+                self._clear_prefetch_queue_locked()
             with self._replay_lock:
                 yield
 

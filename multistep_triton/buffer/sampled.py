@@ -21,7 +21,7 @@ from torchrl.data import TensorDictReplayBuffer, TensorDictRoundRobinWriter
 from multistep_triton.buffer.checkpointed import CheckpointedReplayBuffer
 from multistep_triton.buffer.ordered import Steps
 from multistep_triton.buffer.outputs import Selection, StoredLayout
-from multistep_triton.buffer.stored import Position, check_index, draws_alike
+from multistep_triton.buffer.stored import Position, check_index, draws_alike, has_failed
 from multistep_triton.samples import Samples
 
 # The ``n_steps`` of a call of ``sample``, in its own thread alone: prefetching threads use the buffer's.
@@ -40,6 +40,9 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
             index = self._extend_repeated(tensordicts)
             if index is not None:
                 return index
+        if isinstance(tensordicts, TensorDictBase) and not tensordicts.batch_size.numel():
+            # No frame has a priority, and no priority has a place before the first frame.
+            update_priority = False
         stored: Tensor = super().extend(tensordicts, update_priority=update_priority)
         return stored
 
@@ -213,7 +216,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
                 self._clear_prefetch_queue_locked()
             # A batch from a checkpoint has no ``changes``, and may have been computed with any arguments.
             of_before = [future for future in queue if getattr(future, "changes", None) != changes]
-            while queue and (anew or queue[0] in of_before):
+            while queue and (anew or queue[0] in of_before or has_failed(queue[0])):
                 if queue[0].exception() is not None:
                     queue.popleft()
                     continue

@@ -6,6 +6,7 @@ Owns these checks; knows no windows. May import ``layouts`` and torchrl, by its 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,11 @@ class Position(NamedTuple):
 def draws_alike(sampler: Sampler | None) -> bool:
     """Whether a sampler draws all frames with equal probability: its ``sample`` is that of ``RandomSampler``."""
     return getattr(sampler.sample, "__func__", None) is RandomSampler.sample if sampler else False
+
+
+def has_failed(batch: Future[Any]) -> bool:
+    """Whether a prefetched batch is an error."""
+    return batch.done() and batch.exception() is not None
 
 
 def check_parts(storage: Storage, writer: Writer | None, sampler: Sampler | None, of_other: bool = False) -> None:

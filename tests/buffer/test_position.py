@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from rings import Ring, assert_every_frame, everything, make_buffer, make_stream
+from rings import Ring, assert_every_frame, assert_sampled, everything, make_buffer, make_stream
 from rollouts import frames
 from saving import dumps_and_loads, loading_is_told, through_state_dict
 from tensordict import TensorDict
@@ -609,8 +609,10 @@ def test_a_torn_ring_is_saved_as_such(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Loading the storage:UserWarning")
-def test_prefetched_samples_are_of_before_a_write_that_failed():
-    ring, buffer = Ring(make_stream((), 60), 8), make_buffer(8, storage=Torn, batch_size=8, prefetch=1, sampler=None)
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_prefetched_samples_are_of_before_a_write_that_failed(prefetch, tmp_path):
+    ring, arguments = Ring(make_stream((), 60), 8), {"batch_size": 8, "prefetch": prefetch, "sampler": None}
+    buffer = make_buffer(8, storage=Torn, **arguments)
     buffer.extend(ring.take(8))
     buffer.sample()
     buffer.synchronize()
@@ -618,8 +620,16 @@ def test_prefetched_samples_are_of_before_a_write_that_failed():
     with pytest.raises(OSError, match="no space left"):
         buffer.extend(make_stream((), 2))
     with pytest.raises(RuntimeError, match="overwritten frames in part"):
-        for _ in range(3):
+        for _ in range(5):
             buffer.sample()
+    # those that failed while slots were torn are neither saved nor sampled
+    for later in range(2):
+        buffer.dumps(tmp_path / str(later)), buffer.state_dict()
+        if not later:
+            buffer.storage.fails_after = None
+            buffer.extend(ring.take(2))
+    for _ in range(5):
+        assert_sampled(buffer.sample(), ring)
 
 
 def test_storages_of_inference_mode_keep_no_count():

@@ -86,6 +86,14 @@ def test_groups_of_a_frame_that_waits_keep_their_batch_sizes(cuts, way):
         assert each.sample(4)["team", "agents"].batch_size == (4, agents)
 
 
+def test_no_frames():
+    bare, buffer = without(kept_once(make_stream((3,), 20))), make((3,))
+    for frames in (0, 2, 0):
+        assert buffer.extend(bare[:, :frames]).shape == (3 * max(frames - 1, 0), 2)
+    buffer.empty()
+    assert buffer.extend(bare[:, :0]).shape == (0, 2)
+
+
 def test_single_frames_and_an_empty_buffer():
     stream = kept_once(make_stream((3,), 20))
     bare, buffer, usual = without(stream), make((3,)), make((3,))

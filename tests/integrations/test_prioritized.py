@@ -250,3 +250,12 @@ def test_without_the_extension_torchrl_refuses(of, monkeypatch):
     monkeypatch.setattr(prioritized, "SumSegmentTreeFp32", None)
     with pytest.raises(RuntimeError, match="SumSegmentTreeFp32 is not available"):
         of(())
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_no_frames(batch):
+    buffer = make_buffer(CAPACITY, batch, sampler=PrioritizedSampler(CAPACITY, ALPHA, BETA), batch_size=4)
+    data = make_stream(batch, 4)
+    data["td_error"] = torch.ones(*data.shape)
+    for frames in (0, 3, 0):
+        assert len(buffer.extend(data[..., :frames])) == data[..., :frames].batch_size.numel()
