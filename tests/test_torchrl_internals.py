@@ -43,7 +43,8 @@ NAMES = {
         "_init", "_initialized", "_get_collate_fn", "_collate_fn", "_storage", "_sampler", "_writer", "_rng", "_empty",
         "_attached_entities", "_dim_extend", "_transform", "_delayed_init", "_initialize_prioritized_sampler",
         # its locks, and what it prefetches
-        "_replay_lock", "_futures_lock", "_prefetch_queue", "_synchronize_futures_locked", "_clear_prefetch_queue_locked",
+        "_replay_lock", "_futures_lock", "_prefetch_queue", "_synchronize_futures_locked",
+        "_clear_prefetch_queue_locked",
     },
     "buffer/storing.py": {
         # a buffer's parts and locks

@@ -137,9 +137,8 @@ MUTATIONS = (
     Mutation("return: long, ended before", "windows", "steps > done, ", "steps >= done, "),
     # discounts
     Mutation("discount: of steps", "windows", "powers_ptr + steps", "powers_ptr + steps - 1"),
-    Mutation("discount: of the longest window", "plan", "range(n_steps + 1)", "range(n_steps)"),
-    Mutation("discount: gamma in float64", "plan", "n_steps + 1)], dtype=torch.float64",
-             "n_steps + 1)], dtype=torch.float32"),
+    Mutation("discount: of the longest window", "multistep_triton/windows", "range(n_steps + 1)", "range(n_steps)"),
+    Mutation("discount: gamma in float64", "plan", "device, torch.float64)", "device, torch.float32)"),
     # where frames lie
     Mutation("ring: first slot", "ring", "slot += first", "slot += 0"),
     Mutation("ring: after the last slot", "ring", "slot < slots, slot, slot - slots",
