@@ -67,18 +67,20 @@ def _calling(usual):
     return call
 
 
+def interpret(patch):
+    """The interpreter heeds ``tl.device_assert``, which compiled kernels leave out."""
+    from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
+
+    patch.setattr(InterpretedFunction, "__call__", _calling(InterpretedFunction.__call__))
+    patch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, debug=True))
+
+
 @contextmanager
 def kernels():
-    """Whatever is created is where the kernels run, and ``auto`` is they; new memory is poisoned.
-
-    The interpreter heeds ``tl.device_assert``, which compiled kernels leave out.
-    """
+    """Whatever is created is where the kernels run, and ``auto`` is they; new memory is poisoned."""
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
-            from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
-
-            patch.setattr(InterpretedFunction, "__call__", _calling(InterpretedFunction.__call__))
-            patch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, debug=True))
+            interpret(patch)
         patch.setenv(BACKEND_VARIABLE, "triton")
         torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
         torch.zeros(())  # with the first tensor torch notes which functions heed that: those that are not patched yet
