@@ -160,13 +160,13 @@ def device_of(leaves: Leaves) -> torch.device | None:
     return next((leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor)), None)
 
 
-def move_to(data: TensorDictBase, device: Any) -> TensorDictBase:
-    """Returns data on a device, as its own ``device`` tells; on the CPU that may be None, as the leaves' default."""
+def move_to(data: TensorDictBase, device: Any, told: bool = True) -> TensorDictBase:
+    """Returns data on a device; unless that is the CPU, its own ``device`` says so if ``told``."""
     if device is None or data.device == device:
         return data
     leaves = leaves_of(data, data.batch_dims).values()
-    is_there = device.type == "cpu" and all(leaf.is_cpu for leaf in leaves if isinstance(leaf, Tensor))
-    return data if is_there else data.to(device)
+    is_there = all(leaf.device == device for leaf in leaves if isinstance(leaf, Tensor))
+    return data if is_there and (device.type == "cpu" or not told) else data.to(device)
 
 
 def versions_of(leaves: Iterable[Any]) -> list[int | None]:

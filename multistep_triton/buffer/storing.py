@@ -111,10 +111,11 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         """Returns data where the storage's leaves lie or, if it has neither these nor a device, where its own do."""
         entries, device = self._order.entries(), self._storage.device
         if entries is not None:
-            device = device_of(leaves_of(entries, self._storage.ndim))
-        elif not isinstance(device, torch.device):
-            device = device_of(leaves_of(data, data.batch_dims))
-        return move_to(data, device)
+            # torchrl's writer makes the index where data says it lies, and the storage its entry where that says so.
+            return move_to(data, device_of(leaves_of(entries, self._storage.ndim)), entries.device is not None)
+        return move_to(
+            data, device if isinstance(device, torch.device) else device_of(leaves_of(data, data.batch_dims))
+        )
 
     def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
         """Returns data in the dtypes in which it is stored."""
