@@ -132,11 +132,9 @@ def _check_entries(frames: Frames, roles: Roles) -> None:
         if path not in leaves:
             raise KeyError(f"data must hold a tensor at {path}, got the entries {list(leaves)}")
     named: dict[KeyPath | None, str] = {roles.mask: "mask_key", roles.traj: "traj_key"}
-    named.update({path: "reward_keys" for path in roles.rewards})
-    named.update({path: "done_keys" for path in roles.dones})
-    for path in objects:
-        if path in named:
-            raise TypeError(f"{path}, named by {named[path]}, must be a tensor, got a non-tensor")
+    named.update(dict.fromkeys(roles.rewards, "reward_keys") | dict.fromkeys(roles.dones, "done_keys"))
+    for path in named.keys() & objects.keys():
+        raise TypeError(f"{path}, named by {named[path]}, must be a tensor, got a non-tensor")
     for path in roles.rewards:
         check_reward(f"reward {path}", leaves[path], lead)
     if roles.mask in leaves:
@@ -144,12 +142,11 @@ def _check_entries(frames: Frames, roles: Roles) -> None:
         check_flag(f"mask {roles.mask}, named by mask_key,", leaves[roles.mask], lead, otherwise)
     if roles.traj is not None:
         check_ids(f"trajectory ids {roles.traj}, named by traj_key,", leaves[roles.traj], lead)
-    device = leaves[roles.done].device
     for path, leaf in leaves.items():
         if path in roles.dones and leaf.dtype != torch.bool:
             raise TypeError(f"done {path} must be bool, got {leaf.dtype}")
-        if leaf.device != device and (path in named or path[0] == "next"):
-            raise ValueError(f"{path} must be on {device}, as {roles.done}, whose windows read it, got {leaf.device}")
+        if leaf.device != (on := leaves[roles.done].device) and (path in named or path[0] == "next"):
+            raise ValueError(f"{path} must be on {on}, as {roles.done}, whose windows read it, got {leaf.device}")
 
 
 def _find_agents(frames: Frames, roles: Roles, path: KeyPath) -> torch.Size:
