@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from multistep_triton.checks import check_choice, is_transformed
+from multistep_triton.checks import INTEGERS, check_choice, is_transformed
 
 Backend = Literal["auto", "reference", "triton", "verify"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -71,13 +71,7 @@ class EquivalenceError(RuntimeError):
 
 
 # The reward dtypes that the kernels sum.
-_REWARDS = frozenset(
-    getattr(torch, name)
-    for name in (
-        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-        *("float16", "bfloat16", "float32", "float64"),
-    )
-)
+_REWARDS = {torch.bool, *INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _ON_CPU = Choice("reference", "the tensors are on the CPU, where it is the fast one")
 _ON_ACCELERATOR = Choice("triton", "the tensors are where Triton runs")
 _told: set[Choice] = set()

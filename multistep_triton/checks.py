@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_IDS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 Name = TypeVar("Name", bound=str)
 
@@ -58,7 +58,7 @@ def check_flag(name: str, flag: Tensor, lead: torch.Size, otherwise: str = "") -
 
 def check_ids(name: str, ids: Tensor, lead: torch.Size) -> None:
     """Checks that ``ids`` are integers, ``[*B, T]`` or ``[*B, T, 1]`` for ``lead = [*B, T]``."""
-    if ids.dtype not in _IDS:
+    if ids.dtype not in INTEGERS:
         raise TypeError(f"{name} must be integers, got {ids.dtype}")
     _check_per_frame(name, ids, lead)
 
