@@ -182,29 +182,11 @@ class CapturableReplayBuffer(SampledReplayBuffer):
         with super()._undisturbed(keep), self._by_host():
             yield
 
-    @property
-    def storage(self) -> Storage:
-        """The storage, after the host has read how many frames it holds."""
-        self._pull()
-        return super().storage
 
-    @property
-    def writer(self) -> Writer:
-        """The writer, after the host has read how many frames were written."""
-        self._pull()
-        return super().writer
-
-    @property
-    def write_count(self) -> int:
-        """The writer's count of frames of each environment, after the host has read the device's."""
-        self._pull()
-        count: int = super().write_count
-        return count
-
-
-def _once_known(name: str) -> Any:
-    """Wraps an inherited method, so that the host reads the device's write count first."""
-    inherited = getattr(CapturableReplayBuffer, name)
+def _once_known(inherited: Any) -> Any:
+    """Wraps an inherited method or property, so that the host reads the device's write count first."""
+    if isinstance(inherited, property):
+        return property(_once_known(inherited.fget))
 
     @functools.wraps(inherited)
     def method(self: CapturableReplayBuffer, *args: Any, **kwargs: Any) -> Any:
@@ -215,8 +197,7 @@ def _once_known(name: str) -> Any:
 
 
 for _name in (
+    *("storage", "writer", "write_count", "ends_lost", "set_at_", "set_", "update_"),
     *("__len__", "__getitem__", "__getstate__", "stats", "can_sample", "query", "read_all_in_order"),
-    "ends_lost",
-    *("set_at_", "set_", "update_"),
 ):
-    setattr(CapturableReplayBuffer, _name, _once_known(_name))
+    setattr(CapturableReplayBuffer, _name, _once_known(getattr(CapturableReplayBuffer, _name)))
