@@ -95,10 +95,6 @@ class StoredLayout(NamedTuple):
     ends: Ends | None
     """The ends of a storage that keeps observations once; else None."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Reduces to None: a copy of a buffer reads its storage itself."""
-        return type(None), ()
-
     @classmethod
     def read(
         cls,

@@ -37,10 +37,6 @@ class RepeatedCall:
     most: int
     """The largest number of frames of such a call: the slots, less the newest frame's if observations are kept once."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Reduces to None: a copy of a buffer remembers no call."""
-        return type(None), ()
-
     def read(self, data: TensorDictBase) -> dict[KeyPath, Tensor] | None:
         """Returns the leaves of data that is like that of the stored call; None for other data."""
         # Reading a lazy stack would stack it; groups that are lazy stacks are stacked for the checks anyway.

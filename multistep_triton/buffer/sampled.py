@@ -34,6 +34,10 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
     _layout_before: StoredLayout | None = None
     _selection: Selection | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns torchrl's state; a copy remembers no call and reads its storage itself."""
+        return {**super().__getstate__(), "_repeated": None, "_layout_before": None}
+
     def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
         """Stores frames, as in torchrl; a repeated call skips torchrl's copy if the buffer has no transforms."""
         if self._repeated is not None and not len(self._transform) and self._order.pending is None:
