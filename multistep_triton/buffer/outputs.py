@@ -5,9 +5,8 @@ May import ``base`` and what it may, ``samples``, ``ends`` and ``eager_ring``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from multistep_triton.groups import Group, n_step_sample_groups, steps_at
 from multistep_triton.layouts import KeyPath, Layout
 from multistep_triton.roles import COUNT_PATH, INDEX, ORIGINAL_REWARD_PATH, Roles, as_path, check_single_steps, key_list
 from multistep_triton.samples import Samples
-from multistep_triton.task import AFTER_END, CachedLeaves, Keys, Task
+from multistep_triton.task import AFTER_END, CachedLeaves, Task
 
 
 class Selection(dict[KeyPath, bool]):
@@ -53,32 +52,34 @@ class Selection(dict[KeyPath, bool]):
             raise KeyError(f"outputs must name entries of a sample, got {none}, which are none of {sorted(there)}")
 
 
-def select_outputs(group: Group, roles: Roles, is_selected: Callable[[Any], bool], match_reward_shape: bool) -> Group:
-    """Returns a group without the outputs and n-step returns that are not selected; its windows stay as they are."""
-    needed = set[KeyPath]()
-    if is_selected(ORIGINAL_REWARD_PATH) and len(roles.rewards) == 1:
-        needed.add(roles.originals[roles.rewards[0]])
-    if group.written and group.agents:
-        # Windows take the shape of this flag.
-        needed.add(group.flags[0])
+def as_stored(
+    group: Group,
+    roles: Roles,
+    selection: Selection | None,
+    match_reward_shape: bool,
+    twins: Container[KeyPath],
+    wide: Mapping[Any, torch.dtype],
+) -> Group:
+    """Returns a group whose samples hold the selected outputs and n-step returns; its windows stay as they are.
 
-    def selected(keys: Keys) -> Keys:
-        outputs = tuple([each for each in keys.outputs if is_selected(each[0]) or each[0] in needed])
-        rewards = tuple([path for path in keys.rewards if match_reward_shape or is_selected(path)])
-        return replace(keys, outputs=outputs, rewards=rewards)
-
-    return group._replace(keys=selected(group.keys), sampled=selected(group.sampled))
-
-
-def stored_otherwise(group: Group, twins: Container[KeyPath], wide: Mapping[KeyPath, torch.dtype]) -> Group:
-    """Returns a group that reads its ``twins`` after a window's end, and casts narrowed entries to ``wide`` dtypes."""
-
-    def otherwise(keys: Keys) -> Keys:
-        outputs = [(out, key, AFTER_END if key in twins else at) for out, key, at in keys.outputs]
-        held: list[Any] = [key for key in keys.held if key in wide]
-        return replace(keys, outputs=tuple(outputs), wide_dtypes={key: wide[key] for key in held})
-
-    return group._replace(keys=otherwise(group.keys), sampled=otherwise(group.sampled))
+    They read ``twins`` after a window's end, and cast narrowed entries to ``wide`` dtypes.
+    """
+    keys = group.sampled
+    outputs: list[Any] = [(out, key, AFTER_END if key in twins else at) for out, key, at in keys.outputs]
+    rewards: Sequence[Any] = keys.rewards
+    if selection is not None:
+        needed = set[KeyPath]()
+        if selection[ORIGINAL_REWARD_PATH] and len(roles.rewards) == 1:
+            needed.add(roles.originals[roles.rewards[0]])
+        if group.written and group.agents:
+            # Windows take the shape of this flag.
+            needed.add(group.flags[0])
+        outputs = [each for each in outputs if selection[each[0]] or each[0] in needed]
+        rewards = [path for path in rewards if match_reward_shape or selection[path]]
+    wide_dtypes = {key: wide[key] for key in keys.held if key in wide}
+    return group._replace(
+        sampled=replace(keys, outputs=tuple(outputs), rewards=tuple(rewards), wide_dtypes=wide_dtypes)
+    )
 
 
 class StoredLayout(NamedTuple):
@@ -96,20 +97,12 @@ class StoredLayout(NamedTuple):
     """The ends of a storage that keeps observations once; else None."""
 
     @classmethod
-    def read(
-        cls,
-        of: tuple[Any, ...],
-        ndim: int,
-        indexed: bool,
-        buffer: MultiStepBase,
-        selection: Selection | None,
-        ends: Ends | None = None,
-        wide: Mapping[KeyPath, torch.dtype] = MappingProxyType({}),
-    ) -> StoredLayout:
-        """Reads a storage of ``ndim`` dimensions, with the arguments of ``buffer``."""
-        written = buffer._roles_in(()).written
+    def read(cls, of: tuple[Any, ...], buffer: MultiStepBase, selection: Selection | None) -> StoredLayout:
+        """Reads a storage, with the arguments of ``buffer``."""
+        entries, _, _, indexed, ends, wide = of
+        ndim, written = entries.batch_dims, buffer._roles_in(()).written
         # The writer's entry ``INDEX`` holds slots, which the samples tell without reading it.
-        frames, objects = Frames.read_storage(of[0], ndim, written | {INDEX} if indexed else written)
+        frames, objects = Frames.read_storage(entries, ndim, written | {INDEX} if indexed else written)
         check_single_steps(frames.left_out)
         if ends is not None:
             # A twin that is kept once is the root's entry, read at another frame.
@@ -120,14 +113,10 @@ class StoredLayout(NamedTuple):
         every, structure, match = buffer._groups_in(frames, roles), frames.structure, buffer._match_reward_shape
         twins: tuple[KeyPath, ...] = () if ends is None else tuple(ends.rows)
         wide = {**wide, **{path: wide[path[1:]] for path in twins if path[1:] in wide}}
-
-        def fitted(group: Group) -> Group:
-            group = stored_otherwise(group, twins, wide) if twins or wide else group
-            return group if selection is None else select_outputs(group, roles, selection.__getitem__, match)
-
-        by = None if selection is None else selection.by
-        depends_on = roles, match, twins, tuple(wide.items()), by
-        groups: list[Group] = structure.layout.compute_once(depends_on, lambda: [fitted(each) for each in every])
+        depends_on = roles, match, twins, tuple(wide.items()), None if selection is None else selection.by
+        groups: list[Group] = structure.layout.compute_once(
+            depends_on, lambda: [as_stored(each, roles, selection, match, twins, wide) for each in every]
+        )
         if selection is not None:
             selection.check({*frames.leaves, *objects} - {COUNT_PATH}, roles, every)
             nodes = {path: node for path, node in structure.layout.nodes.items() if selection.may_hold(path)}
@@ -145,7 +134,7 @@ class StoredLayout(NamedTuple):
         frames, objects, roles, groups, indexed, ends = self[1:]
         if ends is not None:
             samples = samples._replace(ends=ends)
-        task = Task(groups[0].keys, high, float(buffer._gamma), 0, False)
+        task = Task(groups[0].sampled, high, float(buffer._gamma), 0, False)
         results, windows = n_step_sample_groups(task, groups, samples, frames.leaves, buffer._backend)
         index = results.indices
         entries: dict[KeyPath, Any] = buffer._output_leaves(results, roles, groups, windows)

@@ -167,7 +167,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         of = order.entries(), order.changes(), self._changes, indexed, self._ends(), order.wide_dtypes
         if before is not None and of[0] is before.of[0] and of[1:] == before.of[1:]:
             return before
-        self._layout_before = StoredLayout.read(of, self._storage.ndim, indexed, self, self._selection, *of[-2:])
+        self._layout_before = StoredLayout.read(of, self, self._selection)
         return self._layout_before
 
     def _samples(self, indices: Sequence[Tensor], position: Position, sizes: Any = None) -> tuple[Samples, int]:
