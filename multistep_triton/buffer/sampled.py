@@ -142,12 +142,8 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
             info["index_generation"] = self._writer.generations_of(info["index"])
         if position is None:
             raise RuntimeError("storage must hold frames to be sampled, got an empty one")
-        return self._n_step_at(info["index"], position)
-
-    def _n_step_at(self, index: Tensor | tuple[Tensor, ...], position: Position) -> TensorDict:
-        """Computes the n-step transitions of the frames at an index of the storage."""
         layout = self._layout()
-        indices = check_index(index, self._storage.ndim, layout.frames.leaves[layout.roles.done].device)
+        indices = check_index(info["index"], self._storage.ndim, layout.frames.leaves[layout.roles.done].device)
         shape = indices[0].shape
         samples, high = self._samples([dim.reshape(-1) for dim in indices], position)
         built, _ = layout.sample(samples, high, self, self._selection, False)

@@ -622,7 +622,7 @@ def test_sample_takes_what_torchrls_takes(monkeypatch):
 
     def sample(self, batch_size=None, return_info=False, *, wait=False, timeout=None, cancel_event=None):
         taken.append((batch_size, return_info, wait, timeout, cancel_event))
-        return self._n_step_at(torch.arange(4), self._order.position())
+        return self._read({"index": torch.arange(4)}, self._order.position())
 
     buffer = make_buffer(8)
     buffer.extend(make_stream((), 5))
