@@ -143,9 +143,9 @@ class CompactReplayBuffer(ArrivingReplayBuffer):
 
     # Storing
 
-    def _kept_once(self) -> Leaves:
-        ends = self._ends()
-        return {} if ends is None or self._order.stored() is None else {**ends.rows}
+    def _stored(self) -> tuple[TensorDictBase | None, Leaves]:
+        (entries, leaves), ends = super()._stored(), self._ends()
+        return entries, leaves if ends is None or self._order.stored() is None else {**leaves, **ends.rows}
 
     def _check_new(
         self, new: Leaves, stored: Leaves, data: TensorDictBase, time_dim: int | None, entries: TensorDictBase | None

@@ -54,21 +54,6 @@ class StoringReplayBuffer(OrderedReplayBuffer):
         if not self._capturable:
             check_not_captured("extend")
 
-    def _check_data(
-        self, data: TensorDictBase, time_dim: int | None, new: Leaves, stored: Leaves, is_filled: bool
-    ) -> None:
-        """Checks data before it is written, by its leaves, those of the storage, and whether that holds frames."""
-        self._check_call()
-        self._check_neighbours()
-        check_single_steps([(key,) for key in data.keys()])  # noqa: SIM118  # iterating it goes over its frames
-        roles = self._roles_in({**stored, **new})
-        check_entries(roles, new, stored, is_filled)
-        if self._checked != self._changes or not is_filled:
-            frames = Frames.read(data.unsqueeze(-1) if time_dim is None else data, roles.written)
-            self._groups_in(frames, roles)
-            self._checked = self._changes
-        self._check_room(data.numel() // (1 if time_dim is None else data.shape[time_dim]))
-
     def _extend(self, data: TensorDictBase, *, update_priority: bool = True) -> Tensor:
         if self._repeated is not None:
             self._check_neighbours()
@@ -120,10 +105,6 @@ class StoringReplayBuffer(OrderedReplayBuffer):
     def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
         """Returns data in the dtypes in which it is stored."""
         return data
-
-    def _kept_once(self) -> Leaves:
-        """Returns the leaves of entries that are kept once, outside of the storage's tensordict."""
-        return {}
 
     def _put(self, data: TensorDictBase, write: Callable[[TensorDictBase], Any]) -> Any:
         """Writes frames ``[T, *R]``, or a single one ``[*R]``, at the writer's cursor."""
@@ -210,9 +191,9 @@ class StoringReplayBuffer(OrderedReplayBuffer):
                 raise
 
     def _stored(self) -> tuple[TensorDictBase | None, Leaves]:
-        """Returns the storage's entries and their leaves, those among them that are kept elsewhere."""
+        """Returns the storage's entries and their leaves."""
         entries = self._order.entries()
-        return entries, {} if entries is None else {**leaves_of(entries, self._storage.ndim), **self._kept_once()}
+        return entries, {} if entries is None else leaves_of(entries, self._storage.ndim)
 
     def _undo(
         self, before: Any, position: Position | None, stored: Collection[Any], frames: int, wrote: bool = False
@@ -230,8 +211,18 @@ class StoringReplayBuffer(OrderedReplayBuffer):
     def _check_new(
         self, new: Leaves, stored: Leaves, data: TensorDictBase, time_dim: int | None, entries: TensorDictBase | None
     ) -> None:
-        ndim, dims = self._storage.ndim, data.batch_dims
-        self._check_data(data, time_dim, new, stored, bool(len(self._storage)))
+        """Checks data before it is written, by its leaves, those of the storage, and the storage's entries."""
+        ndim, dims, is_filled = self._storage.ndim, data.batch_dims, bool(len(self._storage))
+        self._check_call()
+        self._check_neighbours()
+        check_single_steps([(key,) for key in data.keys()])  # noqa: SIM118  # iterating it goes over its frames
+        roles = self._roles_in({**stored, **new})
+        check_entries(roles, new, stored, is_filled)
+        if self._checked != self._changes or not is_filled:
+            frames = Frames.read(data.unsqueeze(-1) if time_dim is None else data, roles.written)
+            self._groups_in(frames, roles)
+            self._checked = self._changes
+        self._check_room(data.numel() // (1 if time_dim is None else data.shape[time_dim]))
         if entries is None:
             return
         batch = [*data.shape]
