@@ -57,11 +57,7 @@ _LEAVE_OUT = "leave one of the two out"
 
 
 def check_transforms(transforms: Iterable[Transform], roles: Roles) -> None:
-    """Checks the transforms that run on n-step transitions when a buffer is sampled.
-
-    Raises:
-        ValueError: a transform would be wrong on n-step transitions.
-    """
+    """Checks the transforms that run on n-step transitions when a buffer is sampled."""
     for transform in transforms:
         if found := _find_fault(transform, roles):
             fault, remedy = found
@@ -86,11 +82,7 @@ def facts_of(part: Any) -> tuple[Any, ...]:
 
 
 def check_order(before: Iterable[Transform], roles: Roles) -> None:
-    """Checks the transforms before a MultiStepTransform in a list, whose inverses run after it on extend.
-
-    Raises:
-        ValueError: a transform would be wrong on the n-step transitions that it gets there.
-    """
+    """Checks the transforms before a MultiStepTransform in a list, whose inverses run after it on extend."""
     for transform in before:
         if inverted := inverted_in(transform):
             name, wrong = type(inverted).__name__, bool(_find_fault(inverted, roles))
@@ -172,12 +164,7 @@ def _drops_steps(transform: Any) -> bool:
 
 
 def check_mixing(calling: Calls, roles: Roles) -> None:
-    """Checks that the calling ensemble or OfflineToOnlineReplayBuffer, if there is one, suits n-step transitions.
-
-    Raises:
-        ValueError: one of its own transforms would be wrong on n-step transitions.
-        TypeError: one of its buffers holds single steps.
-    """
+    """Checks that the calling ensemble or OfflineToOnlineReplayBuffer, if there is one, suits n-step transitions."""
     if (mixing := mixing_buffer(calling)) is None:
         return
     buffers, transforms = mixing
@@ -191,11 +178,7 @@ def check_mixing(calling: Calls, roles: Roles) -> None:
 
 
 def check_trainer(of: MultiStepBase) -> None:
-    """Checks that no trainer of torchrl's ends every window of ``of`` with its first frame.
-
-    Raises:
-        ValueError: a trainer is calling that does.
-    """
+    """Checks that no trainer of torchrl's ends every window of ``of`` with its first frame."""
     if of._n_steps == 1 or not truncates_all() or ("next", "truncated") not in of._roles_in(()).dones:
         return
     raise ValueError(
@@ -216,11 +199,7 @@ def holds_single_steps(buffer: ReplayBuffer) -> bool:
 
 
 def check_holds_n_steps(buffer: ReplayBuffer) -> None:
-    """Checks that a buffer for n-step transitions holds no single steps.
-
-    Raises:
-        ValueError: it holds single steps.
-    """
+    """Checks that a buffer for n-step transitions holds no single steps."""
     if holds_single_steps(buffer):
         raise ValueError(
             f"storage must hold n-step transitions alone, got single steps, which lack {STEPS_KEY!r} and were stored "
@@ -234,9 +213,6 @@ def check_around(buffer: ReplayBuffer, unit: Any, roles: Roles, has_ids: bool) -
     Args:
         buffer, unit: the buffer and its sample unit.
         has_ids: whether the data holds trajectory ids where samplers look for them.
-
-    Raises:
-        ValueError: the buffer or one of its parts would read n-step transitions as single steps.
     """
     if isinstance(buffer, HERReplayBuffer):
         raise ValueError(

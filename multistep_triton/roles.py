@@ -107,12 +107,7 @@ def find_roles(
 
 
 def check_entries(roles: Roles, new: Mapping[KeyPath, Any], stored: Mapping[KeyPath, Any], is_filled: bool) -> None:
-    """Checks that ``new`` has all needed and stored entries and, if ``is_filled``, no further one that plays a role.
-
-    Raises:
-        KeyError: an entry is missing.
-        ValueError: ``is_filled``, and the stored frames lack an entry that plays a role.
-    """
+    """Checks that ``new`` has all needed and stored entries and, if ``is_filled``, no further one that plays a role."""
     if missing := sorted(({*roles.needed} | stored.keys() - roles.written - {INDEX}) - new.keys()):
         message = f"data must hold {', '.join(map(str, missing))}, got the entries {list(new)}"
         if not {*missing}.isdisjoint(stored):
