@@ -5,7 +5,6 @@ Importing this package does not import Triton.
 
 from pathlib import Path as _Path
 
-from multistep_triton import operators as operators
 from multistep_triton.backends import EquivalenceError
 from multistep_triton.functional import NStepReturn, gather_future, n_step_return
 from multistep_triton.postproc import MultiStep
