@@ -74,8 +74,8 @@ def n_step_extend(task: Task, carry: Carry | None, data: Leaves) -> Results:
         )
         if units := len(plan.units):
             slot = (held_first + (held.count - moved if held else 0)) % held_slots
-            jobs = [copied[:units], plan.take_rows(olds), tuple(outs[:units])]
-            jobs.append(plan.take_rows(held.leaves) if held else jobs[0])
+            jobs = [each[:units] for each in (copied, plan.take(olds), tuple(outs))]
+            jobs.append(plan.take(held.leaves)[:units] if held else jobs[0])
             ring = slot * held_inner, held_slots * envs
             copy_rows(plan, jobs, True, lists, count, held_rows, carry_ring[1] * envs, *ring)
     if windows.INTERPRETED:

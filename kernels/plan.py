@@ -32,10 +32,8 @@ class Plan(NamedTuple):
     """Features and dtype of each of ``outs``."""
     take: Callable[[Leaves], tuple[Tensor, ...]]
     """Takes the leaf that is copied to each of ``outs``."""
-    take_rows: Callable[[Leaves], tuple[Tensor, ...]]
-    """Takes those of these leaves whose rows have any bytes; they come first."""
     units: tuple[tuple[Any, ...], ...]
-    """How the leaves of ``take_rows`` are copied, see ``rows.units_of``."""
+    """How those of these leaves are copied whose rows have any bytes, which come first; see ``rows.units_of``."""
     gathered: tuple[int, ...]
     """Which row of a window each is read from: 0 is ``OWN``, 1 ``AT_END``, 2 ``AFTER_END``."""
     has_complex: bool
@@ -62,11 +60,8 @@ def _make_plan(keys: Keys, addresses: tuple[int, ...], every: bool, default_dtyp
     wide_dtypes = {} if windows.INTERPRETED else keys.wide_dtypes
     kinds, units = {}, {}
     for (key, dtype, features), address in zip(keys.kinds, addresses, strict=True):
-        kinds[key], count = (features, wide_dtypes.get(key, dtype)), math.prod(features)
-        if key in wide_dtypes:
-            units[key] = rows.units_as(count, (address, 0), dtype, wide_dtypes[key])
-        else:
-            units[key] = rows.units_of(count * dtype.itemsize, address)
+        kinds[key] = features, wide_dtypes.get(key, dtype)
+        units[key] = rows.units_of(math.prod(features), (address, 0), dtype, kinds[key][1])
     copied = [output for output in keys.outputs if every or output[2]]
     order = [*kinds]
     copied.sort(key=lambda output: (-units[output[1]][2], order.index(output[1])))
@@ -79,7 +74,6 @@ def _make_plan(keys: Keys, addresses: tuple[int, ...], every: bool, default_dtyp
         [out for out, _, _ in copied],
         [kinds[key] for _, key, _ in copied],
         getter([key for _, key, _ in copied]),
-        getter([key for _, key, _ in wide]),
         tuple([units[key] for _, key, _ in wide]),
         tuple([int(at) for _, _, at in wide]),
         any(kinds[key][1].is_complex for _, key, _ in wide),

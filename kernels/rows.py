@@ -158,22 +158,20 @@ def future_rows_kernel(steps_ptr, rows_ptr, rows, frames, TILE: tl.constexpr):
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def units_of(row: int, address: int) -> tuple[tl.dtype, int, int, tl.dtype]:
-    """Returns ITEM, PARTS, WIDTH and OUT of :func:`copy_tile`, for rows of ``row`` bytes from ``address`` on."""
-    unit = next(each for each in (16, 8, 4, 2, 1) if row % each == 0 and address % each == 0)
-    item = {1: tl.int8, 2: tl.int16, 4: tl.int32}.get(unit, tl.int64)
-    return item, max(unit // 8, 1), row // unit, item
-
-
-def units_as(row: int, addresses: tuple[int, int], of: torch.dtype, to: torch.dtype) -> tuple[Any, int, int, Any]:
-    """Returns the same for rows of ``row`` items that are converted, from the first address to the second."""
+def units_of(items: int, addresses: tuple[int, int], of: torch.dtype, to: torch.dtype) -> tuple[Any, int, int, Any]:
+    """Returns ITEM, PARTS, WIDTH and OUT of :func:`copy_tile`, for rows of ``items`` from one address to the other."""
+    if of == to:
+        row, address = items * of.itemsize, addresses[0] | addresses[1]
+        unit = next(each for each in (16, 8, 4, 2, 1) if row % each == 0 and address % each == 0)
+        item = {1: tl.int8, 2: tl.int16, 4: tl.int32}.get(unit, tl.int64)
+        return item, max(unit // 8, 1), row // unit, item
     parts = next(
         each
         for each in (4, 2, 1)
-        if row % each == 0
+        if items % each == 0
         and all(
             address % (each * dtype.itemsize) == 0 and each * dtype.itemsize <= 16
             for address, dtype in zip(addresses, (of, to), strict=True)
         )
     )
-    return TYPES[of], parts, row // parts, TYPES[to]
+    return TYPES[of], parts, items // parts, TYPES[to]

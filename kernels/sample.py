@@ -108,6 +108,7 @@ def _prepare(
     after = {} if ends is None else {key: ends.rows[key] for _, key, at in keys.outputs if at == AFTER_END}
     addresses = tuple([(leaf.data_ptr() | after.get(key, leaf).data_ptr()) % ALIGNMENT for key, leaf in data.items()])
     plan = find_plan(keys, addresses)
+    units = len(plan.units)
     levels, piece, _ = windows.shape_blocks(longest, count, True)
     tile = tile_of(longest, piece, (keys.mask, keys.traj, keys.count) != (None, None, None))
     where = 1 < inner < lead.numel(), True, agents > 1
@@ -119,8 +120,8 @@ def _prepare(
     return _Prepared(
         plan,
         roles_of(keys, data, data),
-        plan.take_rows(data),
-        plan.take_rows({**data, **after}),
+        plan.take(data)[:units],
+        plan.take({**data, **after})[:units],
         None if keys.count is None else data[keys.count],
         [like(*kind) for kind in plan.kinds],
         [(reward, like(features, dtype)) for reward, features, dtype in plan.returns],

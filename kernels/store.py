@@ -196,11 +196,7 @@ def _find_job(data: Leaves, to: Mapping[Any, Tensor], dims: int) -> tuple[Any, A
     """Returns what takes the leaves whose rows have any bytes, the widest first, where these go, and their units."""
     units = {}
     for key, leaf in to.items():
-        of, elements = data[key], math.prod(leaf.shape[dims:])
-        address, at = of.data_ptr() % ALIGNMENT, leaf.data_ptr() % ALIGNMENT
-        if of.dtype == leaf.dtype:
-            units[key] = rows.units_of(elements * leaf.itemsize, address | at)
-        else:
-            units[key] = rows.units_as(elements, (address, at), of.dtype, leaf.dtype)
+        of, addresses = data[key], (data[key].data_ptr() % ALIGNMENT, leaf.data_ptr() % ALIGNMENT)
+        units[key] = rows.units_of(math.prod(leaf.shape[dims:]), addresses, of.dtype, leaf.dtype)
     order = sorted([key for key in to if units[key][2]], key=lambda key: -units[key][2])
     return getter(order), tuple([to[key] for key in order]), tuple([units[key] for key in order])

@@ -525,7 +525,7 @@ def test_what_is_read_lives_until_the_launch(monkeypatch):
     ],
 )
 def test_rows_are_copied_in_the_widest_unit_that_divides_them_and_where_they_begin(row, address, unit):
-    item, parts, width, out = rows.units_of(row, address)
+    item, parts, width, out = rows.units_of(row, (address, 0), torch.uint8, torch.uint8)
     assert out == item
     assert item.primitive_bitwidth // 8 * parts == unit
     assert width * unit == row
