@@ -35,13 +35,7 @@ from multistep_triton.neighbours import (
     facts_of,
 )
 from multistep_triton.roles import TRAJ_PATH
-from multistep_triton.torchrl_internals import (
-    Calls,
-    sample_unit_of,
-    taking_buffer,
-    transforms_in,
-    using_buffer,
-)
+from multistep_triton.torchrl_internals import Calls, sample_unit_of, taking_buffer, transforms_in, using_buffer
 
 
 class CarryingTransform(MultiStepBase, Transform):
@@ -92,16 +86,9 @@ class CarryingTransform(MultiStepBase, Transform):
         with self._lock:
             self._n_steps, self._gamma, self._carry = n_steps, gamma, carry
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        *arguments: Any,
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *arguments)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        _, _, missing_keys, *_ = arguments
         # torchrl's class saves no such entry: a transform that holds back no frames may load its state.
         if self._carry is None and (key := f"{prefix}_extra_state") in missing_keys:
             missing_keys.remove(key)

@@ -159,11 +159,9 @@ def _make(build: type[Built], arguments: dict[str, Any]) -> Built:
         value = arguments[name]
         listed = (name in ("outputs", "compact") or name.endswith("_keys")) and _is_list(value)
         arguments[name] = [_as_tuple(each) for each in value] if listed else _as_tuple(value)
-    if arguments.get("store_as"):
+    if isinstance(named := arguments.get("store_as"), Mapping):
         # YAML gives names of dtypes; the buffer refuses a name that torch does not have.
-        named = arguments["store_as"]
-        if isinstance(named, Mapping):
-            named = {key: getattr(torch, each, each) if isinstance(each, str) else each for key, each in named.items()}
+        named = {key: getattr(torch, each, each) if isinstance(each, str) else each for key, each in named.items()}
         arguments["store_as"] = named
     return build(**arguments)
 

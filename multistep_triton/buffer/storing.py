@@ -37,10 +37,7 @@ from multistep_triton.torchrl_internals import calls, refuse_other_ways
 
 
 class StoringReplayBuffer(OrderedReplayBuffer):
-    """A replay buffer that writes after its storage's newest frame, whichever buffer wrote that.
-
-    A base beside ``TensorDictReplayBuffer``, which calls ``_extend`` and ``_add`` after its transforms.
-    """
+    """A replay buffer that writes after its storage's newest frame, whichever buffer wrote that."""
 
     _repeated: RepeatedCall | None = None
     """A stored call; the engine stores calls like it directly. None if torchrl's writer must store the next call."""
