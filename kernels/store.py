@@ -101,8 +101,13 @@ class _Plan(NamedTuple):
     """``take_after``, ``kept`` and ``kept_units`` are the same for entries whose final observations are kept."""
     kept: tuple[Tensor, ...]
     kept_units: tuple[tuple[Any, ...], ...]
+    flags: tuple[tuple[tuple[Any, Tensor], ...], ...]
+    """Key and leaf of the ring of each done flag, mask and trajectory id; none unless observations are kept once."""
+    flag_widths: tuple[int, ...]
+    """Elements of each done flag in one frame."""
     widest: int
     """Units of the widest row."""
+    has_complex: bool
     compiled: dict[Any, Any]
 
     def programs(self, count: int) -> int:
@@ -112,84 +117,68 @@ class _Plan(NamedTuple):
         return sum(tiles) - (-count // rows.TILE)
 
 
-class _Prepared(NamedTuple):
-    """The arguments of launches that a ring determines, whatever frames are stored."""
-
-    sizes: torch.Size
-    """``[C, *R]``."""
-    stored: dict[Any, Tensor]
-    kept: dict[Any, Tensor]
-    take: Callable[[Leaves], tuple[Tensor, ...]]
-    """Takes the leaves that go to ``stored``, those of the ring, and to ``kept``, the rows of final observations."""
-    flags: tuple[tuple[tuple[Any, Tensor], ...], ...]
-    """Key and leaf of the ring of each done flag, mask and trajectory id; none unless observations are kept once."""
-    flag_widths: tuple[int, ...]
-    """Elements of each done flag in one frame."""
-    has_complex: bool
-    plans: dict[tuple[int, ...], _Plan]
-    """Plans by the addresses of the data, modulo 16."""
-
-
 def store_frames(data: Leaves, ring: Ring, slot: int | Tensor) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`."""
     leaves, numbers, dims, time_dim, ends = ring
-    ready = compute_once(leaves, ("store", dims, ends), lambda: _prepare(data, leaves, dims, ends))
-    (slots, *lead), stored, kept, take, flags, flag_widths, has_complex, plans = ready
-    first = next(iter(data.values()))
+    (slots, *lead), first = next(iter(leaves.values())).shape[:dims], next(iter(data.values()))
     frames, envs, device = first.shape[time_dim], math.prod(lead), first.device
     count, time_last = frames * envs, frames > 1 and time_dim > 0
-    if (dims > 2 and time_dim) or not lie_in_order(data.values(), has_complex):
+    if (dims > 2 and time_dim) or not lie_in_order(data.values(), True):
         moved = {key: leaf.transpose(0, time_dim).resolve_conj().resolve_neg() for key, leaf in data.items()}
         data = {key: leaf.contiguous() for key, leaf in moved.items()}
         time_last = False
     if INTERPRETED:
         # The interpreter does not convert as GPUs do.
-        data = {**data, **{key: data[key].to(to.dtype) for key, to in (*stored.items(), *kept.items())}}
-    addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in take(data)])
-    if (plan := plans.get(addresses)) is None:
-        both = *_find_job(data, stored, dims), *_find_job(data, kept, dims)
-        plan = plans[addresses] = _Plan(*both, max([unit[2] for unit in (*both[2], *both[5])], default=0), {})
-    check_fits(max(envs * max(slots, 0 if ends is None else ends.slots + 1), count), count * plan.widest)
+        to = {**leaves, **({} if ends is None else ends.rows)}
+        data = {key: leaf.to(to[key].dtype) if key in to else leaf for key, leaf in data.items()}
+    addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in data.values()])
+    plan = compute_once(leaves, ("store", dims, ends, addresses), lambda: _make_plan(data, leaves, dims, ends))
+    flags: tuple[Any, ...] = plan.flags
+    end_slots, count_leaf = 0, None
+    if ends is not None:
+        end_slots, count_leaf = ends.slots, ends.count
+        flags = tuple([tuple([(data[key], leaf) for key, leaf in pairs]) for pairs in flags])
+    check_fits(max(envs * max(slots, end_slots + 1), count), count * plan.widest)
     index = torch.empty(count, dims, dtype=torch.int64, device=device)
     slot, written = (0, slot) if isinstance(slot, Tensor) else (slot, None)
     jobs = [plan.take(data), plan.ring, plan.take_after(data), plan.kept]
-    if has_complex:
+    if plan.has_complex:
         jobs = [tuple(map(as_real, each)) for each in jobs]
-    of_flags = flags
-    if ends is not None:
-        of_flags = tuple([tuple([(data[key], leaf) for key, leaf in pairs]) for pairs in flags])
     others, counted = tuple(lead[1:]), ends is not None and frames > 1
     at = None if numbers is None else numbers.data_ptr() % ALIGNMENT
     with on(device):
-        if ends is not None and counted:
+        if counted:
             many = min(triton.next_power_of_2(frames), keep.MOST_FRAMES)
             run(
                 *(plan.compiled, keep.count_ends_kernel, (many, time_last, written is None)),
                 -(-envs * many // keep.TILE),
-                *(of_flags, written, ends.count, frames, envs, slot, slots, flag_widths, time_last, many, keep.TILE),
+                *(flags, written, count_leaf, frames, envs, slot, slots, plan.flag_widths, time_last, many, keep.TILE),
             )
         run(
             *(plan.compiled, store_rows_kernel, (time_last, counted, dims, *others, written is None, at)),
             plan.programs(count),
-            *(*jobs, of_flags, index, numbers, written, None if ends is None else ends.count, others),
-            *(count, frames, envs, slot, slots, 0 if ends is None else ends.slots),
-            *(plan.units, plan.kept_units, flag_widths, time_last, counted, dims, rows.TILE, KEPT_TILE, not is_amd()),
+            *(*jobs, flags, index, numbers, written, count_leaf, others),
+            *(count, frames, envs, slot, slots, end_slots),
+            *(plan.units, plan.kept_units, plan.flag_widths, time_last, counted, dims, rows.TILE, KEPT_TILE),
+            not is_amd(),
             registers=rows.MOST_REGISTERS if ends is None else MOST_REGISTERS,
         )
     return index
 
 
-def _prepare(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Prepared:
+def _make_plan(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Plan:
     stored = {key: ring[key] for key in data if key in ring}
-    kept = {} if ends is None else ends.rows
-    marks: tuple[tuple[tuple[Any, Tensor], ...], ...] = (), (), ()
-    sizes = next(iter(stored.values())).shape[:dims]
+    kept: dict[Any, Tensor] = {}
+    marks: tuple[tuple[Any, ...], ...] = (), (), ()
     if ends is not None:
-        of_kind = ends.done, *(() if key is None else (key,) for key in (ends.mask, ends.traj))
-        marks = tuple([tuple([(key, ring[key]) for key in keys]) for keys in of_kind])
-    widths = tuple([leaf.numel() // max(sizes.numel(), 1) for _, leaf in marks[0]])
-    has_complex = any([leaf.is_complex() for leaf in (*stored.values(), *kept.values())])
-    return _Prepared(sizes, stored, kept, getter([*stored, *kept]), marks, widths, has_complex, {})
+        kept, marks = ends.rows, (ends.done, *(() if key is None else (key,) for key in (ends.mask, ends.traj)))
+    both = *_find_job(data, stored, dims), *_find_job(data, kept, dims)
+    flags = tuple([tuple([(key, ring[key]) for key in keys]) for keys in marks])
+    widths = tuple([math.prod(leaf.shape[dims:]) for _, leaf in flags[0]])
+    widest = max([unit[2] for unit in (*both[2], *both[5])], default=0)
+    return _Plan(
+        *both, flags, widths, widest, any([leaf.is_complex() for leaf in (*stored.values(), *kept.values())]), {}
+    )
 
 
 def _find_job(data: Leaves, to: Mapping[Any, Tensor], dims: int) -> tuple[Any, Any, Any]:
