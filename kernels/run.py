@@ -21,8 +21,8 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """Returns complex numbers as pairs of real ones, as Triton has no complex types."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    """Returns complex numbers as pairs of real ones, conjugated if they are to be: Triton has no complex types."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def check_fits(rows: int, units: int) -> None:

@@ -101,6 +101,8 @@ class _Plan(NamedTuple):
     """``take_after``, ``kept`` and ``kept_units`` are the same for entries whose final observations are kept."""
     kept: tuple[Tensor, ...]
     kept_units: tuple[tuple[Any, ...], ...]
+    sizes: torch.Size
+    """``[C, *R]``."""
     flags: tuple[tuple[tuple[Any, Tensor], ...], ...]
     """Key and leaf of the ring of each done flag, mask and trajectory id; none unless observations are kept once."""
     flag_widths: tuple[int, ...]
@@ -120,10 +122,11 @@ class _Plan(NamedTuple):
 def store_frames(data: Leaves, ring: Ring, slot: int | Tensor) -> Tensor:
     """Computes :func:`multistep_triton.engine.store_frames`."""
     leaves, numbers, dims, time_dim, ends = ring
-    (slots, *lead), first = next(iter(leaves.values())).shape[:dims], next(iter(data.values()))
-    frames, envs, device = first.shape[time_dim], math.prod(lead), first.device
-    count, time_last = frames * envs, frames > 1 and time_dim > 0
-    if (dims > 2 and time_dim) or not lie_in_order(data.values(), True):
+    first = next(iter(data.values()))
+    frames, device = first.shape[time_dim], first.device
+    time_last = frames > 1 and time_dim > 0
+    # Conjugations are carried out by as_real, below.
+    if (dims > 2 and time_dim) or not lie_in_order(data.values(), False):
         moved = {key: leaf.transpose(0, time_dim).resolve_conj().resolve_neg() for key, leaf in data.items()}
         data = {key: leaf.contiguous() for key, leaf in moved.items()}
         time_last = False
@@ -133,7 +136,9 @@ def store_frames(data: Leaves, ring: Ring, slot: int | Tensor) -> Tensor:
         data = {key: leaf.to(to[key].dtype) if key in to else leaf for key, leaf in data.items()}
     addresses = tuple([leaf.data_ptr() % ALIGNMENT for leaf in data.values()])
     plan = compute_once(leaves, ("store", dims, ends, addresses), lambda: _make_plan(data, leaves, dims, ends))
-    flags: tuple[Any, ...] = plan.flags
+    (slots, *lead), flags = plan.sizes, plan.flags
+    envs = math.prod(lead)
+    count = frames * envs
     end_slots, count_leaf = 0, None
     if ends is not None:
         end_slots, count_leaf = ends.slots, ends.count
@@ -173,12 +178,12 @@ def _make_plan(data: Leaves, ring: Leaves, dims: int, ends: Ends | None) -> _Pla
     if ends is not None:
         kept, marks = ends.rows, (ends.done, *(() if key is None else (key,) for key in (ends.mask, ends.traj)))
     both = *_find_job(data, stored, dims), *_find_job(data, kept, dims)
+    sizes = next(iter(stored.values())).shape[:dims]
     flags = tuple([tuple([(key, ring[key]) for key in keys]) for keys in marks])
     widths = tuple([math.prod(leaf.shape[dims:]) for _, leaf in flags[0]])
     widest = max([unit[2] for unit in (*both[2], *both[5])], default=0)
-    return _Plan(
-        *both, flags, widths, widest, any([leaf.is_complex() for leaf in (*stored.values(), *kept.values())]), {}
-    )
+    has_complex = any([leaf.is_complex() for leaf in (*stored.values(), *kept.values())])
+    return _Plan(*both, sizes, flags, widths, widest, has_complex, {})
 
 
 def _find_job(data: Leaves, to: Mapping[Any, Tensor], dims: int) -> tuple[Any, Any, Any]:
