@@ -128,13 +128,13 @@ def _with_written(groups: list[Group], frames: Frames, roles: Roles, match_rewar
 
 def _check_entries(frames: Frames, roles: Roles) -> None:
     lead, leaves, objects = frames.batch_size, frames.leaves, frames.structure.objects
-    for path in roles.needed:
-        if path not in leaves:
-            raise KeyError(f"data must hold a tensor at {path}, got the entries {list(leaves)}")
+    if missing := [path for path in roles.needed if path not in leaves]:
+        raise KeyError(f"data must hold a tensor at {missing[0]}, got the entries {list(leaves)}")
     named: dict[KeyPath | None, str] = {roles.mask: "mask_key", roles.traj: "traj_key"}
-    named.update(dict.fromkeys(roles.rewards, "reward_keys") | dict.fromkeys(roles.dones, "done_keys"))
-    for path in named.keys() & objects.keys():
-        raise TypeError(f"{path}, named by {named[path]}, must be a tensor, got a non-tensor")
+    named.update({path: "reward_keys" for path in roles.rewards})
+    named.update({path: "done_keys" for path in roles.dones})
+    if odd := [path for path in objects if path in named]:
+        raise TypeError(f"{odd[0]}, named by {named[odd[0]]}, must be a tensor, got a non-tensor")
     for path in roles.rewards:
         check_reward(f"reward {path}", leaves[path], lead)
     if roles.mask in leaves:
