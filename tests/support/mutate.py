@@ -74,10 +74,16 @@ ARRIVES = (
     "tests/buffer/test_prefetching.py",
     "tests/buffer/test_replay_buffer.py::test_no_operator_waits_for_threads_that_other_processes_keep_busy",
     "tests/integrations/test_neighbours.py::test_a_trainer_that_sets_a_flag_in_every_frame",
+    "tests/integrations/test_prioritized.py",
+    "tests/transform/test_flush.py",
 )
+DEVICES = ("tests/integrations/test_devices.py",)
 LIES = ("tests/kernels/test_memory_layouts.py", "tests/kernels/test_kernels.py")
 # By how the description of a mutation begins; the others are noticed by tests of the core, or of the kernels.
-OWN = {"kept once": KEPT, "keep": KEPT, "ends": KEPT, "narrow": KEPT, "turns": TURNS, "lies": LIES, "arrives": ARRIVES}
+OWN = {
+    **dict.fromkeys(("kept once", "keep", "ends", "narrow"), KEPT),
+    **{"turns": TURNS, "lies": LIES, "arrives": ARRIVES, "devices": DEVICES},
+}
 SECONDS = 600
 
 
@@ -371,6 +377,31 @@ MUTATIONS = (
              "(self._changes, self._n_steps, self._gamma)", "(self._changes,)"),
     Mutation("arrives: threads", "multistep_triton/eager_ring",
              "torch.where(last, ahead, count).amin(0).to(torch.int64)", "last.max(0).indices"),
+    Mutation("arrives: batches that failed", "multistep_triton/buffer/sampled", " or has_failed(queue[0])", ""),
+    Mutation("arrives: batches that failed, saved", "multistep_triton/buffer/ordered",
+             "self._prefetch_queue.remove(future)", "pass"),
+    Mutation("arrives: no frames without next", "multistep_triton/buffer/arriving", "not data.batch_size.numel():",
+             "not data.numel():"),
+    Mutation("arrives: no frames with priorities", "multistep_triton/buffer/sampled", "update_priority = False",
+             "pass"),
+    Mutation("arrives: added in another order", "multistep_triton/carrying", "buffer.storage.ndim > 2", "False"),
+    # devices
+    Mutation("devices: data of another", "multistep_triton/buffer/stored", "else data.to(device)", "else data"),
+    Mutation("devices: what data says", "multistep_triton/buffer/stored",
+             'is_there and (device.type == "cpu" or not told)', "is_there"),
+    Mutation("devices: a storage that says none", "multistep_triton/buffer/storing",
+             ", entries.device is not None)", ")"),
+    Mutation("devices: of the index", "multistep_triton/buffer/repeated",
+             "(numbers.dtype, numbers.device) != (torch.int64, stored[0].device)", "numbers.dtype != torch.int64"),
+    Mutation("devices: where frames are drawn", "multistep_triton/buffer/sampled",
+             "position, layout.frames.leaves[layout.roles.done].device", "position, self._storage.device"),
+    Mutation("devices: of a checkpoint", "multistep_triton/buffer/checkpointed",
+             "entries = move_to(entries, storage.device)", "entries"),
+    Mutation("devices: of flags and entries", "multistep_triton/groups", "leaf.device != (on :=",
+             "leaf.device != leaf.device != (on :="),
+    Mutation("devices: powers", "multistep_triton/windows", "non_blocking=True", "non_blocking=False"),
+    Mutation("devices: one by default", "multistep_triton/buffer/storage_order",
+             'storage._last_cursor], device="cpu")', "storage._last_cursor])"),
     # observations kept once
     Mutation("kept once: gone in a block", "windows", "ends |= ahead(lost.", "ends |= False & ahead(lost."),
     Mutation("kept once: gone, the newest is not", "ends", "followed = mask & (frame + 1 < known)", "followed = mask"),
