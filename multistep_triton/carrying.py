@@ -199,7 +199,7 @@ class CarryingTransform(MultiStepBase, Transform):
                     "data must be of batch size [*B, T] to extend a buffer, got [], a single frame: add it, or extend "
                     "with data.unsqueeze(-1)"
                 )
-        elif "add" in calling and caller is not None and buffer.storage.ndim > 2:
+        elif ("add" in calling or "put" in calling) and buffer.storage.ndim > 2:
             raise ValueError(
                 f"data must be extended, as data.unsqueeze(-1), with a storage of ndim={buffer.storage.ndim}, whose "
                 f"environments torchrl's add and extend put in different orders, got add"

@@ -128,7 +128,9 @@ class Frames:
     def _read_objects(self, value: Any, path: KeyPath) -> None:
         """Stores the objects of a non-tensor entry and, as its leaf, the indices into them."""
         shape = value.batch_size
-        device = next((leaf.device for leaf in self.leaves.values() if isinstance(leaf, Tensor)), None)
+        # Entries under "next" are on the device of what governs them; the others may be elsewhere.
+        beside = {(other[0] == "next"): leaf.device for other, leaf in self.leaves.items() if isinstance(leaf, Tensor)}
+        device = beside.get(path[0] == "next", next(iter(beside.values()), None))
         if isinstance(value, NonTensorStack):
             objects = [entry.data for entry in value.reshape(-1).unbind(0)] if shape.numel() else []
             indices = torch.arange(shape.numel(), device=device).view(shape)

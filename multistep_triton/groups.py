@@ -79,6 +79,9 @@ def find_groups(frames: Frames, roles: Roles, match_reward_shape: bool = False) 
         if path == COUNT_PATH:
             continue
         parent = next((path[:k] for k in range(len(path) - 1, 0, -1) if path[:k] in own), top)
+        device = leaves[flag := own[parent].flags[0]].device
+        if leaf.device != device and (path[0] == "next" or path in (roles.mask, roles.traj)):
+            raise ValueError(f"{path} must be on {device}, as {flag}, got {leaf.device}")
         sizes = (*lead, *own[parent].agents)
         of_agent = path[: len(parent)] == parent and leaf.shape[: len(sizes)] == sizes
         (own if of_agent or parent not in shared else shared)[parent].paths.append(path)
@@ -142,11 +145,8 @@ def _check_entries(frames: Frames, roles: Roles) -> None:
         check_flag(f"mask {roles.mask}, named by mask_key,", leaves[roles.mask], lead, otherwise)
     if roles.traj is not None:
         check_ids(f"trajectory ids {roles.traj}, named by traj_key,", leaves[roles.traj], lead)
-    for path, leaf in leaves.items():
-        if path in roles.dones and leaf.dtype != torch.bool:
-            raise TypeError(f"done {path} must be bool, got {leaf.dtype}")
-        if leaf.device != (on := leaves[roles.done].device) and (path in named or path[0] == "next"):
-            raise ValueError(f"{path} must be on {on}, as {roles.done}, whose windows read it, got {leaf.device}")
+    if wrong := [path for path in roles.dones if path in leaves and leaves[path].dtype != torch.bool]:
+        raise TypeError(f"done {wrong[0]} must be bool, got {leaves[wrong[0]].dtype}")
 
 
 def _find_agents(frames: Frames, roles: Roles, path: KeyPath) -> torch.Size:

@@ -112,9 +112,8 @@ def discounts(steps: Tensor, n_steps: int, gamma: float) -> Tensor:
 
 
 def powers_of(gamma: float, n_steps: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns ``gamma ** k`` for ``k = 0 .. n_steps``; the host does not wait until they are on the device."""
-    powers = torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=dtype, device="cpu")
-    return powers.to(device, non_blocking=True)
+    """Returns ``gamma ** k`` for ``k = 0 .. n_steps``; the host waits for them, as other streams may read them, too."""
+    return torch.tensor([gamma**k for k in range(n_steps + 1)], dtype=dtype, device=device)
 
 
 def index_dtype(largest: int) -> torch.dtype:

@@ -15,7 +15,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 
-from multistep_triton.buffer.stored import check_continues, check_dims, leaves_of
+from multistep_triton.buffer.stored import check_continues, check_dims, device_of, leaves_of, move_to
 from multistep_triton.buffer.storing import StoringReplayBuffer
 from multistep_triton.ends import Ends
 from multistep_triton.frames import Frames
@@ -74,7 +74,8 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         data = self._moved(data)
         self._check_final(data)
         if pending is not None:
-            data = torch.cat([self._moved(pending), data], dim)
+            device = device_of(data)
+            data = torch.cat([move_to(pending, device, data.device is not None), data], dim)
         leaves = {path: leaf.transpose(0, dim) for path, leaf in Frames.read(data).tensors.items()}
         marks, finals = marks_of(self._roles_in(leaves), leaves), [path for path in leaves if path[0] == "final"]
         ended = Ends(torch.empty(1, *leaves[finals[0]].shape[1 : data.ndim]), {}, *marks).find_ended(leaves, {}, None)

@@ -20,7 +20,7 @@ from typing_extensions import Self
 from multistep_triton.backends import resolve_backend
 from multistep_triton.buffer.repeated import RepeatedCall
 from multistep_triton.buffer.sampled import SampledReplayBuffer
-from multistep_triton.buffer.stored import Position, device_of, draws_alike, leaves_of
+from multistep_triton.buffer.stored import Position, device_of, draws_alike
 from multistep_triton.checks import check_not_captured
 from multistep_triton.layouts import KeyPath
 
@@ -65,7 +65,7 @@ class CapturableReplayBuffer(SampledReplayBuffer):
         # The count has to tell the next slot and whether any slot is free, and no more.
         self._read_last = position.newest + 1 + (position.slots if position.live == position.slots else 0)
         if self._written is None:
-            device = device_of(leaves_of(entries, self._storage.ndim))
+            device = device_of(entries)
             with torch.inference_mode(False):
                 self._written = torch.zeros((), dtype=torch.int64, device=device)
         self._written.fill_(self._read_last)

@@ -84,13 +84,16 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
                     f"compact must name {sorted(kept)} to load what a buffer has saved, got {self.compact}"
                 )
 
-    def _load_order(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`_order_state` returned; a checkpoint of torchrl's buffer has a cursor alone."""
+    def _load_order(self, state: dict[str, Any], place: tuple[torch.device | None, bool]) -> None:
+        """Restores what :meth:`_order_state` returned; a checkpoint of torchrl's buffer has a cursor alone.
+
+        Moves the storage's leaves to ``place``, the result of ``_place`` before the load.
+        """
         order, storage, newest, torn = self._order, self._storage, state.get("newest"), state.get("torn")
         order.forget()
-        if is_tensor_collection(entries := order.entries()) and isinstance(storage.device, torch.device):
+        if is_tensor_collection(entries := order.entries()):
             # torchrl leaves them where they were saved.
-            storage._storage = entries = move_to(entries, storage.device)
+            storage._storage = entries = move_to(entries, *place)
         if entries is not None and len(self._storage):
             check_layout(self._storage, entries)
             if isinstance(self._writer, RoundRobinWriter):
@@ -114,7 +117,7 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
                 for path in added:
                     entries.del_(path)
         if ends is not None and entries is not None:
-            device = device_of(leaves_of(entries, storage.ndim))
+            device = device_of(entries)
             rows = {path: leaf.to(device, copy=True) for path, leaf in ends["rows"].items()}
             order.ends = Ends(ends["count"].to(device, copy=True), rows, ends["done"], ends["mask"], ends["traj"])
             order.ends_keys, order.ends_writes = ends["by"], order.writes
@@ -150,8 +153,9 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         shape = next((leaf.shape[: self._storage.ndim] for leaf in leaves if isinstance(leaf, Tensor)), None)
         self._check_state(state, state.get("shape", shape))
         with self._loading():
+            place = self._place()
             super().load_state_dict(state_dict)
-            self._load_order(state)
+            self._load_order(state, place)
 
     def dumps(self, path: str | Path) -> None:
         """Saves the buffer into a folder, as in torchrl, with what :meth:`state_dict` adds."""
@@ -166,8 +170,9 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
         self._check_state(state, state.get("shape"))
         with self._loading():
+            place = self._place()
             super().loads(path)
-            self._load_order(state)
+            self._load_order(state, place)
 
 
 def _group_sizes(data: TensorDictBase) -> dict[KeyPath, list[int]]:

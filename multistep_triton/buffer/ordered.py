@@ -18,7 +18,7 @@ from torchrl.envs.transforms import Transform
 
 from multistep_triton.base import MultiStepBase
 from multistep_triton.buffer.storage_order import Order, order_of
-from multistep_triton.buffer.stored import check_parts, has_failed
+from multistep_triton.buffer.stored import check_parts, was_torn
 from multistep_triton.neighbours import check_transforms, facts_of
 from multistep_triton.torchrl_internals import calls, transforms_in
 
@@ -156,14 +156,14 @@ class OrderedReplayBuffer(MultiStepBase, ReplayBuffer):
     def _undisturbed(self, keep: bool = False) -> Iterator[None]:
         """Drops prefetched batches, or waits to ``keep`` them; no other thread samples or stores within the block.
 
-        Batches that have failed are not kept, as what they failed of may have been mended.
+        Batches that failed of torn slots are not kept, as these may have been mended.
         """
         self._begin()
         with self._futures_lock:
             # A batch that a thread is prefetching needs the other lock to finish.
             if keep:
                 wait(self._prefetch_queue)
-                for future in filter(has_failed, [*self._prefetch_queue]):
+                for future in filter(was_torn, [*self._prefetch_queue]):
                     self._prefetch_queue.remove(future)
                 self._synchronize_futures_locked()
             else:

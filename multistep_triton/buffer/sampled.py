@@ -21,7 +21,7 @@ from torchrl.data import TensorDictReplayBuffer, TensorDictRoundRobinWriter
 from multistep_triton.buffer.checkpointed import CheckpointedReplayBuffer
 from multistep_triton.buffer.ordered import Steps
 from multistep_triton.buffer.outputs import Selection, StoredLayout
-from multistep_triton.buffer.stored import Position, check_index, draws_alike, has_failed
+from multistep_triton.buffer.stored import Position, TornError, check_index, draws_alike, was_torn
 from multistep_triton.samples import Samples
 
 # The ``n_steps`` of a call of ``sample``, in its own thread alone: prefetching threads use the buffer's.
@@ -180,10 +180,10 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         return self._find_whole()
 
     def _find_whole(self) -> Position | None:
-        """Finds which slots hold frames; raises a RuntimeError if they are in no order, or torn."""
+        """Finds which slots hold frames; raises a RuntimeError if they are in no order, or a TornError."""
         position, (first, torn) = self._order.position(), self._order.torn
         if torn:
-            raise RuntimeError(
+            raise TornError(
                 f"a write that failed has overwritten frames in part: extend the buffer, whose next frames overwrite "
                 f"them wholly, before it is sampled again ({torn} slots from {first} on), or empty it"
             )
@@ -216,7 +216,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
                 self._clear_prefetch_queue_locked()
             # A batch from a checkpoint has no ``changes``, and may have been computed with any arguments.
             of_before = [future for future in queue if getattr(future, "changes", None) != changes]
-            while queue and (anew or queue[0] in of_before or has_failed(queue[0])):
+            while queue and (anew or queue[0] in of_before or was_torn(queue[0])):
                 if queue[0].exception() is not None:
                     queue.popleft()
                     continue

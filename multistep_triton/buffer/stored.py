@@ -38,9 +38,13 @@ def draws_alike(sampler: Sampler | None) -> bool:
     return getattr(sampler.sample, "__func__", None) is RandomSampler.sample if sampler else False
 
 
-def has_failed(batch: Future[Any]) -> bool:
-    """Whether a prefetched batch is an error."""
-    return batch.done() and batch.exception() is not None
+class TornError(RuntimeError):
+    """The error of a sample while a failed write has left slots overwritten in part."""
+
+
+def was_torn(batch: Future[Any]) -> bool:
+    """Whether a prefetched batch is a :class:`TornError`, which was raised before anything was drawn."""
+    return batch.done() and isinstance(batch.exception(), TornError)
 
 
 def check_parts(storage: Storage, writer: Writer | None, sampler: Sampler | None, of_other: bool = False) -> None:
@@ -155,18 +159,26 @@ def leaves_of(data: TensorDictBase, dims: int) -> Leaves:
     return {(key,) if isinstance(key, str) else key: leaf for key, leaf in items}
 
 
-def device_of(leaves: Leaves) -> torch.device | None:
+def device_of(data: TensorDictBase) -> torch.device | None:
     """Returns the device of the first tensor."""
-    return next((leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor)), None)
+    while isinstance(data, LazyStackedTensorDict) and data.tensordicts:
+        data = data.tensordicts[0]
+    return next((leaf.device for leaf in data.values(True, True) if isinstance(leaf, Tensor)), None)
 
 
 def move_to(data: TensorDictBase, device: Any, told: bool = True) -> TensorDictBase:
     """Returns data on a device; unless that is the CPU, its own ``device`` says so if ``told``."""
     if device is None or data.device == device:
         return data
-    leaves = leaves_of(data, data.batch_dims).values()
-    is_there = all(leaf.device == device for leaf in leaves if isinstance(leaf, Tensor))
-    return data if is_there and (device.type == "cpu" or not told) else data.to(device)
+    is_there = (device.type == "cpu" or not told) and _lies_on(data, device)
+    # The host waits, as the caller may write into its memory when the call returns.
+    return data if is_there else data.to(device, non_blocking=False)
+
+
+def _lies_on(data: TensorDictBase, device: torch.device) -> bool:
+    if isinstance(data, LazyStackedTensorDict):
+        return all(_lies_on(element, device) for element in data.tensordicts)
+    return all(leaf.device == device for leaf in data.values(True, True) if isinstance(leaf, Tensor))
 
 
 def versions_of(leaves: Iterable[Any]) -> list[int | None]:

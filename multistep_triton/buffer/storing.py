@@ -91,13 +91,16 @@ class StoringReplayBuffer(OrderedReplayBuffer):
 
     def _moved(self, data: TensorDictBase) -> TensorDictBase:
         """Returns data where the storage's leaves lie or, if it has neither these nor a device, where its own do."""
+        device, told = self._place()
+        return move_to(data, device or device_of(data), told)
+
+    def _place(self) -> tuple[torch.device | None, bool]:
+        """Returns where the storage's leaves lie or will lie, if it is known, and whether their tensordict says so."""
         entries, device = self._order.entries(), self._storage.device
         if entries is not None:
             # torchrl's writer makes the index where data says it lies, and the storage its entry where that says so.
-            return move_to(data, device_of(leaves_of(entries, self._storage.ndim)), entries.device is not None)
-        return move_to(
-            data, device if isinstance(device, torch.device) else device_of(leaves_of(data, data.batch_dims))
-        )
+            return device_of(entries), entries.device is not None
+        return device if isinstance(device, torch.device) else None, True
 
     def _narrowed(self, data: TensorDictBase) -> TensorDictBase:
         """Returns data in the dtypes in which it is stored."""

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -151,6 +152,20 @@ class Broken(Transform):
         if self.fails:
             raise OSError("disk full")
         return tensordict
+
+
+def test_an_error_of_a_transform_while_prefetching_is_raised():
+    broken = Broken()
+    buffer, _ = wrapped(sampler=SamplerWithoutReplacement(), batch_size=4, prefetch=2, transform=broken)
+    soon(buffer.sample), buffer.synchronize()
+    broken.fails = True
+    for _ in range(2):
+        soon(buffer.sample)
+    wait(buffer._prefetch_queue)
+    broken.fails = False
+    for use in (buffer.state_dict, buffer.sample):
+        with pytest.raises(OSError, match="disk full"):
+            soon(use)
 
 
 def test_a_transform_that_fails_while_a_prefetched_sample_is_made_anew():

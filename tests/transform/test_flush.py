@@ -124,10 +124,11 @@ def test_flush_into_stores_every_frame(make_buffer, storage, batch):
     assert (*transform._carry.structure.batch, transform._carry.count) == (*batch, 4)
 
 
-def test_frames_are_not_added_where_torchrl_adds_and_extends_in_different_orders():
+@pytest.mark.parametrize("make_buffer", [ReplayBuffer, TensorDictReplayBuffer])
+def test_frames_are_not_added_where_torchrl_adds_and_extends_in_different_orders(make_buffer):
     """The frames that are flushed are extended."""
     transform = MultiStepTransform(2, 0.9)
-    buffer, data = ReplayBuffer(storage=LazyTensorStorage(40, ndim=3), transform=transform), make_rollout((2, 2), 4)
+    buffer, data = make_buffer(storage=LazyTensorStorage(40, ndim=3), transform=transform), make_rollout((2, 2), 4)
     with pytest.raises(ValueError, match=r"extended, as data.unsqueeze\(-1\), with a storage of ndim=3.+got add"):
         buffer.add(data[..., 0])
     buffer.extend(data)
