@@ -60,7 +60,7 @@ def find_groups(frames: Frames, roles: Roles, match_reward_shape: bool = False) 
     Raises:
         KeyError: the data lacks an entry that is needed.
         TypeError: an entry has the wrong dtype, or is no dense tensor.
-        ValueError: an entry has the wrong shape, or a group's windows cannot be written.
+        ValueError: an entry has the wrong shape or device, or a group's windows cannot be written.
     """
     _check_entries(frames, roles)
     lead, leaves = frames.batch_size, frames.leaves

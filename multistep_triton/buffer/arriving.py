@@ -74,8 +74,7 @@ class ArrivingReplayBuffer(StoringReplayBuffer):
         data = self._moved(data)
         self._check_final(data)
         if pending is not None:
-            device = device_of(data)
-            data = torch.cat([move_to(pending, device, data.device is not None), data], dim)
+            data = torch.cat([move_to(pending, device_of(data), data.device is not None), data], dim)
         leaves = {path: leaf.transpose(0, dim) for path, leaf in Frames.read(data).tensors.items()}
         marks, finals = marks_of(self._roles_in(leaves), leaves), [path for path in leaves if path[0] == "final"]
         ended = Ends(torch.empty(1, *leaves[finals[0]].shape[1 : data.ndim]), {}, *marks).find_ended(leaves, {}, None)

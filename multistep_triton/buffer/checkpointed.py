@@ -94,8 +94,8 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         if is_tensor_collection(entries := order.entries()):
             # torchrl leaves them where they were saved.
             storage._storage = entries = move_to(entries, *place)
-        if entries is not None and len(self._storage):
-            check_layout(self._storage, entries)
+        if entries is not None and len(storage):
+            check_layout(storage, entries)
             if isinstance(self._writer, RoundRobinWriter):
                 # The file may be older than a checkpoint that torchrl's buffer has saved beside it since.
                 at = (self._writer._cursor - 1) % entries.shape[0]
@@ -123,12 +123,13 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
             order.ends_keys, order.ends_writes = ends["by"], order.writes
 
     @contextlib.contextmanager
-    def _loading(self) -> Iterator[None]:
-        """Encloses a load; if it fails after it has changed frames, marks their order as broken."""
+    def _loading(self, state: dict[str, Any]) -> Iterator[None]:
+        """Encloses a load, and restores ``state`` after it; if either fails with frames changed, marks their order."""
         with self._undisturbed():
-            before = self._fingerprint()
+            before, place = self._fingerprint(), self._place()
             try:
                 yield
+                self._load_order(state, place)
             except BaseException:
                 if before != self._fingerprint():
                     self._order.broken = "a checkpoint was loaded in part"
@@ -152,10 +153,8 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         leaves = entries.values() if isinstance(entries, Mapping) else ()
         shape = next((leaf.shape[: self._storage.ndim] for leaf in leaves if isinstance(leaf, Tensor)), None)
         self._check_state(state, state.get("shape", shape))
-        with self._loading():
-            place = self._place()
+        with self._loading(state):
             super().load_state_dict(state_dict)
-            self._load_order(state, place)
 
     def dumps(self, path: str | Path) -> None:
         """Saves the buffer into a folder, as in torchrl, with what :meth:`state_dict` adds."""
@@ -169,10 +168,8 @@ class CheckpointedReplayBuffer(CompactReplayBuffer):
         file = Path(path) / _FILE
         state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
         self._check_state(state, state.get("shape"))
-        with self._loading():
-            place = self._place()
+        with self._loading(state):
             super().loads(path)
-            self._load_order(state, place)
 
 
 def _group_sizes(data: TensorDictBase) -> dict[KeyPath, list[int]]:

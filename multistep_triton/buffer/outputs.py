@@ -96,6 +96,11 @@ class StoredLayout(NamedTuple):
     ends: Ends | None
     """The ends of a storage that keeps observations once; else None."""
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the leaves."""
+        return self.frames.leaves[self.roles.done].device
+
     @classmethod
     def read(cls, of: tuple[Any, ...], buffer: MultiStepBase, selection: Selection | None) -> StoredLayout:
         """Reads a storage, with the arguments of ``buffer``."""

@@ -143,7 +143,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
         if position is None:
             raise RuntimeError("storage must hold frames to be sampled, got an empty one")
         layout = self._layout()
-        indices = check_index(info["index"], self._storage.ndim, layout.frames.leaves[layout.roles.done].device)
+        indices = check_index(info["index"], self._storage.ndim, layout.device)
         shape = indices[0].shape
         samples, high = self._samples([dim.reshape(-1) for dim in indices], position)
         built, _ = layout.sample(samples, high, self, self._selection, False)
@@ -152,7 +152,7 @@ class SampledReplayBuffer(TensorDictReplayBuffer, CheckpointedReplayBuffer):
     def _n_step_drawn(self, batch_size: int, position: Position, with_index: bool) -> tuple[TensorDict, Any]:
         """Draws frames, and computes their n-step transitions and, if wanted, their index."""
         layout = self._layout()
-        rows = self._draw(batch_size, position, layout.frames.leaves[layout.roles.done].device)
+        rows = self._draw(batch_size, position, layout.device)
         samples, high = self._samples([rows], position, layout.frames.batch_size)
         return layout.sample(samples, high, self, self._selection, with_index)
 

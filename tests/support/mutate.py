@@ -400,7 +400,7 @@ MUTATIONS = (
     Mutation("devices: of the index", "multistep_triton/buffer/repeated",
              "(numbers.dtype, numbers.device) != (torch.int64, stored[0].device)", "numbers.dtype != torch.int64"),
     Mutation("devices: where frames are drawn", "multistep_triton/buffer/sampled",
-             "position, layout.frames.leaves[layout.roles.done].device", "position, self._storage.device"),
+             "position, layout.device", "position, self._storage.device"),
     Mutation("devices: of a checkpoint", "multistep_triton/buffer/checkpointed",
              "entries = move_to(entries, *place)", "entries"),
     Mutation("devices: of flags and entries", "multistep_triton/groups",
